@@ -1,0 +1,67 @@
+"""What all tests share: a clean environment, the farm, and the engines to run it with.
+
+`pytest` alone runs the farm with this machine's own Nix as client and as builder.
+`pytest --engines 2.3,2.8,2.26,2.34 -m engines` runs the engine matrix: every test marked
+`engines` with each of them as client, the pairs in both directions.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import farm  # noqa: E402  (its folder was put on the path just now)
+
+HOOK = ROOT / "nix_build_remote.py"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engines",
+        default="host",
+        help="comma-separated engines for the farm: host, 2.3, 2.8, 2.26, 2.34",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`client_engine` alone runs over all engines; with `builder_engine`, over all pairs."""
+    engines = metafunc.config.getoption("--engines").split(",")
+    for name in ("client_engine", "builder_engine"):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, engines, scope="module")
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test sees the settings, keys or agents of whoever runs it."""
+    for name in list(os.environ):
+        if name.startswith(("NIX_", "SSH_")):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[farm.Lab]:
+    reason = farm.unavailable()
+    if reason:
+        pytest.skip(reason)
+    with farm.Lab() as running:
+        yield running
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI a test that had to skip is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") == "true" and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter.write_line("FAILED: skipped tests count as failures in CI", red=True)

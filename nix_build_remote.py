@@ -1,0 +1,1807 @@
+#!/usr/bin/env python3
+"""nix_build_remote.py - a build hook for Nix: sends builds to other machines over ssh.
+
+Nix starts this program, not you: as build-hook (Nix 2.x) or NIX_BUILD_HOOK (Nix 1.x).
+It reads from Nix which derivation is to be built, picks a machine of the right system
+that has a free slot, copies the missing inputs there with nix-copy-closure, builds over
+ssh, relays the log and brings the outputs back.
+
+Install, for Nix up to 2.9: this file as PREFIX/libexec/nix/build-remote.  That place
+holds a link to nix itself, so remove the link first; never write through it.
+For Nix 2.10 and newer, and as well for older 2.x, in nix.conf:
+
+    build-hook = /usr/local/lib/nix_build_remote.py
+
+For Nix 1.x, in the environment of nix-build or nix-daemon:
+
+    NIX_BUILD_HOOK=/usr/local/lib/nix_build_remote.py
+    NIX_REMOTE_SYSTEMS=/etc/nix/machines
+
+Machines stand in /etc/nix/machines (or in nix.conf's `builders`), one a line; the fields
+after the host may be missing or `-`:
+
+    host systems sshKey maxJobs speedFactor supportedFeatures mandatoryFeatures hostKey
+
+    host               name, user@name, ssh alias, ssh://[user@]host[:port]; ssh-ng:// too;
+                       parameters ssh-key, compress, base64-ssh-public-host-key
+    systems            comma-separated, such as i686-linux,x86_64-linux (default: this one)
+    sshKey             private key without a passphrase (default: what ssh would use)
+    maxJobs            builds at once on the machine: its slots (default: 1)
+    speedFactor        relative speed; the faster machine is preferred, load taken into
+                       account (default: 1)
+    supportedFeatures  comma-separated; a derivation's requiredSystemFeatures must all be here
+    mandatoryFeatures  comma-separated; builds that do not require all of these stay away
+    hostKey            base64 of the host's public key line; nothing else is then believed
+
+    # starts a comment; in `builders`, `;` also separates machines and @FILE includes a file.
+
+Environment:
+    NIX_REMOTE_SYSTEMS  the machines file of Nix 1.x; must be absolute
+    NIX_CURRENT_LOAD    the directory of slot files (default: Nix's own current-load)
+    NIX_SSHOPTS         more options for ssh
+    NIX_DEBUG_HOOK      if set, say how each machine was judged
+    NIX_STORE_DIR, NIX_STATE_DIR, NIX_REMOTE  as Nix itself reads them
+
+Exit status:
+    0    all outputs are in the local store, or there was nothing to do
+    100  the build itself failed: building again would not help
+    101  the build took, or was silent for, longer than Nix allows
+    1    the hook failed
+
+Command line, for people:
+    nix_build_remote.py --help | --version
+"""
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import select
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, NoReturn
+
+VERSION = "0.1"
+
+CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
+GREETING_TIMEOUT_S = 90  # connecting, logging in and starting nix-store on the builder
+ALIVE_INTERVAL_S = 15  # a silent link is noticed after ALIVE_COUNT_MAX probes of these
+ALIVE_COUNT_MAX = 3
+UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
+LOCK_POLL_S = 0.05
+DRAIN_TIMEOUT_S = 10  # for the end of the log, without any progress
+COPY_BATCH_BYTES = 200_000  # of store paths on one command line: macOS allows 1 MiB in all
+WIRE_LIMIT_BYTES = 64 << 20  # the longest string anybody may send us
+TAIL_BYTES = 4096  # of ssh's stderr, kept to explain why a connection ended
+NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
+
+SERVE_HELLO = 0x390C9DEB
+SERVE_REPLY = 0x5452EECB
+SERVE_VERSION = 0x207  # less than 2.6 makes servers of 2.4 to 2.10 answer what we cannot read
+QUERY_VALID_PATHS, BUILD_PATHS, BUILD_DERIVATION = 1, 6, 8
+
+BUILT = {0, 1, 2, 13}  # built, substituted, already valid, resolves to already valid
+TIMED_OUT = 8
+TRANSIENT, MISC = 6, 9
+
+STORE_PATH = re.compile(r"[0-9abcdfghijklmnpqrsvwxyz]{32}-[0-9A-Za-z+\-._?=]{1,211}")
+# What sh (Nix 1.x), white-space splitting (2.0 to 2.25) and shell-like splitting (2.26+)
+# of NIX_SSHOPTS all read as it stands.
+PLAIN = re.compile(r"[0-9A-Za-z_@%+=:,./~-]*")
+HOST = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[\w.-]+)?")
+USER = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*")
+
+
+# ---- Errors -------------------------------------------------------------------------
+
+
+class Error(Exception):
+    """Expected; shown as its one line, without a traceback.  Exit status 1."""
+
+    status = 1
+
+
+class BadMachine(Error):
+    """One machine's line cannot be used: `file:line: reason`."""
+
+
+class Unreachable(Error):
+    """No session with the builder; another machine may do."""
+
+
+class SessionLost(Error):
+    """The session with the builder ended before it had answered."""
+
+
+class BuildFailed(Error):
+    """The derivation's own builder failed; building it again would not help."""
+
+    status = 100
+
+
+class BuildTimedOut(Error):
+    """The build exceeded Nix's timeout or max-silent-time."""
+
+    status = 101
+
+
+class NixGone(Error):
+    """Nobody reads our messages any more: the Nix that started us has ended."""
+
+
+class Terminated(Error):
+    """A signal asked us to end."""
+
+    status = 128 + signal.SIGTERM
+
+
+# ---- The wire: Nix's integers and strings -------------------------------------------
+
+Read = Callable[[int], bytes]
+
+
+def integer(number: int) -> bytes:
+    return struct.pack("<Q", number)
+
+
+def string(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogateescape")
+    return integer(len(data)) + data + bytes(-len(data) % 8)
+
+
+def strings(texts: Iterable[str]) -> bytes:
+    encoded = [string(text) for text in texts]
+    return integer(len(encoded)) + b"".join(encoded)
+
+
+def read_integer(read: Read) -> int:
+    return int(struct.unpack("<Q", read(8))[0])
+
+
+def read_string(read: Read) -> str:
+    length = read_integer(read)
+    if length > WIRE_LIMIT_BYTES:
+        raise Error(f"a string of {length} bytes was announced; that cannot be right")
+    padded = read(length + -length % 8)
+    if any(padded[length:]):
+        raise Error("the padding of a string is not zero")
+    return padded[:length].decode("utf-8", "surrogateescape")
+
+
+def read_strings(read: Read) -> list[str]:
+    """A list or set of strings; its count is trusted only as far as strings arrive."""
+    return [read_string(read) for _ in range(read_integer(read))]
+
+
+# ---- The Nix that called us ---------------------------------------------------------
+
+
+class Store(NamedTuple):
+    """Where the local store is.
+
+    directory: as store paths name it; real: as the file system has it (they differ for
+    a chroot store); state: Nix's state directory; remote: the value of NIX_REMOTE that
+    makes a program of the same Nix open this store, or "" for its default.
+    """
+
+    directory: str
+    real: str
+    state: str
+    remote: str
+
+    @classmethod
+    def parse(cls, uri: str, environ: dict[str, str]) -> Store:
+        """Understand the setting `store` of any 2.x: auto, local?root=R, local://, /R."""
+        directory = environ.get("NIX_STORE_DIR") or environ.get("NIX_STORE") or "/nix/store"
+        state = environ.get("NIX_STATE_DIR") or "/nix/var/nix"
+        base, parameters = split_parameters(uri)
+        scheme, _, path = base.partition("://")
+        if base.startswith("/"):
+            parameters.setdefault("root", base)
+        elif scheme == "local" and path.startswith("/"):
+            parameters.setdefault("root", path)
+        root = parameters.get("root", "").rstrip("/")
+        directory = parameters.get("store", directory).rstrip("/")
+        if root:
+            state = root + "/nix/var/nix"
+        real = parameters.get("real", root + directory)
+        remote = "" if uri in ("", "auto") else uri
+        return cls(directory, real, parameters.get("state", state), remote)
+
+    def name(self, path: str) -> str:
+        """The last part of a store path, or an Error if it is not one of this store."""
+        name = path[len(self.directory) + 1 :]
+        if path != f"{self.directory}/{name}" or not STORE_PATH.fullmatch(name):
+            raise Error(f"{path!r} is not a store path in {self.directory}")
+        return name
+
+    def file(self, path: str) -> str:
+        return f"{self.real}/{self.name(path)}"
+
+
+class Nix(NamedTuple):
+    """What the calling Nix said of itself when it started us.
+
+    old: Nix 1.x, whose arguments are turned into the settings they stand for.
+    verbosity: in the caller's own levels; trace: old build traces are wanted.
+    """
+
+    old: bool
+    settings: dict[str, str]
+    environ: dict[str, str]
+    verbosity: int = 0
+    trace: bool = False
+
+    def words(self, setting: str) -> list[str]:
+        return self.settings.get(setting, "").split()
+
+    def number(self, setting: str) -> int:
+        text = self.settings.get(setting, "")
+        return int(text) if text.isdigit() else 0
+
+    def enabled(self, setting: str) -> bool:
+        return self.settings.get(setting) == "true"
+
+    @property
+    def since_2_4(self) -> bool:
+        return "experimental-features" in self.settings
+
+    @property
+    def renders_uris(self) -> bool:
+        """2.24 and newer name a machine by its parsed and rendered URI."""
+        return "nix-shell-always-looks-for-shell-nix" in self.settings
+
+    @property
+    def store(self) -> Store:
+        default = self.environ.get("NIX_REMOTE", "") if self.old else "auto"
+        return Store.parse(self.settings.get("store", default), self.environ)
+
+    @property
+    def slot_directory(self) -> str:
+        default = "/run/nix" if self.old else self.store.state
+        return self.environ.get("NIX_CURRENT_LOAD") or f"{default}/current-load"
+
+
+class Request(NamedTuple):
+    """One question of Nix: may this derivation be built elsewhere?"""
+
+    willing: bool  # a local slot is free
+    system: str
+    derivation: str
+    features: frozenset[str]
+
+
+def might_build_itself(nix: Nix, request: Request) -> bool:
+    """Whether the calling Nix could build this, perhaps later."""
+    if nix.old:  # it does not say how many jobs it may run, nor knows local features
+        return request.system == nix.settings["system"]
+    systems = [nix.settings.get("system", ""), *nix.words("extra-platforms"), "builtin"]
+    return (
+        nix.settings.get("max-jobs") != "0"
+        and request.system in systems
+        and request.features.issubset(nix.words("system-features"))
+    )
+
+
+# ---- Machines -----------------------------------------------------------------------
+
+
+def unquote(text: str) -> str:
+    """Percent-decoding as in URIs, here because urllib costs each start 10 ms."""
+    return re.sub("%([0-9A-Fa-f]{2})", lambda m: chr(int(m[1], 16)), text)
+
+
+def quote(text: str) -> str:
+    """Percent-encoding as Nix 2.24 to 2.35 render the parameters of a store URI."""
+    return re.sub(r"[^0-9A-Za-z\-._~!$'()*,;:@/?]", lambda m: f"%{ord(m[0]):02X}", text)
+
+
+def split_parameters(uri: str) -> tuple[str, dict[str, str]]:
+    base, _, query = uri.partition("?")
+    pairs = [item.partition("=") for item in query.split("&") if item]
+    return base, {name: unquote(value) for name, _, value in pairs}
+
+
+class Machine(NamedTuple):
+    """A builder, as one line of the machines file describes it."""
+
+    where: str  # file:line
+    uri: str  # as it was written
+    scheme: str  # "" for a plain name
+    destination: str  # [user@]host, as ssh takes it
+    port: int  # 0: what ssh finds in its configuration
+    systems: tuple[str, ...]
+    key: str  # private key file, or ""
+    max_jobs: int
+    speed: float
+    supported: frozenset[str]
+    mandatory: frozenset[str]
+    host_key: str  # a line such as "ssh-ed25519 AAAA...", or ""
+    compress: bool
+
+    @classmethod
+    def parse(cls, where: str, text: str, system: str) -> Machine:
+        """One entry; system is what a missing list of systems means.
+
+        Raises BadMachine with `file:line: reason`.
+        """
+        try:
+            return cls.from_fields(where, text.split(), system)
+        except ValueError as error:
+            raise BadMachine(f"{where}: {error}") from None
+
+    @classmethod
+    def from_fields(cls, where: str, fields: list[str], system: str) -> Machine:
+        given = ["" if field == "-" else field for field in fields] + [""] * 8
+        scheme, destination, port, parameters = parse_uri(given[0])
+        key = given[2] or parameters.get("ssh-key", "")
+        if not PLAIN.fullmatch(key):
+            raise ValueError(f"the key's file name {key!r} has characters that cannot "
+                             "be handed on to ssh; rename the file")
+        host_key = given[7] or parameters.get("base64-ssh-public-host-key", "")
+        return cls(
+            where, given[0], scheme, destination, port,
+            systems=tuple(filter(None, given[1].split(","))) or (system,),
+            key=key,
+            max_jobs=parse_whole("maxJobs", given[3]),
+            speed=parse_speed(given[4]),
+            supported=frozenset(filter(None, given[5].split(","))),
+            mandatory=frozenset(filter(None, given[6].split(","))),
+            host_key=parse_host_key(host_key),
+            compress=parameters.get("compress", "false") in ("true", "yes", "1"),
+        )  # fmt: skip
+
+    @property
+    def host(self) -> str:
+        return self.destination.rpartition("@")[2]
+
+    def name(self, nix: Nix) -> str:
+        """What Nix's own hook calls this machine, in messages and in file names."""
+        if nix.old:
+            return self.uri
+        uri = self.uri if self.scheme else f"ssh://{self.uri}"
+        base, parameters = split_parameters(uri)
+        if not nix.renders_uris or not parameters:
+            return uri
+        pairs = (f"{quote(name)}={quote(parameters[name])}" for name in sorted(parameters))
+        return f"{base}?{'&'.join(pairs)}"
+
+    def slot_name(self, nix: Nix) -> str:
+        """The stock hook's name of the slot files, without the number."""
+        name = self.name(nix)
+        if nix.old:
+            name = f"{'+'.join(self.systems)}-{name}"
+        return file_name(name)
+
+
+def file_name(text: str) -> str:
+    name = text.replace("/", "_")
+    if len(name) <= NAME_LIMIT_BYTES:
+        return name
+    import hashlib  # only for such names
+
+    return name[: NAME_LIMIT_BYTES - 33] + "-" + hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def parse_uri(uri: str) -> tuple[str, str, int, dict[str, str]]:
+    """Split into scheme, [user@]host, port and parameters; ValueError says what is wrong."""
+    base, parameters = split_parameters(uri)
+    scheme, separator, authority = base.rpartition("://")
+    if scheme not in ("", "ssh", "ssh-ng") or (separator and not scheme):
+        raise ValueError(f"{uri!r} is not reached by ssh; use ssh://[user@]host[:port]")
+    authority = authority[:-1] if scheme and authority.endswith("/") else authority
+    if "/" in authority or (not scheme and authority in ("auto", "daemon", "local", "")):
+        raise ValueError(f"{uri!r} is not a host; use ssh://[user@]host[:port]")
+    user, at, rest = authority.rpartition("@")
+    if at and not USER.fullmatch(user):
+        raise ValueError(f"{user!r} is not a user name")
+    host, port = parse_host(rest)
+    check_parameters(parameters)
+    if host == "localhost" and not user and not port:
+        raise ValueError("'localhost' is this machine: nix-copy-closure would not use ssh, "
+                         "and builds would wait for themselves; use another host")
+    return scheme, user + at + host, port, parameters
+
+
+def parse_host(text: str) -> tuple[str, int]:
+    """host, host:port, IPv6 with or without brackets, [IPv6]:port."""
+    match = re.fullmatch(r"\[([^\]]*)\](?::(\d+))?|([^:]*):(\d+)|(.*)", text)
+    host = next(filter(None, match.group(1, 3, 5)), "") if match else ""
+    port = int(next(filter(None, match.group(2, 4)), "0")) if match else 0
+    if not HOST.fullmatch(host):
+        raise ValueError(f"{host or text!r} is not a host name")
+    if port > 65535:
+        raise ValueError(f"there is no port {port}")
+    return host.replace("%25", "%"), port
+
+
+def check_parameters(parameters: dict[str, str]) -> None:
+    understood = {"ssh-key", "compress", "base64-ssh-public-host-key"}
+    harmless = {"max-connections", "path-info-cache-size", "priority", "want-mass-query",
+                "system-features", "trusted"}  # fmt: skip
+    for name in parameters:
+        if name not in understood | harmless:
+            raise ValueError(f"the parameter {name!r} is not supported by this hook; "
+                             "remove it, or leave this machine to Nix's own hook")
+
+
+def parse_whole(name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{0,6}", text):
+        raise ValueError(f"{name} is {text!r}, not a whole number")
+    return int(text or 1)
+
+
+def parse_speed(text: str) -> float:
+    """Any non-negative decimal, as from 2.20 on (before, a whole number); 0 counts as 1."""
+    if not re.fullmatch(r"([0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9})?", text):
+        raise ValueError(f"speedFactor is {text!r}, not a number of 0 or more")
+    return float(text or 1) or 1.0
+
+
+def parse_host_key(text: str) -> str:
+    if not text:
+        return ""
+    import binascii
+
+    try:
+        line = binascii.a2b_base64(text.encode()).decode("ascii").strip()
+    except ValueError:
+        line = ""
+    if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+( [ -~]*)?", line):
+        raise ValueError("the host key is not the base64 of a line such as "
+                         "'ssh-ed25519 AAAA...' (base64 -w0 /etc/ssh/ssh_host_ed25519_key.pub)")
+    return line
+
+
+def slips(machine: Machine, fields: list[str]) -> Iterator[str]:
+    """What is allowed but is hardly what was meant."""
+    for system in machine.systems:
+        if not re.fullmatch(r"[a-z0-9_]+(-[a-z0-9_]+)+", system):
+            yield f"system {system!r} will never match; systems look like x86_64-linux"
+    if machine.key and machine.key[0] not in "/~%":
+        yield f"key {machine.key!r} is not an absolute file name"
+    if len(fields) > 8:
+        yield f"{len(fields)} fields, of which only the first 8 mean anything"
+
+
+def expand_builders(text: str, where: str, seen: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """The entries of a `builders` setting or a machines file, each with its file:line."""
+    for number, line in enumerate(text.split("\n"), 1):
+        for entry in line.partition("#")[0].split(";"):
+            entry, place = entry.strip(), f"{where}:{number}"
+            if not entry.startswith("@"):
+                if entry:
+                    yield place, entry
+                continue
+            path = entry[1:].strip()
+            if not path.startswith("/"):
+                raise BadMachine(f"{place}: the machines file {path!r} must be an absolute path")
+            if path in seen:
+                raise BadMachine(f"{place}: {path} includes itself")
+            yield from expand_builders(read_machines_file(path), path, (*seen, path))
+
+
+def read_machines_file(path: str) -> str:
+    """Its text; a missing file is no error and lists no machine, as in every Nix."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise BadMachine(f"{path}:1: cannot be read: {error.strerror}") from None
+
+
+def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
+    """All usable machines in the order written, and a complaint for all that is wrong."""
+    machines, complaints = [], []
+    entries = expand_builders(nix.settings.get("builders", ""), "builders")
+    while True:
+        try:
+            where, text = next(entries)
+            machine = Machine.parse(where, text, nix.settings.get("system", ""))
+            machines.append(machine)
+            complaints += [f"{where}: {slip}" for slip in slips(machine, text.split())]
+        except BadMachine as error:
+            complaints.append(f"{error} (this machine is left out)")
+        except StopIteration:
+            return machines, complaints
+
+
+# ---- Choosing -----------------------------------------------------------------------
+
+
+def unfit(machine: Machine, request: Request, nix: Nix) -> str:
+    """Why a machine can never do this build, or "" if it can."""
+    if request.system not in machine.systems and not (request.system == "builtin" and nix.since_2_4):
+        return f"builds {', '.join(machine.systems)}, not {request.system}"
+    lacking = request.features - machine.supported - machine.mandatory
+    if lacking:
+        return f"lacks the feature {', '.join(sorted(lacking))}"
+    reserved = machine.mandatory - request.features
+    if reserved:
+        return f"is only for builds that require {', '.join(sorted(reserved))}"
+    if machine.max_jobs == 0:
+        return "has maxJobs 0"
+    return ""
+
+
+def rank(machine: Machine, load: int) -> tuple[int, float, int]:
+    """Sorts machines, the best first.
+
+    Load divided by speed factor, rounded to the nearest whole number, half down; then the
+    higher speed factor; then the lower load.  This is the rule of Nix 1.x.  2.0 to 2.19
+    truncate, and from 2.20 nothing is rounded, which sends a second build to an idle slow
+    machine however much faster the first one is.
+    """
+    return -int(-(load / machine.speed - 0.5) // 1), -machine.speed, load
+
+
+# ---- Slots --------------------------------------------------------------------------
+
+
+def open_lock(path: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(path, flags, 0o600)
+
+
+def try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def start_time() -> str:
+    """When this process started, in the kernel's ticks: tells it from a later namesake."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return "-"
+
+
+class Slot(NamedTuple):
+    """A machine's slot, ours for as long as its file is locked.
+
+    The lock belongs to the open file, not to the process: the build's ssh inherits it, so
+    that a slot stays taken while its session lives, and the kernel frees it with the last
+    holder.  While we hold it, the file says who we are; the lock alone decides.
+    """
+
+    machine: Machine
+    path: str
+    descriptor: int
+
+    def note(self, phase: str, derivation: str) -> None:
+        """One line: pid, its start time, now (seconds since 1970), phase, derivation."""
+        line = f"{os.getpid()} {start_time()} {time.time():.0f} {phase} {derivation}\n"
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, line.encode(), 0)
+
+    def free(self) -> None:
+        """Let go, also of the copy that ssh holds."""
+        os.ftruncate(self.descriptor, 0)
+        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+
+class SlotDirectory(NamedTuple):
+    path: str
+
+    @classmethod
+    def make(cls, path: str) -> SlotDirectory:
+        try:
+            os.makedirs(path, 0o700, exist_ok=True)
+        except OSError as error:
+            raise Error(f"cannot make the slot directory {path}: {error.strerror}") from None
+        return cls(path)
+
+    def main_lock(self) -> int:
+        """Wait for the lock that is held while choosing; close it to let go.
+
+        Every holder is choosing, which takes milliseconds, and the kernel frees it with a
+        dead one, so this wait needs no bound.
+        """
+        descriptor = open_lock(f"{self.path}/main-lock")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return descriptor
+
+    def survey(self, machine: Machine, name: str) -> tuple[int, Slot | None]:
+        """The load (slots taken) of a machine, and a free slot, now ours, if there is one."""
+        load, free = 0, None
+        for number in range(machine.max_jobs):
+            path = f"{self.path}/{name}-{number}"
+            descriptor = open_lock(path)
+            if not try_lock(descriptor):
+                load += 1
+            elif free is None:
+                free = Slot(machine, path, descriptor)
+                continue
+            os.close(descriptor)
+        return load, free
+
+    def take(self, machines: list[Machine], nix: Nix) -> Slot | None:
+        """The best machine's free slot, or None if all slots are taken."""
+        lock = self.main_lock()
+        best: tuple[tuple[int, float, int], Slot] | None = None
+        try:
+            for machine in machines:
+                load, slot = self.survey(machine, machine.slot_name(nix))
+                if slot is None:
+                    continue
+                found = (rank(machine, load), slot)
+                if best and best[0] <= found[0]:  # full ties go by the order written
+                    os.close(slot.descriptor)
+                    continue
+                if best:
+                    os.close(best[1].descriptor)
+                best = found
+        finally:
+            os.close(lock)
+        return best[1] if best else None
+
+    def first_time(self, text: str) -> bool:
+        """Whether the Nix that started us has not been told this yet.
+
+        Each build has a hook process of its own, so what was said is remembered in the
+        main lock's file, with the process id of the Nix it was said to.
+        """
+        import zlib
+
+        entry = f"{os.getppid()}-{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
+        lock = self.main_lock()
+        try:
+            said = os.pread(lock, 65536, 0).decode("ascii", "replace").split()
+            if entry in said:
+                return False
+            text = " ".join([*said[-1000:], entry])
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, text.encode(), 0)
+            return True
+        finally:
+            os.close(lock)
+
+
+# ---- Derivations --------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    name: str
+    path: str  # "" if it is not known before the build
+    algorithm: str
+    hash: str
+
+
+class Derivation(NamedTuple):
+    """What a .drv file says, as far as a builder needs it."""
+
+    outputs: tuple[Output, ...]
+    has_input_derivations: bool
+    sources: tuple[str, ...]
+    platform: str
+    builder: str
+    arguments: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Derivation:
+        """Read the one term `Derive(...)`; Error if it is anything else."""
+        if text.startswith("DrvWithVersion("):
+            raise Error("it is a dynamic derivation, which this hook cannot build elsewhere")
+        if not text.startswith("Derive("):
+            raise Error("it does not begin like a derivation")
+        try:
+            outputs, inputs, sources, platform, builder, arguments, environment = parse_term(
+                text[len("Derive") :]
+            )
+            return cls(
+                tuple(Output(*map(expect_string, output)) for output in outputs),
+                bool(inputs),
+                tuple(map(expect_string, sources)),
+                expect_string(platform),
+                expect_string(builder),
+                tuple(map(expect_string, arguments)),
+                tuple((expect_string(k), expect_string(v)) for k, v in environment),
+            )
+        except (TypeError, ValueError):
+            raise Error("it is not a well-formed derivation") from None
+
+    def encode(self, inputs: Iterable[str]) -> bytes:
+        """As BuildDerivation wants it; inputs stand in for what input derivations made."""
+        return b"".join([
+            integer(len(self.outputs)),
+            *(string(field) for output in self.outputs for field in output),
+            strings(inputs if self.has_input_derivations else self.sources),
+            string(self.platform),
+            string(self.builder),
+            strings(self.arguments),
+            integer(len(self.environment)),
+            *(string(field) for pair in self.environment for field in pair),
+        ])  # fmt: skip
+
+
+TERM_TOKEN = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"|([\[(])|([\])])', re.DOTALL)
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+def parse_term(text: str) -> list:  # type: ignore[type-arg]  # nested lists of strings
+    """One list or tuple of strings, lists and tuples; ValueError if it is malformed."""
+    stack: list[list] = [[]]  # type: ignore[type-arg]
+    position, after_value = 0, False
+    while position < len(text):
+        if after_value and text[position] == ",":
+            position, after_value = position + 1, False
+        match = TERM_TOKEN.match(text, position)
+        if not match or (after_value and not match[3]):
+            raise ValueError(position)
+        if match[2]:
+            stack.append([match[2]])
+        elif match[3]:
+            closed = stack.pop()
+            if not stack or closed.pop(0) + match[3] not in ("()", "[]"):
+                raise ValueError(position)
+            stack[-1].append(closed)
+        else:
+            stack[-1].append(re.sub(r"\\(.)", lambda m: ESCAPES.get(m[1], m[1]), match[1], flags=re.DOTALL))
+        position, after_value = match.end(), not match[2]
+    if len(stack) != 1 or len(stack[0]) != 1 or not isinstance(stack[0][0], list):
+        raise ValueError(position)
+    return stack[0][0]
+
+
+def expect_string(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def read_derivation(path: str, store: Store) -> Derivation:
+    """The derivation of that store path; Error names it and says why it cannot be sent."""
+    try:
+        with open(store.file(path), encoding="utf-8", errors="surrogateescape", newline="") as file:
+            derivation = Derivation.parse(file.read())
+    except OSError as error:
+        raise Error(f"cannot read {path}: {error.strerror}") from None
+    except Error as error:
+        raise Error(f"cannot send {path} to another machine: {error}") from None
+    for output in derivation.outputs:
+        if not output.path:
+            raise Error(
+                f"cannot send {path} to another machine: the path of its output "
+                f"'{output.name}' is not known before the build (content-addressed, impure "
+                "or dynamic)"
+            )
+        store.name(output.path)
+    return derivation
+
+
+# ---- Talking with Nix ---------------------------------------------------------------
+
+ERROR, WARN, INFO, TALKATIVE, DEBUG = range(5)
+
+
+class Talk:
+    """Replies and messages to Nix, on descriptor 2, in the dialect it speaks."""
+
+    def __init__(self, nix: Nix) -> None:
+        self.old = nix.old
+        self.debug = "NIX_DEBUG_HOOK" in nix.environ
+        # The levels' numbers: 2.4 inserted notice, 2.3 warn; 1.x filters nothing for us.
+        if nix.since_2_4:
+            self.levels = (0, 1, 3, 4, 6)
+        elif "trace-function-calls" in nix.settings:
+            self.levels = (0, 1, 2, 3, 5)
+        else:
+            self.levels = (0, 0, 1, 2, 4)
+
+    def write(self, line: str) -> None:
+        data = line.encode("utf-8", "replace") + b"\n"
+        while data:
+            try:
+                data = data[os.write(2, data) :]
+            except BrokenPipeError:
+                raise NixGone("Nix has gone") from None
+
+    def say(self, level: int, text: str) -> None:
+        """Show a message of one or more lines, if the user wants that level.
+
+        2.x drops plain lines once a build is accepted, so for it all are @nix lines.
+        """
+        if self.debug and level == DEBUG:
+            level = ERROR
+        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", text)
+        if not self.old:
+            import json
+
+            message = {"action": "msg", "level": self.levels[level], "msg": text}
+            self.write("@nix " + json.dumps(message))
+        elif level <= INFO:
+            for line in text.splitlines():
+                self.write(f" {line}" if line[:2] in ("# ", "@ ") else line)
+
+    def relay(self, line: str) -> None:
+        """One line that a program of the calling Nix wrote to its stderr."""
+        if line.startswith("@nix ") and not self.old:
+            self.write(line)
+        elif line.strip():
+            self.say(INFO, line)
+
+    def reply(self, word: str, name: str = "") -> None:
+        """`# accept` and so on; new Nix waits for a name right after an accept."""
+        self.write(f"# {word}")
+        if word == "accept" and not self.old:
+            self.write(name)
+
+
+def nix_has_gone(timeout_s: float = 0) -> bool:
+    poll = select.poll()
+    poll.register(2, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(timeout_s * 1000))
+
+
+def wait_readable(descriptors: Iterable[int], timeout_s: float | None) -> set[int]:
+    """Those that have something to read (or have ended); NixGone if Nix ends meanwhile."""
+    poll = select.poll()
+    poll.register(2, 0)
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    events = poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+    ready = {descriptor for descriptor, event in events if descriptor != 2}
+    if not ready and any(event & select.POLLERR for _, event in events):
+        raise NixGone("Nix has gone")
+    return ready
+
+
+# ---- Programs -----------------------------------------------------------------------
+
+PROFILES = ("/run/current-system/sw/bin", "/nix/var/nix/profiles/default/bin",
+            "~/.nix-profile/bin", "/usr/local/bin", "/opt/homebrew/bin", "/usr/bin",
+            "/bin")  # fmt: skip
+
+
+def nix_directories(environ: dict[str, str]) -> Iterator[str]:
+    """Where the programs of the Nix that called us are, the surest place first.
+
+    Their flags and their way with locks differ between versions, so those on PATH, which
+    may be another version's, come only after our own prefix and the caller's directory.
+    """
+    directory = os.path.dirname(os.path.abspath(__file__))
+    if directory.endswith("/libexec/nix"):
+        yield directory[: -len("libexec/nix")] + "bin"
+    try:
+        yield os.path.dirname(os.readlink(f"/proc/{os.getppid()}/exe"))
+    except OSError:  # no /proc, or no right to look
+        pass
+    yield from program_directories(environ)
+
+
+def program_directories(environ: dict[str, str]) -> Iterator[str]:
+    yield from filter(None, environ.get("PATH", "").split(":"))
+    yield from map(os.path.expanduser, PROFILES)
+
+
+def find_program(name: str, directories: Iterable[str]) -> str:
+    looked = []
+    for directory in directories:
+        path = f"{directory}/{name}"
+        if os.access(path, os.X_OK) and os.path.isfile(path):
+            return path
+        looked.append(directory)
+    raise Error(f"cannot find the program {name}; looked in {', '.join(dict.fromkeys(looked))}")
+
+
+def child_environ(nix: Nix, **more: str) -> dict[str, str]:
+    """For ssh and Nix's programs: nobody is there to answer a prompt."""
+    environ = {k: v for k, v in nix.environ.items() if k not in ("DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS")}
+    return {**environ, **more}
+
+
+# ---- The builder: ssh and nix-store --serve -----------------------------------------
+
+
+def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
+    """For our sessions and, in NIX_SSHOPTS, for nix-copy-closure's.
+
+    ssh takes the first value it meets, from the command line before its files: these
+    switch off what a user's ssh_config may set and would spoil a session.  Nothing here
+    may hold a space or a shell's character, see PLAIN.
+    """
+    options = [
+        "-x", "-a",
+        "-oIgnoreUnknown=StdinNull,ForkAfterAuthentication",  # both only since OpenSSH 8.7
+        "-oStdinNull=no", "-oForkAfterAuthentication=no",
+        "-oRemoteCommand=none", "-oRequestTTY=no", "-oClearAllForwardings=yes",
+        "-oLogLevel=ERROR", "-oControlMaster=no", "-oControlPath=none",
+    ]  # fmt: skip
+    if machine.port:
+        options.append(f"-oPort={machine.port}")
+    if machine.key:
+        options += ["-i", machine.key]
+    if machine.compress:
+        options.append("-oCompression=yes")
+    if known_hosts:
+        options += ["-oStrictHostKeyChecking=yes", f"-oUserKnownHostsFile={known_hosts}",
+                    "-oGlobalKnownHostsFile=/dev/null", "-oCheckHostIP=no"]  # fmt: skip
+    if alias(machine) != machine.destination:
+        options.append(f"-oHostName={machine.host}")
+    return options
+
+
+def ssh_defaults() -> list[str]:
+    """Come after the user's NIX_SSHOPTS, so that those win."""
+    return ["-oBatchMode=yes", f"-oConnectTimeout={CONNECT_TIMEOUT_S}",
+            f"-oServerAliveInterval={ALIVE_INTERVAL_S}",
+            f"-oServerAliveCountMax={ALIVE_COUNT_MAX}"]  # fmt: skip
+
+
+def user_ssh_options(environ: dict[str, str]) -> list[str]:
+    """NIX_SSHOPTS as our own ssh gets it: words, quoted as for a shell where need be."""
+    text = environ.get("NIX_SSHOPTS", "")
+    if not re.search(r"['\"\\]", text):
+        return text.split()
+    import shlex
+
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise Error(f"NIX_SSHOPTS cannot be read: {error}: {text}") from None
+
+
+def alias(machine: Machine) -> str:
+    """[user@]host for ssh and nix-copy-closure alike, with -oHostName for the true one.
+
+    nix-copy-closure wants IPv6 bare (2.3) or in brackets (2.34), and runs its command here
+    instead of over ssh for the name `localhost`.
+    """
+    if ":" not in machine.host and machine.destination != "localhost":
+        return machine.destination
+    user, at, host = machine.destination.rpartition("@")
+    return user + at + "builder-" + re.sub("[^0-9A-Za-z]", "-", host)
+
+
+def private_directory(wanted: str) -> str:
+    """A directory only we can write, for files ssh reads: wanted, or one in /tmp if its
+    name could not be handed on to ssh."""
+    path = wanted if PLAIN.fullmatch(wanted) else f"/tmp/nix-build-remote-{os.geteuid()}"
+    os.makedirs(path, 0o700, exist_ok=True)
+    info = os.lstat(path)
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+        raise Error(f"{path} is not a directory that only we can write; remove it")
+    return path
+
+
+def pin_host_key(machine: Machine, slots: SlotDirectory) -> str:
+    """A known_hosts file that knows just this machine's key; "" if none is pinned."""
+    if not machine.host_key:
+        return ""
+    import zlib
+
+    directory = private_directory(f"{slots.path}/ssh")
+    path = f"{directory}/known_hosts-{zlib.crc32(machine.host_key.encode()):08x}"
+    temporary = f"{path}.{os.getpid()}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with open(descriptor, "w", encoding="ascii") as file:
+        file.write(f"* {machine.host_key}\n")
+    os.rename(temporary, path)
+    return path
+
+
+class Link(NamedTuple):
+    """How to reach one machine: everything a command line to it needs."""
+
+    machine: Machine
+    name: str  # in messages
+    ssh: str
+    options: list[str]
+    environ: dict[str, str]  # also for nix-copy-closure
+
+    @classmethod
+    def make(cls, machine: Machine, nix: Nix, slots: SlotDirectory) -> Link:
+        ssh = find_program("ssh", program_directories(nix.environ))
+        own = ssh_options(machine, pin_host_key(machine, slots))
+        options = own + user_ssh_options(nix.environ) + ssh_defaults()
+        text = " ".join([*own, *nix.environ.get("NIX_SSHOPTS", "").split(), *ssh_defaults()])
+        path = f"{os.path.dirname(ssh)}:{nix.environ.get('PATH', '')}".rstrip(":")
+        environ = child_environ(nix, NIX_SSHOPTS=text, PATH=path)
+        return cls(machine, machine.name(nix), ssh, options, environ)
+
+    def command(self, *remote: str) -> list[str]:
+        options = [*self.options, "-T", "-oPermitLocalCommand=no"]
+        return [self.ssh, *options, "--", alias(self.machine), *remote]
+
+
+class Session:
+    """One `nix-store --serve --write` on a builder.
+
+    It stays open from the first question to the last output, because what it was asked
+    about with the lock flag, and what it built, is safe there from the builder's garbage
+    collector for just that long.  Its stderr carries ssh's own words until the greeting,
+    then the log of the build.
+    """
+
+    def __init__(self, link: Link, slot: Slot) -> None:
+        self.link = link
+        self.version = 0
+        self.tail = b""  # of stderr
+        self.inbox = bytearray()
+        self.process = subprocess.Popen(
+            link.command("nix-store", "--serve", "--write"),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            bufsize=0, env=link.environ, pass_fds=(slot.descriptor,),
+        )  # fmt: skip
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.stdin = self.process.stdin.fileno()
+        self.stdout = self.process.stdout.fileno()
+        self.stderr = self.process.stderr.fileno()
+        os.set_blocking(self.stdin, False)
+
+    def greet(self) -> None:
+        """Exchange versions; Unreachable, with ssh's own words, if that fails."""
+        deadline = time.monotonic() + GREETING_TIMEOUT_S
+        try:
+            self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
+            magic = self.read(8, deadline)
+            if magic != integer(SERVE_REPLY):
+                raise SessionLost(f"unexpected output before nix-store's own: {magic!r} "
+                                  "(does a start-up file of the login shell print?)")
+            self.version = min(SERVE_VERSION, read_integer(lambda n: self.read(n, deadline)))
+        except SessionLost as error:
+            raise Unreachable(f"cannot build on '{self.link.name}': {error}") from None
+        if self.version < 0x200:
+            raise Unreachable(f"cannot build on '{self.link.name}': its Nix is too old "
+                              f"(serve protocol {self.version >> 8}.{self.version & 255})")
+        self.tail = b""
+
+    def pump(self, descriptors: set[int]) -> None:
+        """Take in what has arrived on stdout and stderr."""
+        if self.stderr in descriptors:
+            data = os.read(self.stderr, 65536)
+            if data and self.version:
+                write_log(data)
+            self.tail = (self.tail + data)[-TAIL_BYTES:]
+            if not data:
+                self.stderr = -1
+        if self.stdout in descriptors:
+            data = os.read(self.stdout, 65536)
+            if not data:
+                raise SessionLost(self.last_words())
+            self.inbox += data
+
+    def sources(self) -> list[int]:
+        return [self.stdout] + [self.stderr] * (self.stderr >= 0)
+
+    def read(self, count: int, deadline: float | None = None) -> bytes:
+        while len(self.inbox) < count:
+            left = None if deadline is None else deadline - time.monotonic()
+            ready = wait_readable(self.sources(), left)
+            if not ready and left is not None and left <= 0:
+                raise SessionLost(f"no answer within {GREETING_TIMEOUT_S} s")
+            self.pump(ready)
+        data = bytes(self.inbox[:count])
+        del self.inbox[:count]
+        return data
+
+    def write(self, data: bytes) -> None:
+        """Send all of it, still relaying what arrives."""
+        view = memoryview(data)
+        poll = select.poll()
+        poll.register(self.stdin, select.POLLOUT)
+        while view:
+            try:
+                view = view[os.write(self.stdin, view[:65536]) :]
+            except BlockingIOError:
+                poll.poll(100)
+                self.pump(wait_readable(self.sources(), 0))
+            except BrokenPipeError:
+                self.drain()
+                raise SessionLost(self.last_words()) from None
+
+    def drain(self) -> None:
+        """Relay stderr to its end, or until nothing comes for a while."""
+        while self.stderr >= 0:
+            ready = wait_readable([self.stderr], DRAIN_TIMEOUT_S)
+            if not ready:
+                return
+            self.pump(ready)
+
+    def last_words(self) -> str:
+        self.drain()
+        try:
+            status = f"ssh ended with status {self.process.wait(DRAIN_TIMEOUT_S)}"
+        except subprocess.TimeoutExpired:
+            status = "the session ended"
+        words = self.tail.decode("utf-8", "replace").strip()
+        return f"{status}: {words}" if words else status
+
+    def finish(self) -> None:
+        """End it in peace, so that the last of the log arrives."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.drain()
+
+    def cancel(self) -> None:
+        """End it at once: when its ssh ends, the builder cancels the build."""
+        self.process.kill()
+        self.process.wait()
+
+    def query_valid(self, paths: list[str], substitute: bool) -> set[str]:
+        """Which of the paths the builder has; it keeps them until the session ends."""
+        if not paths:
+            return set()
+        flags = integer(1) + integer(int(substitute))
+        self.write(integer(QUERY_VALID_PATHS) + flags + strings(paths))
+        return set(read_strings(self.read))
+
+    def options(self, nix: Nix) -> bytes:
+        numbers = [nix.number("max-silent-time"), nix.number("timeout")]
+        if self.version >= 0x202:
+            numbers.append(nix.number("max-build-log-size"))
+        if self.version >= 0x203:
+            numbers += [0, 0]  # repeats, enforce determinism: gone from newer Nix
+        if self.version >= 0x207:
+            numbers.append(int(nix.enabled("keep-failed")))
+        return b"".join(map(integer, numbers))
+
+    def build_derivation(self, path: str, derivation: bytes, nix: Nix) -> tuple[int, str]:
+        """Status (see BUILT and its like) and message."""
+        self.write(integer(BUILD_DERIVATION) + string(path) + derivation + self.options(nix))
+        status, message = read_integer(self.read), read_string(self.read)
+        if self.version >= 0x203:
+            self.read(4 * 8)  # times built, non-deterministic, start, stop
+        if self.version >= 0x206:
+            for _ in range(2 * read_integer(self.read)):
+                read_string(self.read)
+        return status, message
+
+    def build_paths(self, path: str, nix: Nix) -> tuple[int, str]:
+        """0, or an exit status (see exit_for_mask) and a message."""
+        self.write(integer(BUILD_PATHS) + strings([path]) + self.options(nix))
+        status = read_integer(self.read)
+        return status, read_string(self.read) if status else ""
+
+
+def write_log(data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(4, data) :]
+        except BrokenPipeError:
+            raise NixGone("Nix has gone") from None
+
+
+def wait_for_log_reader() -> None:
+    """Until Nix has read the whole log: it drops what is unread when we exit."""
+    unread, deadline = -1, time.monotonic() + DRAIN_TIMEOUT_S
+    while time.monotonic() < deadline and not nix_has_gone():
+        try:
+            count = struct.unpack("i", fcntl.ioctl(4, 0x541B if sys.platform == "linux" else 0x4004667F, b"\0" * 4))[0]
+        except OSError:  # not a pipe
+            return
+        if count == 0:
+            return
+        if count != unread:
+            unread, deadline = count, time.monotonic() + DRAIN_TIMEOUT_S
+        time.sleep(0.002)
+
+
+# ---- Copying ------------------------------------------------------------------------
+
+
+class Copier(NamedTuple):
+    """nix-copy-closure of the calling Nix, for one builder."""
+
+    program: str
+    version: tuple[int, ...]  # (2, 34, 8)
+    nix: Nix
+    talk: Talk
+    session: Session
+
+    @classmethod
+    def find(cls, nix: Nix, talk: Talk, session: Session) -> Copier:
+        program = find_program("nix-copy-closure", nix_directories(nix.environ))
+        return cls(program, program_version(program), nix, talk, session)
+
+    def arguments(self, *flags: str) -> list[str]:
+        """Those before the paths.  Settings go as --option, which every 2.x understands
+        (NIX_CONFIG only from 2.4), and only to the Nix that named them."""
+        settings = [
+            word
+            for name in PASSED_SETTINGS
+            if name in self.nix.settings
+            for word in ("--option", name, self.nix.settings[name])
+        ]
+        json = ["--log-format", "internal-json"] if self.nix.since_2_4 else []
+        return [self.program, *settings, *json, *flags, alias(self.session.link.machine)]
+
+    def run(self, command: list[str], **environ: str) -> None:
+        """Run it to its end, relaying what it says and the session's stderr."""
+        store = self.nix.store.remote
+        environ.update({"NIX_REMOTE": store} if store else {})
+        env = {**self.session.link.environ, **environ}
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, bufsize=0,
+        )  # fmt: skip
+        try:
+            last = self.relay(process)
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if status:
+            raise Error(f"nix-copy-closure ended with status {status}{last and ': ' + last}")
+
+    def relay(self, process: subprocess.Popen[bytes]) -> str:
+        """Pass its stderr on to Nix, line by line; returns the last error it reported."""
+        assert process.stderr
+        stderr, rest, last = process.stderr.fileno(), b"", ""
+        while True:
+            ready = wait_readable([stderr, *self.session.sources()], None)
+            self.session.pump(ready - {stderr})
+            if stderr not in ready:
+                continue
+            data = os.read(stderr, 65536)
+            *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
+            for line in lines:
+                text = line.decode("utf-8", "replace")
+                self.talk.relay(text)
+                last = error_text(text) or last
+            if not data:
+                return last
+
+    def send(self, paths: list[str], substitute: bool) -> None:
+        flags = ["--to"] + ["--use-substitutes"] * substitute
+        for batch in batches(paths):
+            self.run([*self.arguments(*flags), *batch])
+
+    def fetch(self, paths: list[str], held: OutputLocks) -> None:
+        """Bring outputs into the local store, past the locks that Nix holds on them."""
+        environ = {}
+        if self.version < (2, 29):
+            environ["NIX_HELD_LOCKS"] = " ".join(paths)
+        else:
+            held.retire(paths)
+        for batch in batches(paths):
+            self.run([*self.arguments("--from"), *batch], **environ)
+
+
+# What matters to a program that reads or writes the local store.  The user's group must
+# go along, since opening the store as root looks it up and changes the store's owner.
+PASSED_SETTINGS = (
+    "build-users-group", "experimental-features", "auto-optimise-store", "fsync-metadata",
+    "fsync-store-paths", "sync-before-registering", "use-sqlite-wal", "use-case-hack",
+    "allow-symlinked-store", "ignored-acls", "min-free", "max-free",
+)  # fmt: skip
+
+
+def program_version(program: str) -> tuple[int, ...]:
+    """(2, 26, 3) for `nix-copy-closure (Nix) 2.26.3`.
+
+    Lix counts on from Nix 2.18, whose locks it has; Nix 1.x, a Perl script there, has no
+    --version.
+    """
+    result = subprocess.run([program, "--version"], stdin=subprocess.DEVNULL, check=False,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    text = result.stdout.decode("utf-8", "replace")
+    match = re.search(r"([0-9]+(?:\.[0-9]+)+)[^ ]*\s*$", text)
+    if not match:
+        return (1, 11)
+    return (2, 18) if "Lix" in text else tuple(map(int, match[1].split(".")))
+
+
+def error_text(line: str) -> str:
+    """The error in a line of nix-copy-closure's stderr, of either format, or ""."""
+    if line.startswith("@nix ") and '"level":0' in line:
+        import json
+
+        try:
+            line = str(json.loads(line[5:]).get("raw_msg") or json.loads(line[5:]).get("msg", ""))
+        except (ValueError, AttributeError):
+            return ""
+        return " ".join(line.split())
+    return line if line.startswith("error:") else ""
+
+
+def batches(paths: list[str]) -> Iterator[list[str]]:
+    """Cut into lists that fit on a command line."""
+    batch: list[str] = []
+    size = 0
+    for path in paths:
+        if batch and size + len(path) > COPY_BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(path)
+        size += len(path) + 1
+    if batch:
+        yield batch
+
+
+class OutputLocks:
+    """The locks on the outputs, which the Nix that started us holds while we run.
+
+    Importing an output takes the same lock.  Up to 2.28 the importing program skips those
+    that NIX_HELD_LOCKS names.  From 2.29 we retire them as their holder may: unlink the
+    lock's file and then write into it, so that whoever gets the old lock sees that it is
+    stale and opens a fresh one.  That is sound only while the holder lives, only for the
+    very file it held when we accepted, and only once: afterwards the fresh lock may be
+    another's.
+    """
+
+    def __init__(self, store: Store, outputs: Iterable[str]) -> None:
+        self.parent = os.getppid()
+        self.seen = {path: self.identity(f"{store.file(path)}.lock") for path in outputs}
+        self.store = store
+
+    @staticmethod
+    def identity(path: str) -> tuple[int, int] | None:
+        try:
+            info = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        return info.st_dev, info.st_ino
+
+    def retire(self, outputs: Iterable[str]) -> None:
+        for output in outputs:
+            expected = self.seen.pop(output, None)
+            if os.getppid() != self.parent or nix_has_gone():
+                raise NixGone("Nix has gone")
+            if expected:
+                self.retire_file(f"{self.store.file(output)}.lock", expected)
+
+    @staticmethod
+    def retire_file(path: str, expected: tuple[int, int]) -> None:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        try:
+            info = os.fstat(descriptor)
+            if (info.st_dev, info.st_ino) == expected:
+                os.unlink(path)
+                os.write(descriptor, b"d")
+        finally:
+            os.close(descriptor)
+
+
+# ---- One build, from accept to outputs ----------------------------------------------
+
+
+class Build:
+    """An accepted build and all that belongs to it."""
+
+    def __init__(self, nix: Nix, talk: Talk, request: Request, derivation: Derivation) -> None:
+        self.nix, self.talk = nix, talk
+        self.path, self.derivation = request.derivation, derivation
+        self.inputs: list[str] = []
+        self.missing: list[str] = []
+        self.locks = OutputLocks(nix.store, [])
+
+    def understand(self, inputs: list[str], outputs: list[str]) -> None:
+        """Take the two lists that follow an accept; outputs come as names or as paths."""
+        by_name = {output.name: output.path for output in self.derivation.outputs}
+        self.missing = [by_name.get(output, output) for output in outputs]
+        for path in (*inputs, *self.missing):
+            self.nix.store.name(path)
+        if not set(self.missing) <= set(by_name.values()):
+            raise Error(f"{self.path} has no output {', '.join(outputs)}")
+        self.inputs = inputs
+        self.locks = OutputLocks(self.nix.store, self.missing)
+
+    def trace(self, event: str, machine: str) -> None:
+        if self.nix.trace:
+            self.talk.write(f"@ {event} {self.path} {machine}")
+
+
+def offload(build: Build, slots: SlotDirectory, slot: Slot, session: Session) -> None:
+    """Send the inputs, build, bring the outputs in; raises what went wrong."""
+    name = session.link.name
+    copier = Copier.find(build.nix, build.talk, session)
+    build.trace("build-remote", name)
+    slot.note("sending", build.path)
+    try:
+        send_inputs(build, copier, slots)
+        slot.note("building", build.path)
+        build.trace("build-remote-start", name)
+        if build.nix.old:
+            build.talk.say(INFO, f"building '{build.path}' on '{name}'")
+        session = run_build(build, copier, slots, slot)
+        build.trace("build-remote-done", name)
+        slot.free()
+        copier = copier._replace(session=session)
+        fetch_outputs(build, copier)
+        session.finish()
+    except BaseException:
+        slot.free()
+        raise
+    finally:
+        session.cancel()
+
+
+def send_inputs(build: Build, copier: Copier, slots: SlotDirectory) -> None:
+    """Make the builder have, and keep, all inputs.
+
+    Asking locks what is there.  The upload lock is taken only if something must be sent,
+    and never while the builder substitutes; whoever had it before us may have sent the
+    same, so we ask again.
+    """
+    session, substitute = copier.session, build.nix.enabled("builders-use-substitutes")
+    lacking = set(build.inputs) - session.query_valid(build.inputs, substitute)
+    if not lacking:
+        return
+    lock = upload_lock(slots, session.link, build)
+    try:
+        lacking -= session.query_valid(sorted(lacking), False)
+        copy_to(copier, sorted(lacking), substitute)
+    finally:
+        os.close(lock)
+    lacking -= session.query_valid(sorted(lacking), False)
+    if lacking:
+        raise Error(f"'{session.link.name}' still lacks {min(lacking)} after it was sent")
+
+
+def copy_to(copier: Copier, paths: list[str], substitute: bool) -> None:
+    try:
+        copier.send(paths, substitute)
+    except Error as error:
+        if isinstance(error, NixGone):
+            raise
+        raise Error(f"cannot send {len(paths)} paths to '{copier.session.link.name}': {error}") from None
+
+
+def upload_lock(slots: SlotDirectory, link: Link, build: Build) -> int:
+    """One sender at a time for each machine, so that all do not send the same."""
+    path = f"{slots.path}/{file_name(link.name)}.upload-lock"
+    descriptor = open_lock(path)
+    deadline = time.monotonic() + UPLOAD_LOCK_TIMEOUT_S
+    while not try_lock(descriptor):
+        wait_readable([], LOCK_POLL_S)
+        if time.monotonic() > deadline:
+            build.talk.say(WARN, f"somebody has held {path} for {UPLOAD_LOCK_TIMEOUT_S} s; going on without it")
+            break
+    return descriptor
+
+
+def run_build(build: Build, copier: Copier, slots: SlotDirectory, slot: Slot) -> Session:
+    """Build on the builder; returns the session that now keeps the outputs there."""
+    session = copier.session
+    if session.version >= 0x201:
+        try:
+            derivation = build.derivation.encode(build.inputs)
+            status, message = session.build_derivation(build.path, derivation, build.nix)
+        except SessionLost:
+            if b"you are not privileged" not in session.tail:
+                raise
+            build.talk.say(TALKATIVE, f"'{session.link.name}' does not trust its user to build a bare "
+                           "derivation; sending the derivation's closure")  # fmt: skip
+            session = reconnect(copier, slot, build, slots)
+        else:
+            judge(build, session, status, message)
+            return session
+    return build_closure(build, copier._replace(session=session), slots)
+
+
+def reconnect(copier: Copier, slot: Slot, build: Build, slots: SlotDirectory) -> Session:
+    """A new session whose inputs are kept alive again."""
+    session = Session(copier.session.link, slot)
+    try:
+        session.greet()
+        send_inputs(build, copier._replace(session=session), slots)
+    except BaseException:
+        session.cancel()
+        raise
+    return session
+
+
+def build_closure(build: Build, copier: Copier, slots: SlotDirectory) -> Session:
+    """Build as a user may whom the builder does not trust, or on a builder before 1.10."""
+    session = copier.session
+    try:
+        lock = upload_lock(slots, session.link, build)
+        try:
+            copy_to(copier, [build.path], False)
+        finally:
+            os.close(lock)
+        status, message = session.build_paths(build.path, build.nix)
+        if status:
+            fail(build, session, exit_for_mask(status), message)
+    except BaseException:
+        session.cancel()
+        raise
+    return session
+
+
+def exit_for_mask(status: int) -> int:
+    """BuildPaths answers with nix-build's exit status, a mask from 100 up: 1 is a timeout,
+    2 a hash mismatch, 8 non-determinism."""
+    if status < 100:
+        return 1
+    return 101 if status & 1 else 100
+
+
+def judge(build: Build, session: Session, status: int, message: str) -> None:
+    """Raise what the status of BuildDerivation means, if it is not a success."""
+    if status in BUILT:
+        return
+    fail(build, session, {TIMED_OUT: 101, MISC: 1}.get(status, 100), message)
+
+
+def fail(build: Build, session: Session, status: int, message: str) -> NoReturn:
+    session.finish()
+    text = f"build of '{build.path}' on '{session.link.name}' failed: {message or 'see its log'}"
+    raise {100: BuildFailed, 101: BuildTimedOut}.get(status, Error)(text)
+
+
+def fetch_outputs(build: Build, copier: Copier) -> None:
+    try:
+        copier.fetch(build.missing, build.locks)
+    except NixGone:
+        raise
+    except Error as error:
+        raise Error(f"cannot bring the outputs of '{build.path}' from '{copier.session.link.name}': {error}") from None
+
+
+# ---- The conversation ---------------------------------------------------------------
+
+
+def read_stdin(count: int) -> bytes:
+    data = sys.stdin.buffer.read(count)
+    if len(data) != count:
+        raise EOFError
+    return data
+
+
+def is_old_call(arguments: list[str]) -> bool:
+    """Nix 1.x: localSystem maxSilentTime printBuildTrace [buildTimeout]."""
+    return (
+        len(arguments) in (3, 4)
+        and not arguments[0].isdigit()
+        and not arguments[0].startswith("-")
+        and all(argument.isdigit() for argument in arguments[1:])
+    )
+
+
+def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
+    system, max_silent_time, trace, timeout = [*arguments, "0"][:4]
+    machines = environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
+    settings = {
+        "system": system,
+        "max-silent-time": max_silent_time,
+        "timeout": timeout,
+        "builders": f"@{machines}",
+    }
+    return Nix(True, settings, environ, trace=trace != "0")
+
+
+def new_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
+    """Read the settings that Nix 2.x sends first; the last argument is its verbosity."""
+    settings = {}
+    while read_integer(read_stdin):
+        name = read_string(read_stdin)
+        settings[name] = read_string(read_stdin)
+    return Nix(False, settings, environ, verbosity=int(arguments[-1]))
+
+
+def requests(nix: Nix) -> Iterator[Request]:
+    """One at a time, until Nix has no more."""
+    while True:
+        request = read_old_request() if nix.old else read_new_request()
+        if request is None:
+            return
+        yield request
+
+
+def read_old_request() -> Request | None:
+    line = sys.stdin.buffer.readline(WIRE_LIMIT_BYTES).decode("utf-8", "surrogateescape")
+    if not line:
+        return None
+    words = line.split()
+    if len(words) not in (3, 4):
+        raise Error(f"cannot understand Nix's request {line!r}")
+    features = words[3].split(",") if len(words) == 4 else []
+    return Request(words[0] == "1", words[1], words[2], frozenset(filter(None, features)))
+
+
+def read_new_request() -> Request | None:
+    try:
+        if read_string(read_stdin) != "try":
+            return None
+        willing = read_integer(read_stdin) != 0
+        system, derivation = read_string(read_stdin), read_string(read_stdin)
+        return Request(willing, system, derivation, frozenset(read_strings(read_stdin)))
+    except EOFError:
+        return None
+
+
+def read_lists(nix: Nix) -> tuple[list[str], list[str]]:
+    """The inputs and the missing outputs, which Nix sends after an accept."""
+    if not nix.old:
+        return read_strings(read_stdin), read_strings(read_stdin)
+    lines = [sys.stdin.buffer.readline(WIRE_LIMIT_BYTES).decode() for _ in range(2)]
+    if not lines[1].endswith("\n"):
+        raise EOFError
+    return lines[0].split(), lines[1].split()
+
+
+# ---- The hook -----------------------------------------------------------------------
+
+
+class Accepted(NamedTuple):
+    build: Build
+    slot: Slot
+    session: Session
+
+
+class Hook:
+    """Answers Nix's requests until it accepts one, then performs that build."""
+
+    def __init__(self, nix: Nix) -> None:
+        self.nix = nix
+        self.talk = Talk(nix)
+        self.unreachable: set[Machine] = set()
+        self.machines: list[Machine] = []
+        self.slots = SlotDirectory(nix.slot_directory)
+
+    def prepare(self) -> None:
+        """Read the machines; complain of bad lines once for each Nix process."""
+        self.machines, complaints = load_machines(self.nix)
+        if self.machines:
+            self.slots = SlotDirectory.make(self.nix.slot_directory)
+        for complaint in complaints:
+            if not self.machines or self.slots.first_time(complaint):
+                self.talk.say(WARN, complaint)
+
+    def serve(self) -> int:
+        accepted = None
+        for request in requests(self.nix):
+            accepted = self.answer(request)
+            if accepted:
+                break
+        if not accepted:
+            return 0
+        build, slot, session = accepted
+        try:
+            build.understand(*read_lists(self.nix))
+            offload(build, self.slots, slot, session)
+        finally:
+            session.cancel()
+        return 0
+
+    def answer(self, request: Request) -> Accepted | None:
+        """Reply to one request, whatever happens: without a reply Nix 2.x would give up
+        everything it builds."""
+        try:
+            if not self.machines:
+                self.prepare()
+            accepted = self.consider(request)
+        except (NixGone, Terminated):
+            raise
+        except Error as error:
+            self.talk.say(ERROR, str(error))
+        except Exception:
+            import traceback
+
+            self.talk.say(ERROR, "nix_build_remote.py: a bug, please report it:\n" + traceback.format_exc())
+        else:
+            return accepted
+        self.talk.reply("decline")
+        return None
+
+    def consider(self, request: Request) -> Accepted | None:
+        """Find a machine and connect to it; reply; returns what was accepted, if anything."""
+        if not self.machines:
+            self.talk.reply("decline" if self.nix.old else "decline-permanently")
+            return None
+        fit = self.eligible(request)
+        derivation = read_derivation(request.derivation, self.nix.store) if fit else None
+        while derivation and fit:
+            slot = self.slots.take(fit, self.nix)
+            if slot is None:
+                can_now = request.willing and might_build_itself(self.nix, request)
+                self.talk.reply("decline" if can_now else "postpone")
+                return None
+            session = self.connect(slot, request)
+            if session:
+                build = Build(self.nix, self.talk, request, derivation)
+                self.talk.reply("accept", session.link.name)
+                return Accepted(build, slot, session)
+            fit.remove(slot.machine)
+        self.talk.reply("decline")
+        return None
+
+    def connect(self, slot: Slot, request: Request) -> Session | None:
+        """A greeted session over that slot; without one the slot is free again."""
+        slot.note("connecting", request.derivation)
+        session = None
+        try:
+            session = Session(Link.make(slot.machine, self.nix, self.slots), slot)
+            session.greet()
+            return session
+        except BaseException as error:
+            if session:
+                session.cancel()
+            slot.free()
+            os.close(slot.descriptor)
+            if not isinstance(error, Unreachable):
+                raise
+            self.talk.say(ERROR, str(error))
+            self.unreachable.add(slot.machine)
+            return None
+
+    def eligible(self, request: Request) -> list[Machine]:
+        """The machines that can do it; says why if none can and Nix cannot either."""
+        reasons, fit = [], []
+        for machine in self.machines:
+            reason = unfit(machine, request, self.nix)
+            if machine in self.unreachable:
+                reason = reason or "could not be reached"
+            if reason:
+                reasons.append(f"'{machine.name(self.nix)}' {reason}")
+            else:
+                fit.append(machine)
+            self.talk.say(DEBUG, f"'{machine.name(self.nix)}' {reason or 'can build'} {request.derivation}")
+        if not fit and not might_build_itself(self.nix, request):
+            self.talk.say(WARN, f"no machine can build '{request.derivation}': {'; '.join(reasons)}")
+        return fit
+
+
+def terminate(number: int, frame: object) -> None:
+    raise Terminated(f"ended by signal {number}")
+
+
+def prepare_descriptors() -> None:
+    """Descriptor 4 takes the log; 5, from 2.1 on, is its reading end, which must not stay
+    open here: it would hide from us that Nix has gone."""
+    try:
+        os.fstat(4)
+    except OSError:  # started by hand
+        os.dup2(2, 4, inheritable=False)
+    try:
+        if stat.S_ISFIFO(os.fstat(5).st_mode):
+            os.close(5)
+    except OSError:
+        pass
+
+
+def run_hook(arguments: list[str]) -> int:
+    prepare_descriptors()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, terminate)
+    environ = dict(os.environ)
+    talk = None
+    try:
+        nix = (old_nix if is_old_call(arguments) else new_nix)(arguments, environ)
+        hook = Hook(nix)
+        talk = hook.talk
+        status = hook.serve()
+    except (EOFError, NixGone):
+        return 1
+    except Error as error:
+        status = error.status
+        if talk and not isinstance(error, Terminated):
+            talk.say(ERROR, str(error))
+    wait_for_log_reader()
+    return status
+
+
+# ---- Command line -------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if is_old_call(arguments) or (arguments and arguments[-1].isdigit()):
+        return run_hook(arguments)
+    if arguments in (["--version"], ["--help"]):
+        print(f"nix_build_remote.py {VERSION}" if arguments == ["--version"] else str(__doc__).strip())
+        return 0
+    print("nix_build_remote.py is started by Nix; for people there are --help and --version",
+          file=sys.stderr)  # fmt: skip
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
