@@ -53,7 +53,9 @@ Command line, for people:
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import math
 import os
 import re
 import select
@@ -64,7 +66,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 VERSION = "0.1"
 
@@ -87,7 +89,9 @@ QUERY_VALID_PATHS, BUILD_PATHS, BUILD_DERIVATION = 1, 6, 8
 
 BUILT = {0, 1, 2, 13}  # built, substituted, already valid, resolves to already valid
 TIMED_OUT = 8
-TRANSIENT, MISC = 6, 9
+MISC = 9
+
+FIONREAD = 0x541B if sys.platform == "linux" else 0x4004667F
 
 STORE_PATH = re.compile(r"[0-9abcdfghijklmnpqrsvwxyz]{32}-[0-9A-Za-z+\-._?=]{1,211}")
 # What sh (Nix 1.x), white-space splitting (2.0 to 2.25) and shell-like splitting (2.26+)
@@ -130,14 +134,21 @@ class BuildTimedOut(Error):
     status = 101
 
 
-class NixGone(Error):
-    """Nobody reads our messages any more: the Nix that started us has ended."""
+class Stop(Exception):
+    """Nobody waits for the build any more: clean up and go."""
+
+    status = 1
 
 
-class Terminated(Error):
+class NixGone(Stop):
+    """Nobody reads our messages: the Nix that started us has ended."""
+
+
+class Terminated(Stop):
     """A signal asked us to end."""
 
-    status = 128 + signal.SIGTERM
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
 
 
 # ---- The wire: Nix's integers and strings -------------------------------------------
@@ -228,13 +239,12 @@ class Nix(NamedTuple):
     """What the calling Nix said of itself when it started us.
 
     old: Nix 1.x, whose arguments are turned into the settings they stand for.
-    verbosity: in the caller's own levels; trace: old build traces are wanted.
+    trace: old build traces are wanted.
     """
 
     old: bool
     settings: dict[str, str]
     environ: dict[str, str]
-    verbosity: int = 0
     trace: bool = False
 
     def words(self, setting: str) -> list[str]:
@@ -567,7 +577,7 @@ def start_time() -> str:
         return "-"
 
 
-class Slot(NamedTuple):
+class Slot:
     """A machine's slot, ours for as long as its file is locked.
 
     The lock belongs to the open file, not to the process: the build's ssh inherits it, so
@@ -575,9 +585,8 @@ class Slot(NamedTuple):
     holder.  While we hold it, the file says who we are; the lock alone decides.
     """
 
-    machine: Machine
-    path: str
-    descriptor: int
+    def __init__(self, machine: Machine, descriptor: int) -> None:
+        self.machine, self.descriptor = machine, descriptor
 
     def note(self, phase: str, derivation: str) -> None:
         """One line: pid, its start time, now (seconds since 1970), phase, derivation."""
@@ -586,21 +595,24 @@ class Slot(NamedTuple):
         os.pwrite(self.descriptor, line.encode(), 0)
 
     def free(self) -> None:
-        """Let go, also of the copy that ssh holds."""
-        os.ftruncate(self.descriptor, 0)
-        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        """Let go, also of the copy that ssh holds; once, for then it may be another's."""
+        if self.descriptor >= 0:
+            os.ftruncate(self.descriptor, 0)
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 class SlotDirectory(NamedTuple):
+    """Nix's directory current-load, with the locks that count."""
+
     path: str
 
-    @classmethod
-    def make(cls, path: str) -> SlotDirectory:
+    def make(self) -> None:
         try:
-            os.makedirs(path, 0o700, exist_ok=True)
+            os.makedirs(self.path, 0o700, exist_ok=True)
         except OSError as error:
-            raise Error(f"cannot make the slot directory {path}: {error.strerror}") from None
-        return cls(path)
+            raise Error(f"cannot make the directory {self.path}: {error.strerror}") from None
 
     def main_lock(self) -> int:
         """Wait for the lock that is held while choosing; close it to let go.
@@ -616,12 +628,11 @@ class SlotDirectory(NamedTuple):
         """The load (slots taken) of a machine, and a free slot, now ours, if there is one."""
         load, free = 0, None
         for number in range(machine.max_jobs):
-            path = f"{self.path}/{name}-{number}"
-            descriptor = open_lock(path)
+            descriptor = open_lock(f"{self.path}/{name}-{number}")
             if not try_lock(descriptor):
                 load += 1
             elif free is None:
-                free = Slot(machine, path, descriptor)
+                free = Slot(machine, descriptor)
                 continue
             os.close(descriptor)
         return load, free
@@ -629,22 +640,20 @@ class SlotDirectory(NamedTuple):
     def take(self, machines: list[Machine], nix: Nix) -> Slot | None:
         """The best machine's free slot, or None if all slots are taken."""
         lock = self.main_lock()
-        best: tuple[tuple[int, float, int], Slot] | None = None
+        found: list[tuple[tuple[int, float, int], Slot]] = []
         try:
             for machine in machines:
                 load, slot = self.survey(machine, machine.slot_name(nix))
-                if slot is None:
-                    continue
-                found = (rank(machine, load), slot)
-                if best and best[0] <= found[0]:  # full ties go by the order written
+                if slot:
+                    found.append((rank(machine, load), slot))
+            # min takes the first of equals: full ties go by the order written
+            best = min(found, key=lambda pair: pair[0])[1] if found else None
+            for _, slot in found:
+                if slot is not best:
                     os.close(slot.descriptor)
-                    continue
-                if best:
-                    os.close(best[1].descriptor)
-                best = found
+            return best
         finally:
             os.close(lock)
-        return best[1] if best else None
 
     def first_time(self, text: str) -> bool:
         """Whether the Nix that started us has not been told this yet.
@@ -806,7 +815,7 @@ class Talk:
             try:
                 data = data[os.write(2, data) :]
             except BrokenPipeError:
-                raise NixGone("Nix has gone") from None
+                raise NixGone from None
 
     def say(self, level: int, text: str) -> None:
         """Show a message of one or more lines, if the user wants that level.
@@ -825,6 +834,12 @@ class Talk:
             for line in text.splitlines():
                 self.write(f" {line}" if line[:2] in ("# ", "@ ") else line)
 
+    def say_bug(self) -> None:
+        import traceback
+
+        text = "a bug in nix_build_remote.py, please report it:"
+        self.say(ERROR, f"{text}\n{traceback.format_exc()}")
+
     def relay(self, line: str) -> None:
         """One line that a program of the calling Nix wrote to its stderr."""
         if line.startswith("@nix ") and not self.old:
@@ -839,22 +854,22 @@ class Talk:
             self.write(name)
 
 
-def nix_has_gone(timeout_s: float = 0) -> bool:
+def nix_has_gone() -> bool:
     poll = select.poll()
     poll.register(2, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(timeout_s * 1000))
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def wait_readable(descriptors: Iterable[int], timeout_s: float | None) -> set[int]:
+def wait_readable(descriptors: Iterable[int], timeout_s: float) -> set[int]:
     """Those that have something to read (or have ended); NixGone if Nix ends meanwhile."""
     poll = select.poll()
     poll.register(2, 0)
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
-    events = poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+    events = poll.poll(None if timeout_s == math.inf else timeout_s * 1000)
     ready = {descriptor for descriptor, event in events if descriptor != 2}
     if not ready and any(event & select.POLLERR for _, event in events):
-        raise NixGone("Nix has gone")
+        raise NixGone
     return ready
 
 
@@ -914,10 +929,10 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     """
     options = [
         "-x", "-a",
-        "-oIgnoreUnknown=StdinNull,ForkAfterAuthentication",  # both only since OpenSSH 8.7
-        "-oStdinNull=no", "-oForkAfterAuthentication=no",
-        "-oRemoteCommand=none", "-oRequestTTY=no", "-oClearAllForwardings=yes",
-        "-oLogLevel=ERROR", "-oControlMaster=no", "-oControlPath=none",
+        "-oIgnoreUnknown=StdinNull,ForkAfterAuthentication",  # known since OpenSSH 8.7
+        "-oStdinNull=no", "-oForkAfterAuthentication=no", "-oRemoteCommand=none",
+        "-oRequestTTY=no", "-oClearAllForwardings=yes", "-oLogLevel=ERROR",
+        "-oControlMaster=no", "-oControlPath=none",
     ]  # fmt: skip
     if machine.port:
         options.append(f"-oPort={machine.port}")
@@ -933,11 +948,10 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     return options
 
 
-def ssh_defaults() -> list[str]:
-    """Come after the user's NIX_SSHOPTS, so that those win."""
-    return ["-oBatchMode=yes", f"-oConnectTimeout={CONNECT_TIMEOUT_S}",
-            f"-oServerAliveInterval={ALIVE_INTERVAL_S}",
-            f"-oServerAliveCountMax={ALIVE_COUNT_MAX}"]  # fmt: skip
+# After the user's NIX_SSHOPTS, so that those win.
+SSH_DEFAULTS = ("-oBatchMode=yes", f"-oConnectTimeout={CONNECT_TIMEOUT_S}",
+                f"-oServerAliveInterval={ALIVE_INTERVAL_S}",
+                f"-oServerAliveCountMax={ALIVE_COUNT_MAX}")  # fmt: skip
 
 
 def user_ssh_options(environ: dict[str, str]) -> list[str]:
@@ -956,8 +970,8 @@ def user_ssh_options(environ: dict[str, str]) -> list[str]:
 def alias(machine: Machine) -> str:
     """[user@]host for ssh and nix-copy-closure alike, with -oHostName for the true one.
 
-    nix-copy-closure wants IPv6 bare (2.3) or in brackets (2.34), and runs its command here
-    instead of over ssh for the name `localhost`.
+    nix-copy-closure wants IPv6 bare (2.3) or in brackets (2.34), and runs its command
+    here instead of over ssh for the name `localhost`.
     """
     if ":" not in machine.host and machine.destination != "localhost":
         return machine.destination
@@ -971,42 +985,45 @@ def private_directory(wanted: str) -> str:
     path = wanted if PLAIN.fullmatch(wanted) else f"/tmp/nix-build-remote-{os.geteuid()}"
     os.makedirs(path, 0o700, exist_ok=True)
     info = os.lstat(path)
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+    ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
+    if not ours or info.st_mode & 0o022:
         raise Error(f"{path} is not a directory that only we can write; remove it")
     return path
 
 
-def pin_host_key(machine: Machine, slots: SlotDirectory) -> str:
+def pin_host_key(machine: Machine, slot_directory: str) -> str:
     """A known_hosts file that knows just this machine's key; "" if none is pinned."""
     if not machine.host_key:
         return ""
     import zlib
 
-    directory = private_directory(f"{slots.path}/ssh")
+    directory = private_directory(f"{slot_directory}/ssh")
     path = f"{directory}/known_hosts-{zlib.crc32(machine.host_key.encode()):08x}"
     temporary = f"{path}.{os.getpid()}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with open(descriptor, "w", encoding="ascii") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with open(os.open(temporary, flags, 0o600), "w", encoding="ascii") as file:
         file.write(f"* {machine.host_key}\n")
     os.rename(temporary, path)
     return path
 
 
 class Link(NamedTuple):
-    """How to reach one machine: everything a command line to it needs."""
+    """How to reach one machine: what every command line to it needs."""
 
     machine: Machine
     name: str  # in messages
     ssh: str
     options: list[str]
-    environ: dict[str, str]  # also for nix-copy-closure
+    environ: dict[str, str]  # also nix-copy-closure's
 
     @classmethod
-    def make(cls, machine: Machine, nix: Nix, slots: SlotDirectory) -> Link:
+    def make(cls, machine: Machine, nix: Nix, slot_directory: str) -> Link:
         ssh = find_program("ssh", program_directories(nix.environ))
-        own = ssh_options(machine, pin_host_key(machine, slots))
-        options = own + user_ssh_options(nix.environ) + ssh_defaults()
-        text = " ".join([*own, *nix.environ.get("NIX_SSHOPTS", "").split(), *ssh_defaults()])
+        own = ssh_options(machine, pin_host_key(machine, slot_directory))
+        options = [*own, *user_ssh_options(nix.environ), *SSH_DEFAULTS]
+        # The copying program splits this as its own version does, so the user's part
+        # goes on as it came.
+        text = " ".join([*own, nix.environ.get("NIX_SSHOPTS", ""), *SSH_DEFAULTS])
         path = f"{os.path.dirname(ssh)}:{nix.environ.get('PATH', '')}".rstrip(":")
         environ = child_environ(nix, NIX_SSHOPTS=text, PATH=path)
         return cls(machine, machine.name(nix), ssh, options, environ)
@@ -1035,10 +1052,8 @@ class Session:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             bufsize=0, env=link.environ, pass_fds=(slot.descriptor,),
         )  # fmt: skip
-        assert self.process.stdin and self.process.stdout and self.process.stderr
-        self.stdin = self.process.stdin.fileno()
-        self.stdout = self.process.stdout.fileno()
-        self.stderr = self.process.stderr.fileno()
+        pipes = self.process.stdin, self.process.stdout, self.process.stderr
+        self.stdin, self.stdout, self.stderr = (p.fileno() if p else -1 for p in pipes)
         os.set_blocking(self.stdin, False)
 
     def greet(self) -> None:
@@ -1048,41 +1063,41 @@ class Session:
             self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
             magic = self.read(8, deadline)
             if magic != integer(SERVE_REPLY):
-                raise SessionLost(f"unexpected output before nix-store's own: {magic!r} "
-                                  "(does a start-up file of the login shell print?)")
-            self.version = min(SERVE_VERSION, read_integer(lambda n: self.read(n, deadline)))
+                raise SessionLost(f"it sent {magic!r} before nix-store's own words (does "
+                                  "a start-up file of the user's shell print that?)")
+            version = read_integer(lambda count: self.read(count, deadline))
+            if version >> 8 != 2:
+                raise SessionLost("its Nix is older than 1.8, or not Nix (serve protocol "
+                                  f"{version >> 8}.{version & 255})")
         except SessionLost as error:
             raise Unreachable(f"cannot build on '{self.link.name}': {error}") from None
-        if self.version < 0x200:
-            raise Unreachable(f"cannot build on '{self.link.name}': its Nix is too old "
-                              f"(serve protocol {self.version >> 8}.{self.version & 255})")
+        self.version = min(SERVE_VERSION, version)
         self.tail = b""
 
-    def pump(self, descriptors: set[int]) -> None:
+    def pipes(self) -> list[int]:
+        return [self.stdout] + [self.stderr] * (self.stderr >= 0)
+
+    def pump(self, ready: set[int]) -> None:
         """Take in what has arrived on stdout and stderr."""
-        if self.stderr in descriptors:
+        if self.stderr in ready:
             data = os.read(self.stderr, 65536)
             if data and self.version:
                 write_log(data)
             self.tail = (self.tail + data)[-TAIL_BYTES:]
             if not data:
                 self.stderr = -1
-        if self.stdout in descriptors:
+        if self.stdout in ready:
             data = os.read(self.stdout, 65536)
             if not data:
                 raise SessionLost(self.last_words())
             self.inbox += data
 
-    def sources(self) -> list[int]:
-        return [self.stdout] + [self.stderr] * (self.stderr >= 0)
-
-    def read(self, count: int, deadline: float | None = None) -> bytes:
+    def read(self, count: int, deadline: float = math.inf) -> bytes:
         while len(self.inbox) < count:
-            left = None if deadline is None else deadline - time.monotonic()
-            ready = wait_readable(self.sources(), left)
-            if not ready and left is not None and left <= 0:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 raise SessionLost(f"no answer within {GREETING_TIMEOUT_S} s")
-            self.pump(ready)
+            self.pump(wait_readable(self.pipes(), left))
         data = bytes(self.inbox[:count])
         del self.inbox[:count]
         return data
@@ -1090,16 +1105,12 @@ class Session:
     def write(self, data: bytes) -> None:
         """Send all of it, still relaying what arrives."""
         view = memoryview(data)
-        poll = select.poll()
-        poll.register(self.stdin, select.POLLOUT)
         while view:
             try:
                 view = view[os.write(self.stdin, view[:65536]) :]
             except BlockingIOError:
-                poll.poll(100)
-                self.pump(wait_readable(self.sources(), 0))
+                self.pump(wait_readable(self.pipes(), 0.01))
             except BrokenPipeError:
-                self.drain()
                 raise SessionLost(self.last_words()) from None
 
     def drain(self) -> None:
@@ -1111,18 +1122,19 @@ class Session:
             self.pump(ready)
 
     def last_words(self) -> str:
+        """What ssh or nix-store said at the end."""
         self.drain()
         try:
             status = f"ssh ended with status {self.process.wait(DRAIN_TIMEOUT_S)}"
         except subprocess.TimeoutExpired:
             status = "the session ended"
-        words = self.tail.decode("utf-8", "replace").strip()
-        return f"{status}: {words}" if words else status
+        words = " ".join(self.tail.decode("utf-8", "replace").split())
+        return f"{words} ({status})" if words else status
 
     def finish(self) -> None:
         """End it in peace, so that the last of the log arrives."""
-        assert self.process.stdin
-        self.process.stdin.close()
+        if self.process.stdin:
+            self.process.stdin.close()
         self.drain()
 
     def cancel(self) -> None:
@@ -1130,15 +1142,16 @@ class Session:
         self.process.kill()
         self.process.wait()
 
-    def query_valid(self, paths: list[str], substitute: bool) -> set[str]:
+    def query_valid(self, paths: Iterable[str], substitute: bool) -> set[str]:
         """Which of the paths the builder has; it keeps them until the session ends."""
-        if not paths:
+        asked = sorted(paths)
+        if not asked:
             return set()
         flags = integer(1) + integer(int(substitute))
-        self.write(integer(QUERY_VALID_PATHS) + flags + strings(paths))
+        self.write(integer(QUERY_VALID_PATHS) + flags + strings(asked))
         return set(read_strings(self.read))
 
-    def options(self, nix: Nix) -> bytes:
+    def build_options(self, nix: Nix) -> bytes:
         numbers = [nix.number("max-silent-time"), nix.number("timeout")]
         if self.version >= 0x202:
             numbers.append(nix.number("max-build-log-size"))
@@ -1149,21 +1162,25 @@ class Session:
         return b"".join(map(integer, numbers))
 
     def build_derivation(self, path: str, derivation: bytes, nix: Nix) -> tuple[int, str]:
-        """Status (see BUILT and its like) and message."""
-        self.write(integer(BUILD_DERIVATION) + string(path) + derivation + self.options(nix))
+        """An exit status for Nix, 0 if it was built, and the builder's message."""
+        request = integer(BUILD_DERIVATION) + string(path) + derivation
+        self.write(request + self.build_options(nix))
         status, message = read_integer(self.read), read_string(self.read)
         if self.version >= 0x203:
             self.read(4 * 8)  # times built, non-deterministic, start, stop
         if self.version >= 0x206:
             for _ in range(2 * read_integer(self.read)):
                 read_string(self.read)
-        return status, message
+        return 0 if status in BUILT else {TIMED_OUT: 101, MISC: 1}.get(status, 100), message
 
     def build_paths(self, path: str, nix: Nix) -> tuple[int, str]:
-        """0, or an exit status (see exit_for_mask) and a message."""
-        self.write(integer(BUILD_PATHS) + strings([path]) + self.options(nix))
+        """The same by the older command.  It answers with nix-build's exit status, which
+        from 100 up is a mask: 1 a timeout, 2 a hash mismatch, 8 non-determinism."""
+        self.write(integer(BUILD_PATHS) + strings([path]) + self.build_options(nix))
         status = read_integer(self.read)
-        return status, read_string(self.read) if status else ""
+        if status == 0:
+            return 0, ""
+        return (1 if status < 100 else 100 + (status & 1)), read_string(self.read)
 
 
 def write_log(data: bytes) -> None:
@@ -1171,107 +1188,27 @@ def write_log(data: bytes) -> None:
         try:
             data = data[os.write(4, data) :]
         except BrokenPipeError:
-            raise NixGone("Nix has gone") from None
+            raise NixGone from None
 
 
 def wait_for_log_reader() -> None:
     """Until Nix has read the whole log: it drops what is unread when we exit."""
     unread, deadline = -1, time.monotonic() + DRAIN_TIMEOUT_S
-    while time.monotonic() < deadline and not nix_has_gone():
+    while unread and time.monotonic() < deadline and not nix_has_gone():
         try:
-            count = struct.unpack("i", fcntl.ioctl(4, 0x541B if sys.platform == "linux" else 0x4004667F, b"\0" * 4))[0]
+            answer = fcntl.ioctl(4, FIONREAD, bytes(4))
         except OSError:  # not a pipe
             return
-        if count == 0:
-            return
+        count = struct.unpack("i", answer)[0]
         if count != unread:
             unread, deadline = count, time.monotonic() + DRAIN_TIMEOUT_S
-        time.sleep(0.002)
+        time.sleep(0.002 if count else 0)
 
 
 # ---- Copying ------------------------------------------------------------------------
 
-
-class Copier(NamedTuple):
-    """nix-copy-closure of the calling Nix, for one builder."""
-
-    program: str
-    version: tuple[int, ...]  # (2, 34, 8)
-    nix: Nix
-    talk: Talk
-    session: Session
-
-    @classmethod
-    def find(cls, nix: Nix, talk: Talk, session: Session) -> Copier:
-        program = find_program("nix-copy-closure", nix_directories(nix.environ))
-        return cls(program, program_version(program), nix, talk, session)
-
-    def arguments(self, *flags: str) -> list[str]:
-        """Those before the paths.  Settings go as --option, which every 2.x understands
-        (NIX_CONFIG only from 2.4), and only to the Nix that named them."""
-        settings = [
-            word
-            for name in PASSED_SETTINGS
-            if name in self.nix.settings
-            for word in ("--option", name, self.nix.settings[name])
-        ]
-        json = ["--log-format", "internal-json"] if self.nix.since_2_4 else []
-        return [self.program, *settings, *json, *flags, alias(self.session.link.machine)]
-
-    def run(self, command: list[str], **environ: str) -> None:
-        """Run it to its end, relaying what it says and the session's stderr."""
-        store = self.nix.store.remote
-        environ.update({"NIX_REMOTE": store} if store else {})
-        env = {**self.session.link.environ, **environ}
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, bufsize=0,
-        )  # fmt: skip
-        try:
-            last = self.relay(process)
-            status = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if status:
-            raise Error(f"nix-copy-closure ended with status {status}{last and ': ' + last}")
-
-    def relay(self, process: subprocess.Popen[bytes]) -> str:
-        """Pass its stderr on to Nix, line by line; returns the last error it reported."""
-        assert process.stderr
-        stderr, rest, last = process.stderr.fileno(), b"", ""
-        while True:
-            ready = wait_readable([stderr, *self.session.sources()], None)
-            self.session.pump(ready - {stderr})
-            if stderr not in ready:
-                continue
-            data = os.read(stderr, 65536)
-            *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
-            for line in lines:
-                text = line.decode("utf-8", "replace")
-                self.talk.relay(text)
-                last = error_text(text) or last
-            if not data:
-                return last
-
-    def send(self, paths: list[str], substitute: bool) -> None:
-        flags = ["--to"] + ["--use-substitutes"] * substitute
-        for batch in batches(paths):
-            self.run([*self.arguments(*flags), *batch])
-
-    def fetch(self, paths: list[str], held: OutputLocks) -> None:
-        """Bring outputs into the local store, past the locks that Nix holds on them."""
-        environ = {}
-        if self.version < (2, 29):
-            environ["NIX_HELD_LOCKS"] = " ".join(paths)
-        else:
-            held.retire(paths)
-        for batch in batches(paths):
-            self.run([*self.arguments("--from"), *batch], **environ)
-
-
-# What matters to a program that reads or writes the local store.  The user's group must
-# go along, since opening the store as root looks it up and changes the store's owner.
+# What matters to a program that reads or writes the local store.  The build users' group
+# goes along because opening the store as root gives the store to that group.
 PASSED_SETTINGS = (
     "build-users-group", "experimental-features", "auto-optimise-store", "fsync-metadata",
     "fsync-store-paths", "sync-before-registering", "use-sqlite-wal", "use-case-hack",
@@ -1279,15 +1216,89 @@ PASSED_SETTINGS = (
 )  # fmt: skip
 
 
-def program_version(program: str) -> tuple[int, ...]:
-    """(2, 26, 3) for `nix-copy-closure (Nix) 2.26.3`.
+class Copier:
+    """nix-copy-closure of the calling Nix, and one builder."""
+
+    def __init__(self, program: str, nix: Nix, talk: Talk, session: Session) -> None:
+        self.program, self.nix, self.talk = program, nix, talk
+        self.session = session
+        self.environ = dict(session.link.environ)
+        if nix.store.remote:
+            self.environ["NIX_REMOTE"] = nix.store.remote
+        # Asked now, answered while the inputs are sent and the build runs.
+        self.asked = subprocess.Popen(
+            [program, "--version"], env=self.environ, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def send(self, paths: Iterable[str], substitute: bool) -> None:
+        """Copy the closures of these paths to the builder."""
+        flags = ["--to"] + ["--use-substitutes"] * substitute
+        self.copy("cannot send inputs to", flags, sorted(paths), {})
+
+    def fetch(self, outputs: list[str], locks: OutputLocks) -> None:
+        """Bring outputs into the local store, past the locks that Nix holds on them."""
+        environ = {}
+        if program_version(self.asked.communicate()[0]) < (2, 29):
+            environ["NIX_HELD_LOCKS"] = " ".join(outputs)
+        else:
+            locks.retire(outputs)
+        self.copy("cannot bring outputs from", ["--from"], outputs, environ)
+
+    def copy(
+        self, failure: str, flags: list[str], paths: list[str], environ: dict[str, str]
+    ) -> None:
+        """Settings go as --option, which every 2.x understands (NIX_CONFIG only 2.4+)."""
+        command = [self.program, *flags, alias(self.session.link.machine)]
+        for name in PASSED_SETTINGS:
+            if name in self.nix.settings:
+                command += ["--option", name, self.nix.settings[name]]
+        if self.nix.since_2_4:
+            command += ["--log-format", "internal-json"]
+        for batch in batches(paths):
+            problem = self.run([*command, *batch], {**self.environ, **environ})
+            if problem:
+                raise Error(f"{failure} '{self.session.link.name}': {problem}")
+
+    def run(self, command: list[str], environ: dict[str, str]) -> str:
+        """Run it to its end, relaying what it says; returns what went wrong, or ""."""
+        process = subprocess.Popen(
+            command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, bufsize=0,
+        )  # fmt: skip
+        try:
+            last = self.relay(process.stderr.fileno() if process.stderr else -1)
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        return f"{last or 'nix-copy-closure'} (exit status {status})" if status else ""
+
+    def relay(self, stderr: int) -> str:
+        """Pass its stderr on to Nix line by line, and the session's meanwhile; returns
+        the last error it reported."""
+        rest, last = b"", ""
+        while True:
+            ready = wait_readable([stderr, *self.session.pipes()], math.inf)
+            self.session.pump(ready - {stderr})
+            if stderr not in ready:
+                continue
+            data = os.read(stderr, 65536)
+            *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
+            for text in (line.decode("utf-8", "replace") for line in lines):
+                self.talk.relay(text)
+                last = error_text(text) or last
+            if not data:
+                return last
+
+
+def program_version(answer: bytes) -> tuple[int, ...]:
+    """(2, 26, 3) from `nix-copy-closure (Nix) 2.26.3`.
 
     Lix counts on from Nix 2.18, whose locks it has; Nix 1.x, a Perl script there, has no
     --version.
     """
-    result = subprocess.run([program, "--version"], stdin=subprocess.DEVNULL, check=False,
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
-    text = result.stdout.decode("utf-8", "replace")
+    text = answer.decode("utf-8", "replace")
     match = re.search(r"([0-9]+(?:\.[0-9]+)+)[^ ]*\s*$", text)
     if not match:
         return (1, 11)
@@ -1300,10 +1311,10 @@ def error_text(line: str) -> str:
         import json
 
         try:
-            line = str(json.loads(line[5:]).get("raw_msg") or json.loads(line[5:]).get("msg", ""))
+            message = json.loads(line[5:])
+            return " ".join(str(message.get("raw_msg") or message.get("msg", "")).split())
         except (ValueError, AttributeError):
             return ""
-        return " ".join(line.split())
     return line if line.startswith("error:") else ""
 
 
@@ -1334,13 +1345,13 @@ class OutputLocks:
 
     def __init__(self, store: Store, outputs: Iterable[str]) -> None:
         self.parent = os.getppid()
-        self.seen = {path: self.identity(f"{store.file(path)}.lock") for path in outputs}
-        self.store = store
+        self.files = {output: f"{store.file(output)}.lock" for output in outputs}
+        self.seen = {output: self.identity(file) for output, file in self.files.items()}
 
     @staticmethod
-    def identity(path: str) -> tuple[int, int] | None:
+    def identity(file: str | int) -> tuple[int, int] | None:
         try:
-            info = os.lstat(path)
+            info = os.stat(file) if isinstance(file, int) else os.lstat(file)
         except FileNotFoundError:
             return None
         return info.st_dev, info.st_ino
@@ -1349,19 +1360,17 @@ class OutputLocks:
         for output in outputs:
             expected = self.seen.pop(output, None)
             if os.getppid() != self.parent or nix_has_gone():
-                raise NixGone("Nix has gone")
+                raise NixGone
             if expected:
-                self.retire_file(f"{self.store.file(output)}.lock", expected)
+                self.retire_file(self.files[output], expected)
 
-    @staticmethod
-    def retire_file(path: str, expected: tuple[int, int]) -> None:
+    def retire_file(self, path: str, expected: tuple[int, int]) -> None:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return
         try:
-            info = os.fstat(descriptor)
-            if (info.st_dev, info.st_ino) == expected:
+            if self.identity(descriptor) == expected:
                 os.unlink(path)
                 os.write(descriptor, b"d")
         finally:
@@ -1372,177 +1381,128 @@ class OutputLocks:
 
 
 class Build:
-    """An accepted build and all that belongs to it."""
+    """An accepted build: where it runs and all that belongs to it."""
 
-    def __init__(self, nix: Nix, talk: Talk, request: Request, derivation: Derivation) -> None:
-        self.nix, self.talk = nix, talk
-        self.path, self.derivation = request.derivation, derivation
+    def __init__(
+        self, hook: Hook, path: str, derivation: Derivation, slot: Slot, session: Session
+    ) -> None:
+        self.nix, self.talk, self.slots = hook.nix, hook.talk, hook.slots
+        self.path, self.derivation = path, derivation
+        self.slot, self.session = slot, session
+        self.copier = Copier(hook.copy_program, hook.nix, hook.talk, session)
         self.inputs: list[str] = []
-        self.missing: list[str] = []
-        self.locks = OutputLocks(nix.store, [])
+        self.missing: list[str] = []  # outputs
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
-        """Take the two lists that follow an accept; outputs come as names or as paths."""
+        """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
         by_name = {output.name: output.path for output in self.derivation.outputs}
+        self.inputs = inputs
         self.missing = [by_name.get(output, output) for output in outputs]
-        for path in (*inputs, *self.missing):
+        for path in inputs:
             self.nix.store.name(path)
         if not set(self.missing) <= set(by_name.values()):
-            raise Error(f"{self.path} has no output {', '.join(outputs)}")
-        self.inputs = inputs
+            raise Error(f"'{self.path}' has no output {', '.join(outputs)}")
         self.locks = OutputLocks(self.nix.store, self.missing)
 
-    def trace(self, event: str, machine: str) -> None:
+    def perform(self) -> None:
+        """Send the inputs, build, bring the outputs in; raises what went wrong."""
+        self.trace("build-remote")
+        self.slot.note("sending", self.path)
+        self.send_inputs()
+        self.slot.note("building", self.path)
+        self.trace("build-remote-start")
+        if self.nix.old:  # 2.x says so itself
+            self.talk.say(INFO, f"building '{self.path}' on '{self.session.link.name}'")
+        self.build()
+        self.trace("build-remote-done")
+        self.slot.free()  # the next build may start there
+        self.copier.fetch(self.missing, self.locks)
+        self.session.finish()
+
+    def end(self) -> None:
+        """Leave nothing behind, whatever has happened."""
+        self.session.cancel()
+        self.copier.asked.kill()
+        self.slot.free()
+
+    def trace(self, event: str) -> None:
         if self.nix.trace:
-            self.talk.write(f"@ {event} {self.path} {machine}")
+            self.talk.write(f"@ {event} {self.path} {self.session.link.name}")
 
+    def send_inputs(self) -> None:
+        """Make the builder have, and keep, all inputs.
 
-def offload(build: Build, slots: SlotDirectory, slot: Slot, session: Session) -> None:
-    """Send the inputs, build, bring the outputs in; raises what went wrong."""
-    name = session.link.name
-    copier = Copier.find(build.nix, build.talk, session)
-    build.trace("build-remote", name)
-    slot.note("sending", build.path)
-    try:
-        send_inputs(build, copier, slots)
-        slot.note("building", build.path)
-        build.trace("build-remote-start", name)
-        if build.nix.old:
-            build.talk.say(INFO, f"building '{build.path}' on '{name}'")
-        session = run_build(build, copier, slots, slot)
-        build.trace("build-remote-done", name)
-        slot.free()
-        copier = copier._replace(session=session)
-        fetch_outputs(build, copier)
-        session.finish()
-    except BaseException:
-        slot.free()
-        raise
-    finally:
-        session.cancel()
+        Asking locks what is there.  The upload lock is taken only if something must be
+        sent, and never while the builder substitutes; whoever had it before us may have
+        sent the same, so we ask again.
+        """
+        substitute = self.nix.enabled("builders-use-substitutes")
+        ask = self.session.query_valid
+        lacking = set(self.inputs) - ask(self.inputs, substitute)
+        if not lacking:
+            return
+        with self.upload_lock():
+            lacking -= ask(lacking, False)
+            self.copier.send(lacking, substitute)
+        lacking -= ask(lacking, False)
+        if lacking:
+            name = self.session.link.name
+            raise Error(f"'{name}' still lacks {min(lacking)} after it was sent")
 
-
-def send_inputs(build: Build, copier: Copier, slots: SlotDirectory) -> None:
-    """Make the builder have, and keep, all inputs.
-
-    Asking locks what is there.  The upload lock is taken only if something must be sent,
-    and never while the builder substitutes; whoever had it before us may have sent the
-    same, so we ask again.
-    """
-    session, substitute = copier.session, build.nix.enabled("builders-use-substitutes")
-    lacking = set(build.inputs) - session.query_valid(build.inputs, substitute)
-    if not lacking:
-        return
-    lock = upload_lock(slots, session.link, build)
-    try:
-        lacking -= session.query_valid(sorted(lacking), False)
-        copy_to(copier, sorted(lacking), substitute)
-    finally:
-        os.close(lock)
-    lacking -= session.query_valid(sorted(lacking), False)
-    if lacking:
-        raise Error(f"'{session.link.name}' still lacks {min(lacking)} after it was sent")
-
-
-def copy_to(copier: Copier, paths: list[str], substitute: bool) -> None:
-    try:
-        copier.send(paths, substitute)
-    except Error as error:
-        if isinstance(error, NixGone):
-            raise
-        raise Error(f"cannot send {len(paths)} paths to '{copier.session.link.name}': {error}") from None
-
-
-def upload_lock(slots: SlotDirectory, link: Link, build: Build) -> int:
-    """One sender at a time for each machine, so that all do not send the same."""
-    path = f"{slots.path}/{file_name(link.name)}.upload-lock"
-    descriptor = open_lock(path)
-    deadline = time.monotonic() + UPLOAD_LOCK_TIMEOUT_S
-    while not try_lock(descriptor):
-        wait_readable([], LOCK_POLL_S)
-        if time.monotonic() > deadline:
-            build.talk.say(WARN, f"somebody has held {path} for {UPLOAD_LOCK_TIMEOUT_S} s; going on without it")
-            break
-    return descriptor
-
-
-def run_build(build: Build, copier: Copier, slots: SlotDirectory, slot: Slot) -> Session:
-    """Build on the builder; returns the session that now keeps the outputs there."""
-    session = copier.session
-    if session.version >= 0x201:
+    @contextlib.contextmanager
+    def upload_lock(self) -> Iterator[None]:
+        """One sender at a time for each machine, so that all do not send the same."""
+        path = f"{self.slots.path}/{file_name(self.session.link.name)}.upload-lock"
+        descriptor = open_lock(path)
+        deadline = time.monotonic() + UPLOAD_LOCK_TIMEOUT_S
         try:
-            derivation = build.derivation.encode(build.inputs)
-            status, message = session.build_derivation(build.path, derivation, build.nix)
-        except SessionLost:
-            if b"you are not privileged" not in session.tail:
-                raise
-            build.talk.say(TALKATIVE, f"'{session.link.name}' does not trust its user to build a bare "
-                           "derivation; sending the derivation's closure")  # fmt: skip
-            session = reconnect(copier, slot, build, slots)
-        else:
-            judge(build, session, status, message)
-            return session
-    return build_closure(build, copier._replace(session=session), slots)
-
-
-def reconnect(copier: Copier, slot: Slot, build: Build, slots: SlotDirectory) -> Session:
-    """A new session whose inputs are kept alive again."""
-    session = Session(copier.session.link, slot)
-    try:
-        session.greet()
-        send_inputs(build, copier._replace(session=session), slots)
-    except BaseException:
-        session.cancel()
-        raise
-    return session
-
-
-def build_closure(build: Build, copier: Copier, slots: SlotDirectory) -> Session:
-    """Build as a user may whom the builder does not trust, or on a builder before 1.10."""
-    session = copier.session
-    try:
-        lock = upload_lock(slots, session.link, build)
-        try:
-            copy_to(copier, [build.path], False)
+            while not try_lock(descriptor):
+                wait_readable([], LOCK_POLL_S)
+                if time.monotonic() > deadline:
+                    self.talk.say(WARN, f"{path} is taken for too long; going on without")
+                    break
+            yield
         finally:
-            os.close(lock)
-        status, message = session.build_paths(build.path, build.nix)
+            os.close(descriptor)
+
+    def build(self) -> None:
+        """Build on the builder, in whichever way it lets us."""
+        status, message = 1, ""
+        if self.session.version >= 0x201:
+            derivation = self.derivation.encode(self.inputs)
+            try:
+                status, message = self.session.build_derivation(
+                    self.path, derivation, self.nix
+                )
+            except SessionLost:
+                if b"you are not privileged" not in self.session.tail:
+                    raise
+                self.reconnect()
+                status, message = self.build_closure()
+        else:
+            status, message = self.build_closure()
         if status:
-            fail(build, session, exit_for_mask(status), message)
-    except BaseException:
-        session.cancel()
-        raise
-    return session
+            self.session.finish()
+            text = f"build of '{self.path}' on '{self.session.link.name}' failed"
+            kind = {100: BuildFailed, 101: BuildTimedOut}.get(status, Error)
+            raise kind(f"{text}: {message or 'its log says why'}")
 
+    def reconnect(self) -> None:
+        """A new session, whose inputs are kept alive again: the builder has ended the old
+        one because it does not trust its user to build a bare derivation."""
+        name = self.session.link.name
+        self.talk.say(TALKATIVE, f"'{name}' does not trust its user; sending the closure "
+                                 f"of '{self.path}'")  # fmt: skip
+        self.session.cancel()
+        self.session = self.copier.session = Session(self.session.link, self.slot)
+        self.session.greet()
+        self.send_inputs()
 
-def exit_for_mask(status: int) -> int:
-    """BuildPaths answers with nix-build's exit status, a mask from 100 up: 1 is a timeout,
-    2 a hash mismatch, 8 non-determinism."""
-    if status < 100:
-        return 1
-    return 101 if status & 1 else 100
-
-
-def judge(build: Build, session: Session, status: int, message: str) -> None:
-    """Raise what the status of BuildDerivation means, if it is not a success."""
-    if status in BUILT:
-        return
-    fail(build, session, {TIMED_OUT: 101, MISC: 1}.get(status, 100), message)
-
-
-def fail(build: Build, session: Session, status: int, message: str) -> NoReturn:
-    session.finish()
-    text = f"build of '{build.path}' on '{session.link.name}' failed: {message or 'see its log'}"
-    raise {100: BuildFailed, 101: BuildTimedOut}.get(status, Error)(text)
-
-
-def fetch_outputs(build: Build, copier: Copier) -> None:
-    try:
-        copier.fetch(build.missing, build.locks)
-    except NixGone:
-        raise
-    except Error as error:
-        raise Error(f"cannot bring the outputs of '{build.path}' from '{copier.session.link.name}': {error}") from None
+    def build_closure(self) -> tuple[int, str]:
+        """Build as a user may whom the builder does not trust, or on one before 1.10."""
+        with self.upload_lock():
+            self.copier.send([self.path], False)
+        return self.session.build_paths(self.path, self.nix)
 
 
 # ---- The conversation ---------------------------------------------------------------
@@ -1553,6 +1513,13 @@ def read_stdin(count: int) -> bytes:
     if len(data) != count:
         raise EOFError
     return data
+
+
+def read_line() -> str:
+    line = sys.stdin.buffer.readline(WIRE_LIMIT_BYTES)
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return line.decode("utf-8", "surrogateescape")
 
 
 def is_old_call(arguments: list[str]) -> bool:
@@ -1567,73 +1534,61 @@ def is_old_call(arguments: list[str]) -> bool:
 
 def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     system, max_silent_time, trace, timeout = [*arguments, "0"][:4]
-    machines = environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
     settings = {
         "system": system,
         "max-silent-time": max_silent_time,
         "timeout": timeout,
-        "builders": f"@{machines}",
+        "builders": "@" + (environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"),
     }
     return Nix(True, settings, environ, trace=trace != "0")
 
 
-def new_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
-    """Read the settings that Nix 2.x sends first; the last argument is its verbosity."""
+def new_nix(environ: dict[str, str]) -> Nix:
+    """Read the settings that Nix 2.x sends first."""
     settings = {}
     while read_integer(read_stdin):
         name = read_string(read_stdin)
         settings[name] = read_string(read_stdin)
-    return Nix(False, settings, environ, verbosity=int(arguments[-1]))
+    return Nix(False, settings, environ)
 
 
 def requests(nix: Nix) -> Iterator[Request]:
     """One at a time, until Nix has no more."""
     while True:
-        request = read_old_request() if nix.old else read_new_request()
+        try:
+            request = read_old_request() if nix.old else read_new_request()
+        except EOFError:
+            return
         if request is None:
             return
         yield request
 
 
-def read_old_request() -> Request | None:
-    line = sys.stdin.buffer.readline(WIRE_LIMIT_BYTES).decode("utf-8", "surrogateescape")
-    if not line:
-        return None
+def read_old_request() -> Request:
+    line = read_line()
     words = line.split()
     if len(words) not in (3, 4):
         raise Error(f"cannot understand Nix's request {line!r}")
-    features = words[3].split(",") if len(words) == 4 else []
-    return Request(words[0] == "1", words[1], words[2], frozenset(filter(None, features)))
+    features = frozenset(filter(None, words[3].split(","))) if words[3:] else frozenset()
+    return Request(words[0] == "1", words[1], words[2], features)
 
 
 def read_new_request() -> Request | None:
-    try:
-        if read_string(read_stdin) != "try":
-            return None
-        willing = read_integer(read_stdin) != 0
-        system, derivation = read_string(read_stdin), read_string(read_stdin)
-        return Request(willing, system, derivation, frozenset(read_strings(read_stdin)))
-    except EOFError:
+    if read_string(read_stdin) != "try":
         return None
+    willing = read_integer(read_stdin) != 0
+    system, derivation = read_string(read_stdin), read_string(read_stdin)
+    return Request(willing, system, derivation, frozenset(read_strings(read_stdin)))
 
 
 def read_lists(nix: Nix) -> tuple[list[str], list[str]]:
     """The inputs and the missing outputs, which Nix sends after an accept."""
-    if not nix.old:
-        return read_strings(read_stdin), read_strings(read_stdin)
-    lines = [sys.stdin.buffer.readline(WIRE_LIMIT_BYTES).decode() for _ in range(2)]
-    if not lines[1].endswith("\n"):
-        raise EOFError
-    return lines[0].split(), lines[1].split()
+    if nix.old:
+        return read_line().split(), read_line().split()
+    return read_strings(read_stdin), read_strings(read_stdin)
 
 
 # ---- The hook -----------------------------------------------------------------------
-
-
-class Accepted(NamedTuple):
-    build: Build
-    slot: Slot
-    session: Session
 
 
 class Hook:
@@ -1642,61 +1597,57 @@ class Hook:
     def __init__(self, nix: Nix) -> None:
         self.nix = nix
         self.talk = Talk(nix)
-        self.unreachable: set[Machine] = set()
-        self.machines: list[Machine] = []
         self.slots = SlotDirectory(nix.slot_directory)
+        self.machines: list[Machine] | None = None
+        self.copy_program = ""
+        self.unreachable: set[Machine] = set()
 
-    def prepare(self) -> None:
+    def prepare(self) -> list[Machine]:
         """Read the machines; complain of bad lines once for each Nix process."""
-        self.machines, complaints = load_machines(self.nix)
-        if self.machines:
-            self.slots = SlotDirectory.make(self.nix.slot_directory)
+        machines, complaints = load_machines(self.nix)
+        if machines:
+            self.slots.make()
+            self.copy_program = find_program(
+                "nix-copy-closure", nix_directories(self.nix.environ)
+            )
         for complaint in complaints:
-            if not self.machines or self.slots.first_time(complaint):
+            if not machines or self.slots.first_time(complaint):
                 self.talk.say(WARN, complaint)
+        return machines
 
-    def serve(self) -> int:
-        accepted = None
+    def serve(self) -> None:
         for request in requests(self.nix):
-            accepted = self.answer(request)
-            if accepted:
-                break
-        if not accepted:
-            return 0
-        build, slot, session = accepted
-        try:
-            build.understand(*read_lists(self.nix))
-            offload(build, self.slots, slot, session)
-        finally:
-            session.cancel()
-        return 0
+            build = self.answer(request)
+            if build:
+                try:
+                    build.understand(*read_lists(self.nix))
+                    build.perform()
+                finally:
+                    build.end()
+                return
 
-    def answer(self, request: Request) -> Accepted | None:
+    def answer(self, request: Request) -> Build | None:
         """Reply to one request, whatever happens: without a reply Nix 2.x would give up
         everything it builds."""
         try:
-            if not self.machines:
-                self.prepare()
-            accepted = self.consider(request)
-        except (NixGone, Terminated):
+            if self.machines is None:
+                self.machines = self.prepare()
+            return self.consider(request, self.machines)
+        except Stop:
             raise
         except Error as error:
             self.talk.say(ERROR, str(error))
-        except Exception:
-            import traceback
-
-            self.talk.say(ERROR, "nix_build_remote.py: a bug, please report it:\n" + traceback.format_exc())
-        else:
-            return accepted
+        except Exception:  # noqa: BLE001  (a bug of ours must not cost the reply)
+            self.talk.say_bug()
         self.talk.reply("decline")
         return None
 
-    def consider(self, request: Request) -> Accepted | None:
-        """Find a machine and connect to it; reply; returns what was accepted, if anything."""
-        if not self.machines:
+    def consider(self, request: Request, machines: list[Machine]) -> Build | None:
+        """Find a machine, connect to it and reply; returns the build if we accept it."""
+        if not machines:
             self.talk.reply("decline" if self.nix.old else "decline-permanently")
             return None
-        fit = self.eligible(request)
+        fit = self.eligible(request, machines)
         derivation = read_derivation(request.derivation, self.nix.store) if fit else None
         while derivation and fit:
             slot = self.slots.take(fit, self.nix)
@@ -1706,51 +1657,53 @@ class Hook:
                 return None
             session = self.connect(slot, request)
             if session:
-                build = Build(self.nix, self.talk, request, derivation)
+                build = Build(self, request.derivation, derivation, slot, session)
                 self.talk.reply("accept", session.link.name)
-                return Accepted(build, slot, session)
+                return build
             fit.remove(slot.machine)
         self.talk.reply("decline")
         return None
 
     def connect(self, slot: Slot, request: Request) -> Session | None:
         """A greeted session over that slot; without one the slot is free again."""
-        slot.note("connecting", request.derivation)
         session = None
         try:
-            session = Session(Link.make(slot.machine, self.nix, self.slots), slot)
+            slot.note("connecting", request.derivation)
+            link = Link.make(slot.machine, self.nix, self.slots.path)
+            session = Session(link, slot)
             session.greet()
             return session
         except BaseException as error:
             if session:
                 session.cancel()
             slot.free()
-            os.close(slot.descriptor)
             if not isinstance(error, Unreachable):
                 raise
             self.talk.say(ERROR, str(error))
             self.unreachable.add(slot.machine)
             return None
 
-    def eligible(self, request: Request) -> list[Machine]:
-        """The machines that can do it; says why if none can and Nix cannot either."""
-        reasons, fit = [], []
-        for machine in self.machines:
+    def eligible(self, request: Request, machines: list[Machine]) -> list[Machine]:
+        """Those that can do it; says why if none can and Nix cannot either."""
+        fit, reasons = [], []
+        for machine in machines:
             reason = unfit(machine, request, self.nix)
-            if machine in self.unreachable:
-                reason = reason or "could not be reached"
+            if not reason and machine in self.unreachable:
+                reason = "could not be reached"
+            name = machine.name(self.nix)
+            self.talk.say(DEBUG, f"'{name}' {reason or 'can build'}: {request.derivation}")
             if reason:
-                reasons.append(f"'{machine.name(self.nix)}' {reason}")
+                reasons.append(f"'{name}' {reason}")
             else:
                 fit.append(machine)
-            self.talk.say(DEBUG, f"'{machine.name(self.nix)}' {reason or 'can build'} {request.derivation}")
         if not fit and not might_build_itself(self.nix, request):
-            self.talk.say(WARN, f"no machine can build '{request.derivation}': {'; '.join(reasons)}")
+            text = f"no machine can build '{request.derivation}': {'; '.join(reasons)}"
+            self.talk.say(WARN, text)
         return fit
 
 
 def terminate(number: int, frame: object) -> None:
-    raise Terminated(f"ended by signal {number}")
+    raise Terminated(number)
 
 
 def prepare_descriptors() -> None:
@@ -1763,7 +1716,7 @@ def prepare_descriptors() -> None:
     try:
         if stat.S_ISFIFO(os.fstat(5).st_mode):
             os.close(5)
-    except OSError:
+    except OSError:  # it is not open
         pass
 
 
@@ -1772,18 +1725,22 @@ def run_hook(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, terminate)
     environ = dict(os.environ)
-    talk = None
+    status, talk = 0, Talk(Nix(True, {}, environ))
     try:
-        nix = (old_nix if is_old_call(arguments) else new_nix)(arguments, environ)
+        nix = old_nix(arguments, environ) if is_old_call(arguments) else new_nix(environ)
         hook = Hook(nix)
         talk = hook.talk
-        status = hook.serve()
-    except (EOFError, NixGone):
+        hook.serve()
+    except EOFError:
         return 1
+    except Stop as stop:
+        return stop.status
     except Error as error:
+        talk.say(ERROR, str(error))
         status = error.status
-        if talk and not isinstance(error, Terminated):
-            talk.say(ERROR, str(error))
+    except Exception:  # noqa: BLE001  (2.x would drop a plain traceback)
+        talk.say_bug()
+        status = 1
     wait_for_log_reader()
     return status
 
@@ -1795,12 +1752,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if is_old_call(arguments) or (arguments and arguments[-1].isdigit()):
         return run_hook(arguments)
-    if arguments in (["--version"], ["--help"]):
-        print(f"nix_build_remote.py {VERSION}" if arguments == ["--version"] else str(__doc__).strip())
-        return 0
-    print("nix_build_remote.py is started by Nix; for people there are --help and --version",
-          file=sys.stderr)  # fmt: skip
-    return 2
+    if arguments == ["--version"]:
+        print(f"nix_build_remote.py {VERSION}")
+    elif arguments == ["--help"]:
+        print((__doc__ or "").strip())
+    else:
+        print("usage: nix_build_remote.py --help | --version (Nix starts it itself)",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
