@@ -6,9 +6,7 @@ It reads from Nix which derivation is to be built, picks a machine of the right 
 that has a free slot, copies the missing inputs there with nix-copy-closure, builds over
 ssh, relays the log and brings the outputs back.
 
-Install, for Nix up to 2.9: this file as PREFIX/libexec/nix/build-remote.  That place
-holds a link to nix itself, so remove the link first; never write through it.
-For Nix 2.10 and newer, and as well for older 2.x, in nix.conf:
+Install, for any Nix 2.x, in nix.conf:
 
     build-hook = /usr/local/lib/nix_build_remote.py
 
@@ -17,23 +15,26 @@ For Nix 1.x, in the environment of nix-build or nix-daemon:
     NIX_BUILD_HOOK=/usr/local/lib/nix_build_remote.py
     NIX_REMOTE_SYSTEMS=/etc/nix/machines
 
-Machines stand in /etc/nix/machines (or in nix.conf's `builders`), one a line; the fields
-after the host may be missing or `-`:
+Up to Nix 2.9 it may instead stand at PREFIX/libexec/nix/build-remote.  In 2.x that is a
+link to nix itself: remove the link first, never write through it.
+
+Machines stand in /etc/nix/machines (or nix.conf's `builders`), one a line; fields after
+the host may be missing or `-`:
 
     host systems sshKey maxJobs speedFactor supportedFeatures mandatoryFeatures hostKey
 
-    host               name, user@name, ssh alias, ssh://[user@]host[:port]; ssh-ng:// too;
-                       parameters ssh-key, compress, base64-ssh-public-host-key
-    systems            comma-separated, such as i686-linux,x86_64-linux (default: this one)
-    sshKey             private key without a passphrase (default: what ssh would use)
+    host               name, user@name, ssh alias, or ssh://[user@]host[:port] (ssh-ng
+                       too) with the parameters ssh-key, compress and
+                       base64-ssh-public-host-key
+    systems            comma-separated: i686-linux,x86_64-linux (default: this one's)
+    sshKey             private key without a passphrase (default: those ssh would try)
     maxJobs            builds at once on the machine: its slots (default: 1)
-    speedFactor        relative speed; the faster machine is preferred, load taken into
-                       account (default: 1)
-    supportedFeatures  comma-separated; a derivation's requiredSystemFeatures must all be here
-    mandatoryFeatures  comma-separated; builds that do not require all of these stay away
-    hostKey            base64 of the host's public key line; nothing else is then believed
+    speedFactor        relative speed: faster machines get more builds (default: 1)
+    supportedFeatures  comma-separated; covers a derivation's requiredSystemFeatures
+    mandatoryFeatures  comma-separated; builds that do not require all of them stay away
+    hostKey            base64 of the host's public key; no other key is then believed
 
-    # starts a comment; in `builders`, `;` also separates machines and @FILE includes a file.
+    # starts a comment; `;` separates machines like a new line; @FILE includes a file.
 
 Environment:
     NIX_REMOTE_SYSTEMS  the machines file of Nix 1.x; must be absolute
@@ -51,6 +52,7 @@ Exit status:
 Command line, for people:
     nix_build_remote.py --help | --version
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -77,37 +79,35 @@ ALIVE_COUNT_MAX = 3
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
 LOCK_POLL_S = 0.05
 DRAIN_TIMEOUT_S = 10  # for the end of the log, without any progress
-COPY_BATCH_BYTES = 200_000  # of store paths on one command line: macOS allows 1 MiB in all
+COPY_BATCH_BYTES = 200_000  # of store paths on a command line: macOS has 1 MiB in all
 WIRE_LIMIT_BYTES = 64 << 20  # the longest string anybody may send us
 TAIL_BYTES = 4096  # of ssh's stderr, kept to explain why a connection ended
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
+SAID_LIMIT = 1000  # messages remembered as said
 
-SERVE_HELLO = 0x390C9DEB
-SERVE_REPLY = 0x5452EECB
-SERVE_VERSION = 0x207  # less than 2.6 makes servers of 2.4 to 2.10 answer what we cannot read
+SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
+SERVE_VERSION = 0x207  # offered less than 2.6, servers of 2.4 to 2.10 answer as 2.6
 QUERY_VALID_PATHS, BUILD_PATHS, BUILD_DERIVATION = 1, 6, 8
-
 BUILT = {0, 1, 2, 13}  # built, substituted, already valid, resolves to already valid
-TIMED_OUT = 8
-MISC = 9
+TIMED_OUT, MISC = 8, 9
 
 FIONREAD = 0x541B if sys.platform == "linux" else 0x4004667F
 
 STORE_PATH = re.compile(r"[0-9abcdfghijklmnpqrsvwxyz]{32}-[0-9A-Za-z+\-._?=]{1,211}")
-# What sh (Nix 1.x), white-space splitting (2.0 to 2.25) and shell-like splitting (2.26+)
-# of NIX_SSHOPTS all read as it stands.
+# What sh (Nix 1.x), splitting at white space (2.0 to 2.25) and shell-like splitting
+# (2.26+) of NIX_SSHOPTS all read as it stands.
 PLAIN = re.compile(r"[0-9A-Za-z_@%+=:,./~-]*")
-HOST = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[\w.-]+)?")
 USER = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*")
+HOST = re.compile(USER.pattern + r"|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[0-9A-Za-z_.-]+)?")
 
 
 # ---- Errors -------------------------------------------------------------------------
 
 
 class Error(Exception):
-    """Expected; shown as its one line, without a traceback.  Exit status 1."""
+    """Expected; shown as its one line, without a traceback."""
 
-    status = 1
+    status = 1  # our exit status
 
 
 class BadMachine(Error):
@@ -153,7 +153,7 @@ class Terminated(Stop):
 
 # ---- The wire: Nix's integers and strings -------------------------------------------
 
-Read = Callable[[int], bytes]
+Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
 
 
 def integer(number: int) -> bytes:
@@ -177,7 +177,7 @@ def read_integer(read: Read) -> int:
 def read_string(read: Read) -> str:
     length = read_integer(read)
     if length > WIRE_LIMIT_BYTES:
-        raise Error(f"a string of {length} bytes was announced; that cannot be right")
+        raise Error(f"a string of {length} bytes was announced, which cannot be right")
     padded = read(length + -length % 8)
     if any(padded[length:]):
         raise Error("the padding of a string is not zero")
@@ -185,8 +185,11 @@ def read_string(read: Read) -> str:
 
 
 def read_strings(read: Read) -> list[str]:
-    """A list or set of strings; its count is trusted only as far as strings arrive."""
-    return [read_string(read) for _ in range(read_integer(read))]
+    """A list or set; its count is believed only as far as strings arrive."""
+    result: list[str] = []
+    for _ in range(min(read_integer(read), sys.maxsize)):
+        result.append(read_string(read))
+    return result
 
 
 # ---- The Nix that called us ---------------------------------------------------------
@@ -196,8 +199,8 @@ class Store(NamedTuple):
     """Where the local store is.
 
     directory: as store paths name it; real: as the file system has it (they differ for
-    a chroot store); state: Nix's state directory; remote: the value of NIX_REMOTE that
-    makes a program of the same Nix open this store, or "" for its default.
+    a chroot store); state: Nix's state directory; remote: what NIX_REMOTE must be for a
+    program of the same Nix to open this store, "" if nothing special.
     """
 
     directory: str
@@ -207,25 +210,22 @@ class Store(NamedTuple):
 
     @classmethod
     def parse(cls, uri: str, environ: dict[str, str]) -> Store:
-        """Understand the setting `store` of any 2.x: auto, local?root=R, local://, /R."""
-        directory = environ.get("NIX_STORE_DIR") or environ.get("NIX_STORE") or "/nix/store"
-        state = environ.get("NIX_STATE_DIR") or "/nix/var/nix"
+        """Understand the setting `store`: auto, local?root=R, local://?root=R, /R."""
+        default = environ.get("NIX_STORE_DIR") or environ.get("NIX_STORE")
         base, parameters = split_parameters(uri)
-        scheme, _, path = base.partition("://")
-        if base.startswith("/"):
-            parameters.setdefault("root", base)
-        elif scheme == "local" and path.startswith("/"):
-            parameters.setdefault("root", path)
-        root = parameters.get("root", "").rstrip("/")
-        directory = parameters.get("store", directory).rstrip("/")
-        if root:
-            state = root + "/nix/var/nix"
-        real = parameters.get("real", root + directory)
-        remote = "" if uri in ("", "auto") else uri
-        return cls(directory, real, parameters.get("state", state), remote)
+        path = base.removeprefix("local://")
+        root = parameters.get("root", path if path.startswith("/") else "").rstrip("/")
+        directory = parameters.get("store") or (default or "/nix/store").rstrip("/")
+        state = environ.get("NIX_STATE_DIR") or "/nix/var/nix"
+        return cls(
+            directory=directory,
+            real=parameters.get("real", f"{root}/nix/store" if root else directory),
+            state=parameters.get("state", f"{root}/nix/var/nix" if root else state),
+            remote="" if uri == "auto" else uri,
+        )
 
     def name(self, path: str) -> str:
-        """The last part of a store path, or an Error if it is not one of this store."""
+        """The last part of a store path; Error if it is not one of this store."""
         name = path[len(self.directory) + 1 :]
         if path != f"{self.directory}/{name}" or not STORE_PATH.fullmatch(name):
             raise Error(f"{path!r} is not a store path in {self.directory}")
@@ -236,7 +236,7 @@ class Store(NamedTuple):
 
 
 class Nix(NamedTuple):
-    """What the calling Nix said of itself when it started us.
+    """What the calling Nix told us when it started us.
 
     old: Nix 1.x, whose arguments are turned into the settings they stand for.
     trace: old build traces are wanted.
@@ -252,7 +252,7 @@ class Nix(NamedTuple):
 
     def number(self, setting: str) -> int:
         text = self.settings.get(setting, "")
-        return int(text) if text.isdigit() else 0
+        return int(text) if text.isdecimal() else 0
 
     def enabled(self, setting: str) -> bool:
         return self.settings.get(setting) == "true"
@@ -262,19 +262,14 @@ class Nix(NamedTuple):
         return "experimental-features" in self.settings
 
     @property
-    def renders_uris(self) -> bool:
-        """2.24 and newer name a machine by its parsed and rendered URI."""
-        return "nix-shell-always-looks-for-shell-nix" in self.settings
-
-    @property
     def store(self) -> Store:
-        default = self.environ.get("NIX_REMOTE", "") if self.old else "auto"
-        return Store.parse(self.settings.get("store", default), self.environ)
+        default = self.environ.get("NIX_REMOTE", "") if self.old else ""
+        return Store.parse(self.settings.get("store", default) or "auto", self.environ)
 
     @property
     def slot_directory(self) -> str:
-        default = "/run/nix" if self.old else self.store.state
-        return self.environ.get("NIX_CURRENT_LOAD") or f"{default}/current-load"
+        parent = "/run/nix" if self.old else self.store.state
+        return self.environ.get("NIX_CURRENT_LOAD") or f"{parent}/current-load"
 
 
 class Request(NamedTuple):
@@ -288,9 +283,9 @@ class Request(NamedTuple):
 
 def might_build_itself(nix: Nix, request: Request) -> bool:
     """Whether the calling Nix could build this, perhaps later."""
-    if nix.old:  # it does not say how many jobs it may run, nor knows local features
+    if nix.old:  # it says neither how many jobs it may run nor what features it has
         return request.system == nix.settings["system"]
-    systems = [nix.settings.get("system", ""), *nix.words("extra-platforms"), "builtin"]
+    systems = [*nix.words("system"), *nix.words("extra-platforms"), "builtin"]
     return (
         nix.settings.get("max-jobs") != "0"
         and request.system in systems
@@ -302,13 +297,13 @@ def might_build_itself(nix: Nix, request: Request) -> bool:
 
 
 def unquote(text: str) -> str:
-    """Percent-decoding as in URIs, here because urllib costs each start 10 ms."""
+    """Percent-decoding, here because urllib costs each start 10 ms."""
     return re.sub("%([0-9A-Fa-f]{2})", lambda m: chr(int(m[1], 16)), text)
 
 
 def quote(text: str) -> str:
-    """Percent-encoding as Nix 2.24 to 2.35 render the parameters of a store URI."""
-    return re.sub(r"[^0-9A-Za-z\-._~!$'()*,;:@/?]", lambda m: f"%{ord(m[0]):02X}", text)
+    """Percent-encoding as Nix 2.24 and newer render the parameters of a store URI."""
+    return re.sub(r"[^\w\-.~!$'()*,;:@/?]", lambda m: f"%{ord(m[0]):02X}", text)
 
 
 def split_parameters(uri: str) -> tuple[str, dict[str, str]]:
@@ -322,8 +317,7 @@ class Machine(NamedTuple):
 
     where: str  # file:line
     uri: str  # as it was written
-    scheme: str  # "" for a plain name
-    destination: str  # [user@]host, as ssh takes it
+    destination: str  # [user@]host
     port: int  # 0: what ssh finds in its configuration
     systems: tuple[str, ...]
     key: str  # private key file, or ""
@@ -340,31 +334,24 @@ class Machine(NamedTuple):
 
         Raises BadMachine with `file:line: reason`.
         """
+        given = ["" if field == "-" else field for field in text.split()] + [""] * 8
         try:
-            return cls.from_fields(where, text.split(), system)
+            destination, port, parameters = parse_uri(given[0])
+            return cls(
+                where, given[0], destination, port,
+                systems=tuple(filter(None, given[1].split(","))) or (system,),
+                key=parse_key(given[2] or parameters.get("ssh-key", "")),
+                max_jobs=parse_whole("maxJobs", given[3]),
+                speed=parse_speed(given[4]),
+                supported=frozenset(filter(None, given[5].split(","))),
+                mandatory=frozenset(filter(None, given[6].split(","))),
+                host_key=parse_host_key(
+                    given[7] or parameters.get("base64-ssh-public-host-key", "")
+                ),
+                compress=parameters.get("compress") in ("true", "yes", "1"),
+            )  # fmt: skip
         except ValueError as error:
             raise BadMachine(f"{where}: {error}") from None
-
-    @classmethod
-    def from_fields(cls, where: str, fields: list[str], system: str) -> Machine:
-        given = ["" if field == "-" else field for field in fields] + [""] * 8
-        scheme, destination, port, parameters = parse_uri(given[0])
-        key = given[2] or parameters.get("ssh-key", "")
-        if not PLAIN.fullmatch(key):
-            raise ValueError(f"the key's file name {key!r} has characters that cannot "
-                             "be handed on to ssh; rename the file")
-        host_key = given[7] or parameters.get("base64-ssh-public-host-key", "")
-        return cls(
-            where, given[0], scheme, destination, port,
-            systems=tuple(filter(None, given[1].split(","))) or (system,),
-            key=key,
-            max_jobs=parse_whole("maxJobs", given[3]),
-            speed=parse_speed(given[4]),
-            supported=frozenset(filter(None, given[5].split(","))),
-            mandatory=frozenset(filter(None, given[6].split(","))),
-            host_key=parse_host_key(host_key),
-            compress=parameters.get("compress", "false") in ("true", "yes", "1"),
-        )  # fmt: skip
 
     @property
     def host(self) -> str:
@@ -374,70 +361,78 @@ class Machine(NamedTuple):
         """What Nix's own hook calls this machine, in messages and in file names."""
         if nix.old:
             return self.uri
-        uri = self.uri if self.scheme else f"ssh://{self.uri}"
+        uri = self.uri if "://" in self.uri else f"ssh://{self.uri}"
         base, parameters = split_parameters(uri)
-        if not nix.renders_uris or not parameters:
-            return uri
-        pairs = (f"{quote(name)}={quote(parameters[name])}" for name in sorted(parameters))
-        return f"{base}?{'&'.join(pairs)}"
+        # 2.24 and newer (which brought this setting) parse and render it anew.
+        if parameters and "nix-shell-always-looks-for-shell-nix" in nix.settings:
+            pairs = (f"{quote(k)}={quote(v)}" for k, v in sorted(parameters.items()))
+            return f"{base}?{'&'.join(pairs)}"
+        return uri
 
     def slot_name(self, nix: Nix) -> str:
         """The stock hook's name of the slot files, without the number."""
-        name = self.name(nix)
-        if nix.old:
-            name = f"{'+'.join(self.systems)}-{name}"
-        return file_name(name)
+        prefix = "+".join(self.systems) + "-" if nix.old else ""
+        return file_name(prefix + self.name(nix))
 
 
 def file_name(text: str) -> str:
+    """The stock hook's way to make one; too long a name ends in its hash."""
     name = text.replace("/", "_")
-    if len(name) <= NAME_LIMIT_BYTES:
+    if len(name.encode("utf-8", "surrogateescape")) <= NAME_LIMIT_BYTES:
         return name
-    import hashlib  # only for such names
+    import hashlib
 
-    return name[: NAME_LIMIT_BYTES - 33] + "-" + hashlib.sha256(name.encode()).hexdigest()[:32]
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{name[:100]}-{digest[:32]}"
 
 
-def parse_uri(uri: str) -> tuple[str, str, int, dict[str, str]]:
-    """Split into scheme, [user@]host, port and parameters; ValueError says what is wrong."""
+def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
+    """[user@]host, port and parameters; ValueError says what is wrong."""
     base, parameters = split_parameters(uri)
     scheme, separator, authority = base.rpartition("://")
-    if scheme not in ("", "ssh", "ssh-ng") or (separator and not scheme):
+    if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
         raise ValueError(f"{uri!r} is not reached by ssh; use ssh://[user@]host[:port]")
-    authority = authority[:-1] if scheme and authority.endswith("/") else authority
-    if "/" in authority or (not scheme and authority in ("auto", "daemon", "local", "")):
-        raise ValueError(f"{uri!r} is not a host; use ssh://[user@]host[:port]")
-    user, at, rest = authority.rpartition("@")
+    user, at, rest = authority.removesuffix("/" if separator else "").rpartition("@")
     if at and not USER.fullmatch(user):
         raise ValueError(f"{user!r} is not a user name")
     host, port = parse_host(rest)
-    check_parameters(parameters)
+    if not separator and host in ("auto", "daemon", "local"):
+        raise ValueError(f"{uri!r} is a store of this machine, not another machine")
     if host == "localhost" and not user and not port:
-        raise ValueError("'localhost' is this machine: nix-copy-closure would not use ssh, "
-                         "and builds would wait for themselves; use another host")
-    return scheme, user + at + host, port, parameters
+        raise ValueError("'localhost' is this machine: nix-copy-closure would not use "
+                         "ssh, and builds would wait for themselves")  # fmt: skip
+    check_parameters(parameters)
+    return user + at + host, port, parameters
 
 
 def parse_host(text: str) -> tuple[str, int]:
     """host, host:port, IPv6 with or without brackets, [IPv6]:port."""
-    match = re.fullmatch(r"\[([^\]]*)\](?::(\d+))?|([^:]*):(\d+)|(.*)", text)
-    host = next(filter(None, match.group(1, 3, 5)), "") if match else ""
-    port = int(next(filter(None, match.group(2, 4)), "0")) if match else 0
+    match = re.fullmatch(r"\[([^]]*)](?::(\d+))?|([^:]*):(\d+)|(.*)", text, re.DOTALL)
+    groups = match.groups("") if match else [""] * 5
+    host = (groups[0] or groups[2] or groups[4]).replace("%25", "%")
+    port = int(groups[1] or groups[3] or 0)
     if not HOST.fullmatch(host):
         raise ValueError(f"{host or text!r} is not a host name")
     if port > 65535:
         raise ValueError(f"there is no port {port}")
-    return host.replace("%25", "%"), port
+    return host, port
 
 
 def check_parameters(parameters: dict[str, str]) -> None:
-    understood = {"ssh-key", "compress", "base64-ssh-public-host-key"}
-    harmless = {"max-connections", "path-info-cache-size", "priority", "want-mass-query",
-                "system-features", "trusted"}  # fmt: skip
+    known = ("ssh-key", "compress", "base64-ssh-public-host-key", "max-connections",
+             "path-info-cache-size", "priority", "want-mass-query", "system-features",
+             "trusted")  # fmt: skip
     for name in parameters:
-        if name not in understood | harmless:
-            raise ValueError(f"the parameter {name!r} is not supported by this hook; "
-                             "remove it, or leave this machine to Nix's own hook")
+        if name not in known:
+            raise ValueError(f"this hook does not support the parameter {name!r}; "
+                             "without it, it would use the machine")  # fmt: skip
+
+
+def parse_key(text: str) -> str:
+    if not PLAIN.fullmatch(text) or text.startswith("-"):
+        raise ValueError(f"the key's name {text!r} has characters that cannot be "
+                         "handed on to ssh; rename the file")  # fmt: skip
+    return text
 
 
 def parse_whole(name: str, text: str) -> int:
@@ -447,7 +442,7 @@ def parse_whole(name: str, text: str) -> int:
 
 
 def parse_speed(text: str) -> float:
-    """Any non-negative decimal, as from 2.20 on (before, a whole number); 0 counts as 1."""
+    """Any non-negative decimal, as from 2.20 on (before: whole); 0 counts as 1."""
     if not re.fullmatch(r"([0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9})?", text):
         raise ValueError(f"speedFactor is {text!r}, not a number of 0 or more")
     return float(text or 1) or 1.0
@@ -463,64 +458,72 @@ def parse_host_key(text: str) -> str:
     except ValueError:
         line = ""
     if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+( [ -~]*)?", line):
-        raise ValueError("the host key is not the base64 of a line such as "
-                         "'ssh-ed25519 AAAA...' (base64 -w0 /etc/ssh/ssh_host_ed25519_key.pub)")
+        raise ValueError("the host key is not base64 of 'ssh-ed25519 AAAA...' (make it "
+                         "with: base64 -w0 ssh_host_ed25519_key.pub)")  # fmt: skip
     return line
 
 
-def slips(machine: Machine, fields: list[str]) -> Iterator[str]:
+def slips(machine: Machine, text: str) -> Iterator[str]:
     """What is allowed but is hardly what was meant."""
     for system in machine.systems:
         if not re.fullmatch(r"[a-z0-9_]+(-[a-z0-9_]+)+", system):
-            yield f"system {system!r} will never match; systems look like x86_64-linux"
+            yield f"no system is called {system!r}; they look like x86_64-linux"
     if machine.key and machine.key[0] not in "/~%":
-        yield f"key {machine.key!r} is not an absolute file name"
-    if len(fields) > 8:
-        yield f"{len(fields)} fields, of which only the first 8 mean anything"
+        yield f"the key {machine.key!r} is not an absolute file name"
+    if len(text.split()) > 8:
+        yield "only the first 8 fields mean anything"
 
 
-def expand_builders(text: str, where: str, seen: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """The entries of a `builders` setting or a machines file, each with its file:line."""
+Place = tuple[str, str]  # file:line, text
+
+
+def expand_builders(
+    text: str, file: str, seen: tuple[str, ...] = ()
+) -> Iterator[Place]:
+    """The entries of a `builders` setting or a machines file, includes in place."""
     for number, line in enumerate(text.split("\n"), 1):
         for entry in line.partition("#")[0].split(";"):
-            entry, place = entry.strip(), f"{where}:{number}"
-            if not entry.startswith("@"):
-                if entry:
-                    yield place, entry
-                continue
-            path = entry[1:].strip()
-            if not path.startswith("/"):
-                raise BadMachine(f"{place}: the machines file {path!r} must be an absolute path")
-            if path in seen:
-                raise BadMachine(f"{place}: {path} includes itself")
-            yield from expand_builders(read_machines_file(path), path, (*seen, path))
+            if entry.strip().startswith("@"):
+                included = entry.strip()[1:].strip()
+                yield from include(f"{file}:{number}", included, seen)
+            elif entry.strip():
+                yield f"{file}:{number}", entry
 
 
-def read_machines_file(path: str) -> str:
-    """Its text; a missing file is no error and lists no machine, as in every Nix."""
+def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Place]:
+    """A missing file is no error and lists no machine, as in every Nix."""
     try:
+        if not path.startswith("/"):
+            raise ValueError("must be absolute")
+        if path in seen:
+            raise ValueError("includes itself")
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+            text = file.read()
     except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise BadMachine(f"{path}:1: cannot be read: {error.strerror}") from None
+        return
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        # An entry that no machine can be read from carries the reason to where the
+        # others are complained of.
+        yield f"{where}: the machines file {path!r}: {reason}", ""
+        return
+    yield from expand_builders(text, path, (*seen, path))
 
 
 def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
-    """All usable machines in the order written, and a complaint for all that is wrong."""
+    """The usable machines in the order written, and a complaint for each fault."""
     machines, complaints = [], []
-    entries = expand_builders(nix.settings.get("builders", ""), "builders")
-    while True:
+    for where, text in expand_builders(nix.settings.get("builders", ""), "builders"):
         try:
-            where, text = next(entries)
+            if not text:
+                raise BadMachine(where)
             machine = Machine.parse(where, text, nix.settings.get("system", ""))
-            machines.append(machine)
-            complaints += [f"{where}: {slip}" for slip in slips(machine, text.split())]
         except BadMachine as error:
-            complaints.append(f"{error} (this machine is left out)")
-        except StopIteration:
-            return machines, complaints
+            complaints.append(f"{error} (left out)")
+        else:
+            machines.append(machine)
+            complaints += [f"{where}: {slip}" for slip in slips(machine, text)]
+    return machines, complaints
 
 
 # ---- Choosing -----------------------------------------------------------------------
@@ -528,7 +531,8 @@ def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
 
 def unfit(machine: Machine, request: Request, nix: Nix) -> str:
     """Why a machine can never do this build, or "" if it can."""
-    if request.system not in machine.systems and not (request.system == "builtin" and nix.since_2_4):
+    anywhere = request.system == "builtin" and nix.since_2_4
+    if request.system not in machine.systems and not anywhere:
         return f"builds {', '.join(machine.systems)}, not {request.system}"
     lacking = request.features - machine.supported - machine.mandatory
     if lacking:
@@ -536,20 +540,18 @@ def unfit(machine: Machine, request: Request, nix: Nix) -> str:
     reserved = machine.mandatory - request.features
     if reserved:
         return f"is only for builds that require {', '.join(sorted(reserved))}"
-    if machine.max_jobs == 0:
-        return "has maxJobs 0"
-    return ""
+    return "" if machine.max_jobs else "has maxJobs 0"
 
 
 def rank(machine: Machine, load: int) -> tuple[int, float, int]:
     """Sorts machines, the best first.
 
-    Load divided by speed factor, rounded to the nearest whole number, half down; then the
-    higher speed factor; then the lower load.  This is the rule of Nix 1.x.  2.0 to 2.19
-    truncate, and from 2.20 nothing is rounded, which sends a second build to an idle slow
-    machine however much faster the first one is.
+    Load divided by speed factor, rounded to the nearest whole number, half down; then
+    the higher speed factor; then the lower load.  That is the rule of Nix 1.x.  2.0 to
+    2.19 truncate, and from 2.20 nothing is rounded, which sends a second build to an
+    idle slow machine however much faster the first one is.
     """
-    return -int(-(load / machine.speed - 0.5) // 1), -machine.speed, load
+    return math.ceil(load / machine.speed - 0.5), -machine.speed, load
 
 
 # ---- Slots --------------------------------------------------------------------------
@@ -569,7 +571,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def start_time() -> str:
-    """When this process started, in the kernel's ticks: tells it from a later namesake."""
+    """When this process started, in kernel ticks: tells it from a later namesake."""
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[19]
@@ -580,22 +582,22 @@ def start_time() -> str:
 class Slot:
     """A machine's slot, ours for as long as its file is locked.
 
-    The lock belongs to the open file, not to the process: the build's ssh inherits it, so
-    that a slot stays taken while its session lives, and the kernel frees it with the last
-    holder.  While we hold it, the file says who we are; the lock alone decides.
+    The lock belongs to the open file, not to the process: the build's ssh inherits it,
+    so that a slot stays taken while its session lives, and the kernel frees it with the
+    last holder.  While we hold it, the file says who we are; the lock alone decides.
     """
 
     def __init__(self, machine: Machine, descriptor: int) -> None:
         self.machine, self.descriptor = machine, descriptor
 
     def note(self, phase: str, derivation: str) -> None:
-        """One line: pid, its start time, now (seconds since 1970), phase, derivation."""
+        """One line: pid, its start time, seconds since 1970, phase, derivation."""
         line = f"{os.getpid()} {start_time()} {time.time():.0f} {phase} {derivation}\n"
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, line.encode(), 0)
 
     def free(self) -> None:
-        """Let go, also of the copy that ssh holds; once, for then it may be another's."""
+        """Let go, also for ssh; only once, since then it may be another's."""
         if self.descriptor >= 0:
             os.ftruncate(self.descriptor, 0)
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
@@ -612,20 +614,24 @@ class SlotDirectory(NamedTuple):
         try:
             os.makedirs(self.path, 0o700, exist_ok=True)
         except OSError as error:
-            raise Error(f"cannot make the directory {self.path}: {error.strerror}") from None
+            raise Error(f"cannot make {self.path}: {error.strerror}") from None
 
-    def main_lock(self) -> int:
-        """Wait for the lock that is held while choosing; close it to let go.
+    @contextlib.contextmanager
+    def main_lock(self) -> Iterator[int]:
+        """Held while choosing.
 
-        Every holder is choosing, which takes milliseconds, and the kernel frees it with a
-        dead one, so this wait needs no bound.
+        Every holder is choosing, which takes milliseconds, and the kernel frees it with
+        a dead one, so the wait for it needs no bound.
         """
         descriptor = open_lock(f"{self.path}/main-lock")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def survey(self, machine: Machine, name: str) -> tuple[int, Slot | None]:
-        """The load (slots taken) of a machine, and a free slot, now ours, if there is one."""
+        """A machine's load (slots taken), and a free slot, now ours, if it has one."""
         load, free = 0, None
         for number in range(machine.max_jobs):
             descriptor = open_lock(f"{self.path}/{name}-{number}")
@@ -639,21 +645,18 @@ class SlotDirectory(NamedTuple):
 
     def take(self, machines: list[Machine], nix: Nix) -> Slot | None:
         """The best machine's free slot, or None if all slots are taken."""
-        lock = self.main_lock()
         found: list[tuple[tuple[int, float, int], Slot]] = []
-        try:
+        with self.main_lock():
             for machine in machines:
                 load, slot = self.survey(machine, machine.slot_name(nix))
                 if slot:
                     found.append((rank(machine, load), slot))
-            # min takes the first of equals: full ties go by the order written
+            # min takes the first of equals: full ties go by the order written.
             best = min(found, key=lambda pair: pair[0])[1] if found else None
             for _, slot in found:
                 if slot is not best:
                     os.close(slot.descriptor)
-            return best
-        finally:
-            os.close(lock)
+        return best
 
     def first_time(self, text: str) -> bool:
         """Whether the Nix that started us has not been told this yet.
@@ -664,17 +667,14 @@ class SlotDirectory(NamedTuple):
         import zlib
 
         entry = f"{os.getppid()}-{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
-        lock = self.main_lock()
-        try:
-            said = os.pread(lock, 65536, 0).decode("ascii", "replace").split()
-            if entry in said:
+        with self.main_lock() as descriptor:
+            said = os.pread(descriptor, 100 * SAID_LIMIT, 0).decode("ascii", "replace")
+            if entry in said.split():
                 return False
-            text = " ".join([*said[-1000:], entry])
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, text.encode(), 0)
-            return True
-        finally:
-            os.close(lock)
+            kept = [*said.split()[1 - SAID_LIMIT :], entry]
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, " ".join(kept).encode("ascii", "replace"), 0)
+        return True
 
 
 # ---- Derivations --------------------------------------------------------------------
@@ -702,27 +702,27 @@ class Derivation(NamedTuple):
     def parse(cls, text: str) -> Derivation:
         """Read the one term `Derive(...)`; Error if it is anything else."""
         if text.startswith("DrvWithVersion("):
-            raise Error("it is a dynamic derivation, which this hook cannot build elsewhere")
-        if not text.startswith("Derive("):
-            raise Error("it does not begin like a derivation")
+            raise Error("it is a dynamic derivation, which only Nix itself can build")
         try:
-            outputs, inputs, sources, platform, builder, arguments, environment = parse_term(
-                text[len("Derive") :]
-            )
+            name, term = text[:6], parse_term(text[6:])
+            outputs, inputs, sources, platform, builder, arguments, environment = term
+            if name != "Derive":
+                raise ValueError(name)
             return cls(
-                tuple(Output(*map(expect_string, output)) for output in outputs),
+                tuple(Output(*texts(output)) for output in outputs),
                 bool(inputs),
-                tuple(map(expect_string, sources)),
-                expect_string(platform),
-                expect_string(builder),
-                tuple(map(expect_string, arguments)),
-                tuple((expect_string(k), expect_string(v)) for k, v in environment),
+                texts(sources),
+                texts([platform])[0],
+                texts([builder])[0],
+                texts(arguments),
+                tuple((key, value) for key, value in map(texts, environment)),
             )
         except (TypeError, ValueError):
             raise Error("it is not a well-formed derivation") from None
 
     def encode(self, inputs: Iterable[str]) -> bytes:
-        """As BuildDerivation wants it; inputs stand in for what input derivations made."""
+        """As BuildDerivation wants it.  The inputs replace what the input derivations
+        make; one without those names all its inputs itself, and they enter its hash."""
         return b"".join([
             integer(len(self.outputs)),
             *(string(field) for output in self.outputs for field in output),
@@ -757,36 +757,39 @@ def parse_term(text: str) -> list:  # type: ignore[type-arg]  # nested lists of 
                 raise ValueError(position)
             stack[-1].append(closed)
         else:
-            stack[-1].append(re.sub(r"\\(.)", lambda m: ESCAPES.get(m[1], m[1]), match[1], flags=re.DOTALL))
+            stack[-1].append(unescape(match[1]))
         position, after_value = match.end(), not match[2]
-    if len(stack) != 1 or len(stack[0]) != 1 or not isinstance(stack[0][0], list):
-        raise ValueError(position)
-    return stack[0][0]
+    [[term]] = stack  # else a ValueError of Python's own
+    return list(term) if isinstance(term, list) else []
 
 
-def expect_string(value: object) -> str:
-    if not isinstance(value, str):
+def unescape(text: str) -> str:
+    return re.sub(r"(?s)\\(.)", lambda match: ESCAPES.get(match[1], match[1]), text)
+
+
+def texts(values: list[object]) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise TypeError
-    return value
+    return tuple(map(str, values))
 
 
 def read_derivation(path: str, store: Store) -> Derivation:
-    """The derivation of that store path; Error names it and says why it cannot be sent."""
+    """The derivation of that store path; Error says why it cannot be sent away."""
+    file = store.file(path)
     try:
-        with open(store.file(path), encoding="utf-8", errors="surrogateescape", newline="") as file:
-            derivation = Derivation.parse(file.read())
-    except OSError as error:
-        raise Error(f"cannot read {path}: {error.strerror}") from None
-    except Error as error:
-        raise Error(f"cannot send {path} to another machine: {error}") from None
-    for output in derivation.outputs:
-        if not output.path:
-            raise Error(
-                f"cannot send {path} to another machine: the path of its output "
-                f"'{output.name}' is not known before the build (content-addressed, impure "
-                "or dynamic)"
-            )
-        store.name(output.path)
+        with open(file, "rb") as stream:
+            text = stream.read().decode("utf-8", "surrogateescape")
+        derivation = Derivation.parse(text)
+        for output in derivation.outputs:
+            if not output.path:
+                raise Error(
+                    f"the path of its output '{output.name}' is not known before the "
+                    "build (content-addressed or impure)"
+                )
+            store.name(output.path)
+    except (Error, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise Error(f"cannot send '{path}' to another machine: {reason}") from None
     return derivation
 
 
@@ -801,7 +804,7 @@ class Talk:
     def __init__(self, nix: Nix) -> None:
         self.old = nix.old
         self.debug = "NIX_DEBUG_HOOK" in nix.environ
-        # The levels' numbers: 2.4 inserted notice, 2.3 warn; 1.x filters nothing for us.
+        # The numbers of the levels above: 2.3 inserted warn, 2.4 notice.
         if nix.since_2_4:
             self.levels = (0, 1, 3, 4, 6)
         elif "trace-function-calls" in nix.settings:
@@ -810,12 +813,7 @@ class Talk:
             self.levels = (0, 0, 1, 2, 4)
 
     def write(self, line: str) -> None:
-        data = line.encode("utf-8", "replace") + b"\n"
-        while data:
-            try:
-                data = data[os.write(2, data) :]
-            except BrokenPipeError:
-                raise NixGone from None
+        write_all(2, line.encode("utf-8", "surrogateescape") + b"\n")
 
     def say(self, level: int, text: str) -> None:
         """Show a message of one or more lines, if the user wants that level.
@@ -854,6 +852,15 @@ class Talk:
             self.write(name)
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """To Nix, which reads the messages and the log for as long as it lives."""
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BrokenPipeError:
+            raise NixGone from None
+
+
 def nix_has_gone() -> bool:
     poll = select.poll()
     poll.register(2, 0)
@@ -861,7 +868,7 @@ def nix_has_gone() -> bool:
 
 
 def wait_readable(descriptors: Iterable[int], timeout_s: float) -> set[int]:
-    """Those that have something to read (or have ended); NixGone if Nix ends meanwhile."""
+    """Those with something to read, or at their end; NixGone if Nix ends meanwhile."""
     poll = select.poll()
     poll.register(2, 0)
     for descriptor in descriptors:
@@ -883,16 +890,14 @@ PROFILES = ("/run/current-system/sw/bin", "/nix/var/nix/profiles/default/bin",
 def nix_directories(environ: dict[str, str]) -> Iterator[str]:
     """Where the programs of the Nix that called us are, the surest place first.
 
-    Their flags and their way with locks differ between versions, so those on PATH, which
-    may be another version's, come only after our own prefix and the caller's directory.
+    Their flags and their way with locks differ between versions, so those on PATH, of
+    whatever version, come after our own prefix and the directory of the caller.
     """
     directory = os.path.dirname(os.path.abspath(__file__))
     if directory.endswith("/libexec/nix"):
         yield directory[: -len("libexec/nix")] + "bin"
-    try:
+    with contextlib.suppress(OSError):  # no /proc, or no right to look
         yield os.path.dirname(os.readlink(f"/proc/{os.getppid()}/exe"))
-    except OSError:  # no /proc, or no right to look
-        pass
     yield from program_directories(environ)
 
 
@@ -902,19 +907,21 @@ def program_directories(environ: dict[str, str]) -> Iterator[str]:
 
 
 def find_program(name: str, directories: Iterable[str]) -> str:
-    looked = []
+    looked: list[str] = []
     for directory in directories:
         path = f"{directory}/{name}"
         if os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-        looked.append(directory)
-    raise Error(f"cannot find the program {name}; looked in {', '.join(dict.fromkeys(looked))}")
+        if directory not in looked:
+            looked.append(directory)
+    raise Error(f"cannot find the program {name}; looked in {', '.join(looked)}")
 
 
 def child_environ(nix: Nix, **more: str) -> dict[str, str]:
     """For ssh and Nix's programs: nobody is there to answer a prompt."""
-    environ = {k: v for k, v in nix.environ.items() if k not in ("DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS")}
-    return {**environ, **more}
+    unwanted = ("DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS")
+    kept = {name: nix.environ[name] for name in nix.environ if name not in unwanted}
+    return {**kept, **more}
 
 
 # ---- The builder: ssh and nix-store --serve -----------------------------------------
@@ -941,10 +948,12 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     if machine.compress:
         options.append("-oCompression=yes")
     if known_hosts:
-        options += ["-oStrictHostKeyChecking=yes", f"-oUserKnownHostsFile={known_hosts}",
-                    "-oGlobalKnownHostsFile=/dev/null", "-oCheckHostIP=no"]  # fmt: skip
+        options += [
+            "-oStrictHostKeyChecking=yes", f"-oUserKnownHostsFile={known_hosts}",
+            "-oGlobalKnownHostsFile=/dev/null", "-oCheckHostIP=no",
+        ]  # fmt: skip
     if alias(machine) != machine.destination:
-        options.append(f"-oHostName={machine.host}")
+        options.append(f"-oHostName={machine.host.replace('%', '%%')}")
     return options
 
 
@@ -955,7 +964,7 @@ SSH_DEFAULTS = ("-oBatchMode=yes", f"-oConnectTimeout={CONNECT_TIMEOUT_S}",
 
 
 def user_ssh_options(environ: dict[str, str]) -> list[str]:
-    """NIX_SSHOPTS as our own ssh gets it: words, quoted as for a shell where need be."""
+    """NIX_SSHOPTS as our own ssh gets it: words, quoted as for a shell if at all."""
     text = environ.get("NIX_SSHOPTS", "")
     if not re.search(r"['\"\\]", text):
         return text.split()
@@ -982,7 +991,8 @@ def alias(machine: Machine) -> str:
 def private_directory(wanted: str) -> str:
     """A directory only we can write, for files ssh reads: wanted, or one in /tmp if its
     name could not be handed on to ssh."""
-    path = wanted if PLAIN.fullmatch(wanted) else f"/tmp/nix-build-remote-{os.geteuid()}"
+    fallback = f"/tmp/nix-build-remote-{os.geteuid()}"
+    path = wanted if PLAIN.fullmatch(wanted) else fallback
     os.makedirs(path, 0o700, exist_ok=True)
     info = os.lstat(path)
     ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
@@ -1037,9 +1047,9 @@ class Session:
     """One `nix-store --serve --write` on a builder.
 
     It stays open from the first question to the last output, because what it was asked
-    about with the lock flag, and what it built, is safe there from the builder's garbage
-    collector for just that long.  Its stderr carries ssh's own words until the greeting,
-    then the log of the build.
+    about with the lock flag, and what it built, is safe from the builder's garbage
+    collector for just that long.  Its stderr carries ssh's own words until the
+    greeting, then the log of the build.
     """
 
     def __init__(self, link: Link, slot: Slot) -> None:
@@ -1063,12 +1073,12 @@ class Session:
             self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
             magic = self.read(8, deadline)
             if magic != integer(SERVE_REPLY):
-                raise SessionLost(f"it sent {magic!r} before nix-store's own words (does "
-                                  "a start-up file of the user's shell print that?)")
+                raise SessionLost(f"it sent {magic!r} before nix-store's own words "
+                                  "(does a start-up file of the shell print that?)")
             version = read_integer(lambda count: self.read(count, deadline))
             if version >> 8 != 2:
-                raise SessionLost("its Nix is older than 1.8, or not Nix (serve protocol "
-                                  f"{version >> 8}.{version & 255})")
+                raise SessionLost("its Nix is older than 1.8, or no Nix (serve "
+                                  f"protocol {version >> 8}.{version & 255})")
         except SessionLost as error:
             raise Unreachable(f"cannot build on '{self.link.name}': {error}") from None
         self.version = min(SERVE_VERSION, version)
@@ -1082,7 +1092,7 @@ class Session:
         if self.stderr in ready:
             data = os.read(self.stderr, 65536)
             if data and self.version:
-                write_log(data)
+                write_all(4, data)
             self.tail = (self.tail + data)[-TAIL_BYTES:]
             if not data:
                 self.stderr = -1
@@ -1161,9 +1171,9 @@ class Session:
             numbers.append(int(nix.enabled("keep-failed")))
         return b"".join(map(integer, numbers))
 
-    def build_derivation(self, path: str, derivation: bytes, nix: Nix) -> tuple[int, str]:
+    def build_derivation(self, path: str, encoded: bytes, nix: Nix) -> tuple[int, str]:
         """An exit status for Nix, 0 if it was built, and the builder's message."""
-        request = integer(BUILD_DERIVATION) + string(path) + derivation
+        request = integer(BUILD_DERIVATION) + string(path) + encoded
         self.write(request + self.build_options(nix))
         status, message = read_integer(self.read), read_string(self.read)
         if self.version >= 0x203:
@@ -1171,24 +1181,18 @@ class Session:
         if self.version >= 0x206:
             for _ in range(2 * read_integer(self.read)):
                 read_string(self.read)
-        return 0 if status in BUILT else {TIMED_OUT: 101, MISC: 1}.get(status, 100), message
+        if status in BUILT:
+            return 0, message
+        return {TIMED_OUT: 101, MISC: 1}.get(status, 100), message
 
     def build_paths(self, path: str, nix: Nix) -> tuple[int, str]:
-        """The same by the older command.  It answers with nix-build's exit status, which
-        from 100 up is a mask: 1 a timeout, 2 a hash mismatch, 8 non-determinism."""
+        """The same by the older command.  It answers with nix-build's exit status,
+        which is a mask from 100 up: 1 a timeout, 2 a hash mismatch, ..."""
         self.write(integer(BUILD_PATHS) + strings([path]) + self.build_options(nix))
         status = read_integer(self.read)
         if status == 0:
             return 0, ""
         return (1 if status < 100 else 100 + (status & 1)), read_string(self.read)
-
-
-def write_log(data: bytes) -> None:
-    while data:
-        try:
-            data = data[os.write(4, data) :]
-        except BrokenPipeError:
-            raise NixGone from None
 
 
 def wait_for_log_reader() -> None:
@@ -1207,12 +1211,12 @@ def wait_for_log_reader() -> None:
 
 # ---- Copying ------------------------------------------------------------------------
 
-# What matters to a program that reads or writes the local store.  The build users' group
-# goes along because opening the store as root gives the store to that group.
+# What matters to a program that reads or writes the local store.  The build users'
+# group goes along because opening the store as root gives the store to that group.
 PASSED_SETTINGS = (
-    "build-users-group", "experimental-features", "auto-optimise-store", "fsync-metadata",
-    "fsync-store-paths", "sync-before-registering", "use-sqlite-wal", "use-case-hack",
-    "allow-symlinked-store", "ignored-acls", "min-free", "max-free",
+    "build-users-group", "experimental-features", "auto-optimise-store",
+    "use-case-hack", "fsync-metadata", "fsync-store-paths", "sync-before-registering",
+    "use-sqlite-wal", "allow-symlinked-store", "ignored-acls", "min-free", "max-free",
 )  # fmt: skip
 
 
@@ -1248,7 +1252,7 @@ class Copier:
     def copy(
         self, failure: str, flags: list[str], paths: list[str], environ: dict[str, str]
     ) -> None:
-        """Settings go as --option, which every 2.x understands (NIX_CONFIG only 2.4+)."""
+        """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
         command = [self.program, *flags, alias(self.session.link.machine)]
         for name in PASSED_SETTINGS:
             if name in self.nix.settings:
@@ -1295,8 +1299,8 @@ class Copier:
 def program_version(answer: bytes) -> tuple[int, ...]:
     """(2, 26, 3) from `nix-copy-closure (Nix) 2.26.3`.
 
-    Lix counts on from Nix 2.18, whose locks it has; Nix 1.x, a Perl script there, has no
-    --version.
+    Lix counts on from Nix 2.18, whose locks it has; in Nix 1.x it is a Perl script that
+    has no --version.
     """
     text = answer.decode("utf-8", "replace")
     match = re.search(r"([0-9]+(?:\.[0-9]+)+)[^ ]*\s*$", text)
@@ -1312,7 +1316,8 @@ def error_text(line: str) -> str:
 
         try:
             message = json.loads(line[5:])
-            return " ".join(str(message.get("raw_msg") or message.get("msg", "")).split())
+            text = str(message.get("raw_msg") or message.get("msg", ""))
+            return " ".join(text.split())
         except (ValueError, AttributeError):
             return ""
     return line if line.startswith("error:") else ""
@@ -1335,12 +1340,12 @@ def batches(paths: list[str]) -> Iterator[list[str]]:
 class OutputLocks:
     """The locks on the outputs, which the Nix that started us holds while we run.
 
-    Importing an output takes the same lock.  Up to 2.28 the importing program skips those
-    that NIX_HELD_LOCKS names.  From 2.29 we retire them as their holder may: unlink the
-    lock's file and then write into it, so that whoever gets the old lock sees that it is
-    stale and opens a fresh one.  That is sound only while the holder lives, only for the
-    very file it held when we accepted, and only once: afterwards the fresh lock may be
-    another's.
+    Importing an output takes the same lock.  Up to 2.28 the importing program skips
+    those that NIX_HELD_LOCKS names.  From 2.29 we retire them as their holder may:
+    unlink the lock's file and then write into it, so that whoever gets the old lock
+    sees that it is stale and opens a fresh one.  That is sound only while the holder lives,
+    only for the very file it held when we accepted, and only once: afterwards the fresh
+    lock may be another's.
     """
 
     def __init__(self, store: Store, outputs: Iterable[str]) -> None:
@@ -1384,7 +1389,13 @@ class Build:
     """An accepted build: where it runs and all that belongs to it."""
 
     def __init__(
-        self, hook: Hook, path: str, derivation: Derivation, slot: Slot, session: Session
+        self,
+        hook: Hook,
+        path: str,
+        derivation: Derivation,
+        *,
+        slot: Slot,
+        session: Session,
     ) -> None:
         self.nix, self.talk, self.slots = hook.nix, hook.talk, hook.slots
         self.path, self.derivation = path, derivation
@@ -1459,7 +1470,7 @@ class Build:
             while not try_lock(descriptor):
                 wait_readable([], LOCK_POLL_S)
                 if time.monotonic() > deadline:
-                    self.talk.say(WARN, f"{path} is taken for too long; going on without")
+                    self.talk.say(WARN, f"{path} is taken too long; going on without")
                     break
             yield
         finally:
@@ -1469,10 +1480,10 @@ class Build:
         """Build on the builder, in whichever way it lets us."""
         status, message = 1, ""
         if self.session.version >= 0x201:
-            derivation = self.derivation.encode(self.inputs)
+            encoded = self.derivation.encode(self.inputs)
             try:
                 status, message = self.session.build_derivation(
-                    self.path, derivation, self.nix
+                    self.path, encoded, self.nix
                 )
             except SessionLost:
                 if b"you are not privileged" not in self.session.tail:
@@ -1488,18 +1499,17 @@ class Build:
             raise kind(f"{text}: {message or 'its log says why'}")
 
     def reconnect(self) -> None:
-        """A new session, whose inputs are kept alive again: the builder has ended the old
-        one because it does not trust its user to build a bare derivation."""
-        name = self.session.link.name
-        self.talk.say(TALKATIVE, f"'{name}' does not trust its user; sending the closure "
-                                 f"of '{self.path}'")  # fmt: skip
+        """A new session, whose inputs are kept alive again: the builder has ended the
+        old one because it does not trust its user to build a bare derivation."""
+        text = "does not trust its user; sending the derivation's closure"
+        self.talk.say(TALKATIVE, f"'{self.session.link.name}' {text}")
         self.session.cancel()
         self.session = self.copier.session = Session(self.session.link, self.slot)
         self.session.greet()
         self.send_inputs()
 
     def build_closure(self) -> tuple[int, str]:
-        """Build as a user may whom the builder does not trust, or on one before 1.10."""
+        """As an untrusted user may build, and the only way on builders before 1.10."""
         with self.upload_lock():
             self.copier.send([self.path], False)
         return self.session.build_paths(self.path, self.nix)
@@ -1569,7 +1579,7 @@ def read_old_request() -> Request:
     words = line.split()
     if len(words) not in (3, 4):
         raise Error(f"cannot understand Nix's request {line!r}")
-    features = frozenset(filter(None, words[3].split(","))) if words[3:] else frozenset()
+    features = frozenset(filter(None, ",".join(words[3:]).split(",")))
     return Request(words[0] == "1", words[1], words[2], features)
 
 
@@ -1643,13 +1653,14 @@ class Hook:
         return None
 
     def consider(self, request: Request, machines: list[Machine]) -> Build | None:
-        """Find a machine, connect to it and reply; returns the build if we accept it."""
+        """Find a machine, connect to it, reply; returns the build if we accept it."""
         if not machines:
             self.talk.reply("decline" if self.nix.old else "decline-permanently")
             return None
         fit = self.eligible(request, machines)
-        derivation = read_derivation(request.derivation, self.nix.store) if fit else None
-        while derivation and fit:
+        if fit:
+            derivation = read_derivation(request.derivation, self.nix.store)
+        while fit:
             slot = self.slots.take(fit, self.nix)
             if slot is None:
                 can_now = request.willing and might_build_itself(self.nix, request)
@@ -1657,7 +1668,9 @@ class Hook:
                 return None
             session = self.connect(slot, request)
             if session:
-                build = Build(self, request.derivation, derivation, slot, session)
+                build = Build(
+                    self, request.derivation, derivation, slot=slot, session=session
+                )
                 self.talk.reply("accept", session.link.name)
                 return build
             fit.remove(slot.machine)
@@ -1691,14 +1704,15 @@ class Hook:
             if not reason and machine in self.unreachable:
                 reason = "could not be reached"
             name = machine.name(self.nix)
-            self.talk.say(DEBUG, f"'{name}' {reason or 'can build'}: {request.derivation}")
+            verdict = reason or "can build it"
+            self.talk.say(DEBUG, f"{request.derivation}: '{name}' {verdict}")
             if reason:
                 reasons.append(f"'{name}' {reason}")
             else:
                 fit.append(machine)
         if not fit and not might_build_itself(self.nix, request):
-            text = f"no machine can build '{request.derivation}': {'; '.join(reasons)}"
-            self.talk.say(WARN, text)
+            why = "; ".join(reasons)
+            self.talk.say(WARN, f"no machine can build '{request.derivation}': {why}")
         return fit
 
 
@@ -1707,8 +1721,8 @@ def terminate(number: int, frame: object) -> None:
 
 
 def prepare_descriptors() -> None:
-    """Descriptor 4 takes the log; 5, from 2.1 on, is its reading end, which must not stay
-    open here: it would hide from us that Nix has gone."""
+    """Descriptor 4 takes the log; 5, from 2.1 on, is its reading end, which must not
+    stay open here: it would hide from us that Nix has gone."""
     try:
         os.fstat(4)
     except OSError:  # started by hand
@@ -1727,8 +1741,8 @@ def run_hook(arguments: list[str]) -> int:
     environ = dict(os.environ)
     status, talk = 0, Talk(Nix(True, {}, environ))
     try:
-        nix = old_nix(arguments, environ) if is_old_call(arguments) else new_nix(environ)
-        hook = Hook(nix)
+        old = is_old_call(arguments)
+        hook = Hook(old_nix(arguments, environ) if old else new_nix(environ))
         talk = hook.talk
         hook.serve()
     except EOFError:
