@@ -1,0 +1,209 @@
+"""What the farm's tests start from: a client with the hook, builders, and a build.
+
+    with scene("2.34", "2.3", "host") as running:
+
+Nothing is built on the client itself, unless a test gives nix-build `-j1`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from farm import Host, Inside, Lab, connect, engine, poll, unavailable
+
+HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
+INSTALLED = "/usr/local/bin/nix_build_remote.py"
+
+# Every expression may use `mk NAME SCRIPT ATTRIBUTES`, and `shell` to add the builder.
+PRELUDE = """\
+let
+  system = builtins.currentSystem;
+  shell = { inherit system; builder = "/bin/sh"; PATH = "/usr/bin:/bin"; };
+  mk = name: script: attributes:
+    derivation (shell // { inherit name; args = [ "-c" script ]; } // attributes);
+in
+"""
+
+
+class Outcome(NamedTuple):
+    """How a nix-build ended."""
+
+    status: int
+    outputs: list[str]
+    log: str
+
+    @property
+    def output(self) -> str:
+        assert len(self.outputs) == 1, self.outputs
+        return self.outputs[0]
+
+
+class Run(NamedTuple):
+    """A nix-build that was started."""
+
+    process: Inside
+    path: Path
+
+    @property
+    def log(self) -> str:
+        """What it has said so far."""
+        return self.path.read_text(errors="replace")
+
+    def says(self, text: str) -> None:
+        """Wait until it has said that."""
+        poll(lambda: text in self.log or self.ended, f"{text!r} in the log", timeout=30)
+        assert text in self.log, self.log[-4000:]
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def end(self, timeout: float = 60) -> Outcome:
+        out, _ = self.process.communicate(timeout=timeout)
+        return Outcome(self.process.returncode, out.decode().split(), self.log)
+
+
+class Scene(NamedTuple):
+    client: Host
+    builders: tuple[Host, ...]
+
+    @property
+    def builder(self) -> Host:
+        return self.builders[0]
+
+    def machines(self, text: str) -> None:
+        self.client.write("/etc/nix/machines", text)
+
+    def nix_build(self, expression: str, *options: str) -> list[str]:
+        """Write the expression down, and return the command that builds it."""
+        number = len(list(self.client.path("/tmp").glob("*.nix")))
+        path = f"/tmp/{number}.nix"
+        self.client.write(path, PRELUDE + expression)
+        # not in nix.conf: 2.25 to 2.33 overwrite what it says of build-hook
+        hook = ("--option", "build-hook", INSTALLED)
+        return ["nix-build", path, "--no-out-link", *hook, *options]
+
+    def build(
+        self,
+        expression: str,
+        *options: str,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 90,
+        user: str | None = None,
+    ) -> Outcome:
+        """Run nix-build; unless told not to `check`, its failure is the test's."""
+        command = self.nix_build(expression, *options)
+        done = self.client.run(
+            *command, check=check, env=env, timeout=timeout, user=user
+        )
+        return Outcome(done.returncode, done.stdout.split(), done.stderr)
+
+    def start(
+        self,
+        expression: str,
+        *options: str,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+    ) -> Run:
+        """Start nix-build, and don't wait for it."""
+        command = self.nix_build(expression, *options)
+        number = len(list(self.client.path("/tmp").glob("*.log")))
+        log = self.client.path(f"/tmp/{number}.log")
+        with log.open("w") as stderr:
+            process = self.client.popen(
+                *command, env=env, user=user, stdout=subprocess.PIPE, stderr=stderr
+            )
+        return Run(process, log)
+
+    def locks(self) -> list[str]:
+        """Lock files in the client's store; Nix leaves one for each build that failed."""
+        locks = self.client.path("/nix/store").glob("*.lock")
+        return sorted(lock.name for lock in locks if lock.with_suffix("").exists())
+
+    def settle(self) -> None:
+        """Wait until no hook, no ssh and no session is left on any host.
+
+        A build that is cancelled on a builder, or a session that ends there, takes a
+        moment after nix-build has ended here.
+        """
+        poll(lambda: not self.busy(), f"the end of {self.busy()}")
+
+    def busy(self) -> list[str]:
+        return [
+            f"{host.name}: {process.cmdline}"
+            for host in (self.client, *self.builders)
+            for process in host.processes()
+            if not any(word in process.cmdline for word in ("[listener]", "nix-daemon"))
+        ]
+
+
+def valid(host: Host, *paths: str) -> bool:
+    """Whether the paths are registered there, and are what was registered."""
+    for command in ("--check-validity", "--verify-path"):
+        if host.run("nix-store", command, *paths, check=False).returncode:
+            return False
+    return True
+
+
+def verified(host: Host) -> bool:
+    """Whether everything registered there is there, and what it should be."""
+    command = ("nix-store", "--verify", "--check-contents")
+    done = host.run(*command, check=False)
+    return done.returncode == 0 and "error" not in done.stderr
+
+
+def engines(config: pytest.Config) -> list[str]:
+    return str(config.getoption("--engines")).split(",")
+
+
+def other(config: pytest.Config, name: str) -> str:
+    """The engine after `name` in --engines, round and round: a builder for a client."""
+    names = engines(config)
+    return names[(names.index(name) + 1) % len(names)]
+
+
+def version(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in engine(name).version.split("."))
+
+
+def at_least(config: pytest.Config, name: str, wanted: tuple[int, ...]) -> str:
+    """That engine, or the next one in --engines that is new enough."""
+    for _ in engines(config):
+        if version(name) >= wanted:
+            return name
+        name = other(config, name)
+    pytest.skip(f"no engine in --engines is of Nix {'.'.join(map(str, wanted))} or newer")
+
+
+@contextlib.contextmanager
+def scene(
+    client: str,
+    *builders: str,
+    client_conf: str = "",
+    builder_conf: str = "",
+) -> Iterator[Scene]:
+    """A client that has the hook and may log in on builders b1, b2 ... as root.
+
+    In a lab of its own, so that a test may have one while its module has another.
+    """
+    if reason := unavailable():
+        pytest.skip(reason)
+    with Lab() as lab:
+        there = tuple(
+            lab.host(f"b{number}", engine(name), nix_conf=builder_conf)
+            for number, name in enumerate(builders, 1)
+        )
+        conf = f"max-jobs = 0\n{client_conf}"
+        here = lab.host("client", engine(client), nix_conf=conf)
+        here.copy(HOOK, INSTALLED)
+        for builder in there:
+            connect(here, builder)
+        running = Scene(here, there)
+        running.machines("".join(f"{builder.name} - - 4\n" for builder in there))
+        yield running

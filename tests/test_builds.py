@@ -1,0 +1,445 @@
+"""Real builds on real builders: what reaches them, and what comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import pytest
+from farm import Host, connect, poll
+from scene import INSTALLED, Outcome, Run, Scene, at_least, other, scene, valid
+from scene import verified, version
+
+pytestmark = pytest.mark.engines
+
+BUILDER_CONF = "system-features = perf kvm big-parallel\n"
+RECORDER = "/usr/local/bin/recorder"
+
+
+@pytest.fixture(scope="module")
+def pair_of_hosts(
+    client_engine: str, builder_engine: str
+) -> Iterator[Scene]:
+    """Each client engine with each builder engine."""
+    with scene(client_engine, builder_engine, builder_engine) as hosts:
+        record_exits(hosts)
+        yield hosts
+
+
+@pytest.fixture
+def pair(pair_of_hosts: Scene) -> Iterator[Scene]:
+    yield from watched(pair_of_hosts)
+
+
+@pytest.fixture(scope="module")
+def hosts(
+    client_engine: str, pytestconfig: pytest.Config
+) -> Iterator[Scene]:
+    """Each client engine, with builders of another."""
+    builder = other(pytestconfig, client_engine)
+    with scene(client_engine, builder, builder, builder_conf=BUILDER_CONF) as hosts:
+        record_exits(hosts)
+        yield hosts
+
+
+@pytest.fixture
+def running(hosts: Scene) -> Iterator[Scene]:
+    yield from watched(hosts)
+
+
+def watched(hosts: Scene) -> Iterator[Scene]:
+    """No test may leave a lock in the store, a process, or a session behind."""
+    hosts.machines("b1 - - 4\nb2 - - 4\n")
+    hosts.client.path("/tmp/exits").unlink(missing_ok=True)
+    yield hosts
+    hosts.settle()
+    assert hosts.locks() == []
+
+
+def record_exits(hosts: Scene) -> None:
+    """A hook that calls ours and writes down how it ended."""
+    script = f'#!/bin/sh\n{INSTALLED} "$@"\ns=$?; echo $s >> /tmp/exits; exit $s\n'
+    hosts.client.write(RECORDER, script, 0o755)
+
+
+def build_recorded(
+    hosts: Scene, expression: str, *options: str
+) -> tuple[Outcome, list[int]]:
+    """Build; returns also with what each hook ended that had been given a build."""
+    hook = ("--option", "build-hook", RECORDER)
+    outcome = hosts.build(expression, *hook, *options, check=False)
+    codes = [int(code) for code in hosts.client.read("/tmp/exits").split()]
+    return outcome, [code for code in codes if code]
+
+
+def copied(log: str, name: str) -> list[str]:
+    """The lines that say that a path of that name was copied."""
+    return re.findall(rf"(?m)^copying path .*-{re.escape(name)}'.*$", log)
+
+
+def gate(name: str) -> str:
+    """A command of a build: wait until the test lets it go on."""
+    return f"while ! [ -e /tmp/open-{name} ]; do sleep 0.02; done"
+
+
+def open_gate(builders: tuple[Host, ...], name: str) -> None:
+    for builder in builders:
+        builder.write(f"/tmp/open-{name}", "")
+
+
+# -- Each client engine with each builder engine --------------------------------------
+
+GRAPH = """
+let
+  a = mk "graph-a" "hostname > $out" {};
+  b = mk "graph-b" "{ cat ${a}; hostname; } > $out" {};
+  c = mk "graph-c" "{ cat ${a}; hostname; } > $out" {};
+in mk "graph-d" "{ cat ${b} ${c}; hostname; } > $out" {}
+"""
+
+
+def test_a_graph_of_dependent_derivations_is_built_on_the_builders(pair: Scene) -> None:
+    built = pair.build(GRAPH).output
+    where = pair.client.read(built).split()
+    assert len(where) == 5 and set(where) <= {"b1", "b2"}
+
+
+def test_everything_that_was_built_is_valid_here(pair: Scene) -> None:
+    built = pair.build('[ (mk "v-a" "echo $name > $out" {}) (%s) ]' % GRAPH)
+    assert valid(pair.client, *built.outputs) and verified(pair.client)
+
+
+def test_what_came_back_is_what_a_build_here_makes(pair: Scene) -> None:
+    expression = """
+      mk "same" "mkdir $out; ln -s nowhere $out/l; echo x > $out/f; chmod +x $out/f" {}
+    """
+    pair.build(expression)
+    log = pair.build(expression, "--check", "-j1", "--builders", "").log
+    assert "checking outputs" in log and "ssh://" not in log
+
+
+def test_all_outputs_of_a_derivation_come_back(pair: Scene) -> None:
+    built = pair.build("""
+      let three = mk "three" "for i in $out $dev $doc; do hostname > $i; done" {
+        outputs = [ "out" "dev" "doc" ];
+      }; in [ three.out three.dev three.doc ]
+    """)
+    assert len(set(built.outputs)) == 3 and valid(pair.client, *built.outputs)
+    assert {pair.client.read(output) for output in built.outputs} <= {"b1\n", "b2\n"}
+
+
+def test_outputs_may_refer_to_each_other(pair: Scene) -> None:
+    built = pair.build("""
+      let chain = mk "chain" "echo $dev > $out; echo $lib > $dev; echo $out $lib > $doc;
+        echo end > $lib" { outputs = [ "out" "dev" "doc" "lib" ]; };
+      in [ chain.out chain.dev chain.doc chain.lib ]
+    """)
+    out, dev, doc, lib = built.outputs
+    query = pair.client.run("nix-store", "--query", "--references", doc).stdout.split()
+    assert set(query) == {out, lib} and valid(pair.client, *built.outputs)
+    assert pair.client.read(out).split() == [dev]
+
+
+def test_a_fixed_output_is_built_elsewhere(pair: Scene) -> None:
+    built = pair.build("""
+      mk "fixed" "hostname >&2; printf hello > $out" {
+        outputHashMode = "flat"; outputHashAlgo = "sha256";
+        outputHash = builtins.hashString "sha256" "hello";
+      }
+    """)
+    assert pair.client.read(built.output) == "hello" and valid(pair.client, built.output)
+    assert re.search("(?m)^b[12]$", built.log)
+
+
+def test_a_wrong_fixed_output_is_a_failed_build(pair: Scene) -> None:
+    outcome, exits = build_recorded(
+        pair,
+        """
+      mk "wrong" "printf other > $out" {
+        outputHashMode = "flat"; outputHashAlgo = "sha256";
+        outputHash = builtins.hashString "sha256" "hello";
+      }
+    """,
+    )
+    assert outcome.status and exits == [100]
+    assert "hash mismatch" in outcome.log
+
+
+def test_the_log_just_before_the_end_arrives_whole(pair: Scene) -> None:
+    log = pair.build("""
+      mk "burst" "echo done > $out; for i in $(seq 900); do echo line $i.; done" {}
+    """).log
+    assert re.findall(r"line (\d+)\.", log) == [str(n) for n in range(1, 901)]
+
+
+def test_a_failed_build_is_one_for_nix_too(pair: Scene, client_engine: str) -> None:
+    outcome, exits = build_recorded(pair, 'mk "fails" "echo so sad; exit 7" {}')
+    assert exits == [100]
+    # 2.29 and newer make nothing of how a hook ended
+    assert outcome.status == (100 if version(client_engine) < (2, 29) else 1)
+
+
+def test_a_failed_build_is_explained(pair: Scene) -> None:
+    log = pair.build('mk "broken" "echo so sad; exit 7" {}', check=False).log
+    assert "so sad" in log
+    assert re.search(r"build of '.*-broken\.drv' on 'ssh://b[12]' failed: .*7", log)
+
+
+def test_a_kept_build_directory_is_on_the_builder(
+    pair: Scene, builder_engine: str
+) -> None:
+    pair.build('mk "keep" "echo > evidence-of-keep; exit 7" {}', "-K", check=False)
+    kept = [
+        found
+        for builder in pair.builders
+        for place in ("/tmp", "/nix/var/nix/builds")
+        for found in builder.path(place).glob("nix-*/**/evidence-of-keep")
+    ]
+    # older servers do not understand the wish
+    assert len(kept) == (1 if version(builder_engine) >= (2, 4) else 0)
+
+
+# -- What is built where --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature, builder", [("perf", "b1"), ("kvm", "b2")])
+def test_a_required_feature_leads_to_a_builder_that_has_it(
+    running: Scene, feature: str, builder: str
+) -> None:
+    running.machines("b1 - - 4 1 perf\nb2 - - 4 1 kvm\n")
+    name = f"needs-{feature}"
+    features = f'{{ requiredSystemFeatures = [ "{feature}" ]; }}'
+    built = running.build(f'mk "{name}" "hostname > $out" {features}')
+    assert running.client.read(built.output) == f"{builder}\n"
+
+
+def test_only_missing_outputs_come_back(running: Scene) -> None:
+    expression = """
+      let two = mk "two" "echo 1 > $out; echo 2 > $dev" { outputs = [ "out" "dev" ]; };
+      in [ two.out two.dev ]
+    """
+    out, dev = running.build(expression).outputs
+    running.client.run("nix-store", "--delete", dev)
+    log = running.build(expression).log
+    assert copied(log, "two-dev") and not copied(log, "two")
+    assert valid(running.client, out, dev)
+
+
+def test_an_input_is_sent_once(running: Scene) -> None:
+    running.machines("b1 - - 4\n")
+    template = """
+      let input = builtins.toFile "shared-input" "text";
+      in mk "%s" "cat ${input} > $out" {}
+    """
+    first, second = (running.build(template % name).log for name in ("s-1", "s-2"))
+    assert len(copied(first, "shared-input")) == 1
+    assert not copied(second, "shared-input")
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("b1 - - four", "maxJobs is 'four'"),
+        ("ssh://b1?remote-program=x", "'remote-program' is not supported"),
+    ],
+    ids=["malformed", "unsupported"],
+)
+def test_a_bad_line_costs_only_that_machine(
+    client_engine: str, pytestconfig: pytest.Config, line: str, reason: str
+) -> None:
+    # 2.3 itself ends with "stoull" on a number that is none
+    wanted = (2, 4) if "four" in line else (2, 3)
+    client = at_least(pytestconfig, client_engine, wanted)
+    builder = other(pytestconfig, client)
+    with scene(client, builder, builder) as running:
+        running.machines(f"{line}\nb2 - - 4\n")
+        built = running.build("""
+          mk "c" "hostname > $out" { a = mk "b" "hostname > $out" {}; }
+        """)
+        assert running.client.read(built.output) == "b2\n"
+        assert built.log.count(reason) == 1 and "/etc/nix/machines:1: " in built.log
+
+
+FLOATING = """
+  mk "floating" "hostname > $out" {
+    __contentAddressed = true;
+    outputHashMode = "recursive"; outputHashAlgo = "sha256";
+  }
+"""
+CA = ("--option", "experimental-features", "ca-derivations")
+
+
+@pytest.fixture
+def ca_scene(
+    client_engine: str, pytestconfig: pytest.Config
+) -> Iterator[Scene]:
+    client = at_least(pytestconfig, client_engine, (2, 4))
+    with scene(client, client) as running:
+        yield from watched(running)
+
+
+def test_a_floating_output_is_declined_with_a_sentence(ca_scene: Scene) -> None:
+    outcome = ca_scene.build(FLOATING, *CA, check=False)
+    assert outcome.status
+    assert "is not known before the build (content-addressed" in outcome.log
+
+
+def test_a_floating_output_can_be_built_here(ca_scene: Scene) -> None:
+    built = ca_scene.build(FLOATING, *CA, "-j1")
+    assert ca_scene.client.read(built.output) == "client\n"
+
+
+# -- While it builds ------------------------------------------------------------------
+
+
+def test_the_log_arrives_as_it_is_written(running: Scene) -> None:
+    run = running.start(f'mk "live" "echo first; {gate("live")}; echo > $out" {{}}')
+    run.says("first")
+    assert not run.ended
+    open_gate(running.builders, "live")
+    assert run.end().status == 0
+
+
+def test_a_hook_at_work_takes_less_than_16_mb(running: Scene) -> None:
+    run = running.start(f"""
+      let input = builtins.toFile "m-input" "text"; in
+      mk "memory" "seq 100000; {gate("memory")}; cat ${{input}} > $out" {{}}
+    """)
+    run.says("100000")
+    peaks = [peak_kb(running.client)]
+    open_gate(running.builders, "memory")
+    poll(lambda: peaks.append(peak_kb(running.client)) or run.ended, "the end")
+    assert run.end().status == 0
+    assert 0 < max(peaks) < 16 << 10
+
+
+def peak_kb(client: Host) -> int:
+    """The most memory that a hook which runs now ever had; 0 without any."""
+    peaks = [0]
+    for process in client.processes():
+        if INSTALLED in process.cmdline:
+            with contextlib.suppress(OSError):
+                status = client.read(f"/proc/{process.pid}/status")
+                peaks += map(int, re.findall(r"VmHWM:\s+(\d+) kB", status))
+    return max(peaks)
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--max-silent-time"])
+def test_a_build_that_takes_too_long_is_ended(
+    running: Scene, client_engine: str, option: str
+) -> None:
+    name = option.strip("-")
+    expression = f'mk "{name}" "echo begun; while :; do sleep 0.9; done" {{}}'
+    outcome, exits = build_recorded(running, expression, option, "2")
+    assert "begun" in outcome.log and exits == [101]
+    assert outcome.status == (101 if version(client_engine) < (2, 29) else 1)
+
+
+def test_a_log_that_is_too_long_ends_the_build(running: Scene) -> None:
+    limit = ("--option", "max-build-log-size", "100000")
+    endless = 'mk "long-log" "while :; do seq 1000; done" {}'
+    outcome = running.build(endless, *limit, check=False, timeout=60)
+    assert outcome.status and "more than 100000 bytes" in outcome.log
+
+
+# -- Builders with opinions -----------------------------------------------------------
+
+
+def test_builders_use_substitutes(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    conf = "substituters = file:///var/cache/nix\nrequire-sigs = false\n"
+    builder = other(pytestconfig, client_engine)
+    with scene(client_engine, builder, builder_conf=conf) as running:
+        path = running.client.run(
+            "nix-store", "--add", "/etc/nix/nix.conf"
+        ).stdout.strip()
+        publish(running.client, path, running.builder)
+        built = running.build(
+            f'mk "s" "cat ${{builtins.storePath {path}}} > $out" {{}}',
+            *("--option", "builders-use-substitutes", "true"),
+        )
+        assert f"'{path}' from 'file:///var/cache/nix'" in built.log
+        assert f"'{path}' to 'ssh://b1'" not in built.log
+        running.settle()
+
+
+def publish(client: Host, path: str, builder: Host) -> None:
+    """Make the builder's binary cache have that path of the client."""
+    features = {"NIX_CONFIG": "experimental-features = nix-command"}
+    client.run("nix", "copy", "--to", "file:///tmp/cache", path, env=features)
+    client.run("tar", "-C", "/tmp/cache", "-cf", "/tmp/cache.tar", ".")
+    builder.copy(client.path("/tmp/cache.tar"), "/tmp/cache.tar")
+    builder.run("mkdir", "-p", "/var/cache/nix")
+    builder.run("tar", "-C", "/var/cache/nix", "-xf", "/tmp/cache.tar")
+
+
+@contextlib.contextmanager
+def distrustful(client: str, builder: str) -> Iterator[Scene]:
+    """A builder whose daemon trusts only root, and where we are the user `nix`.
+
+    What the client builds itself it signs with a key that the builder knows, but not if
+    it gets `--option secret-key-files ""`.
+    """
+    secret = "secret-key-files = /etc/nix/secret\n"
+    conf = "trusted-users = root\n"
+    with scene(client, builder, client_conf=secret, builder_conf=conf) as running:
+        there = running.builder
+        running.client.run(
+            *("nix-store", "--generate-binary-cache-key", "client"),
+            *("/etc/nix/secret", "/etc/nix/public"),
+        )
+        public = running.client.read("/etc/nix/public")
+        with there.path("/etc/nix/nix.conf").open("a") as file:
+            file.write(f"trusted-public-keys = {public}\n")
+        there.add_user("nix")
+        connect(running.client, there, "nix")
+        there.start_daemon()
+        running.machines("nix@b1 - - 4\n")
+        yield running
+
+
+INPUT = 'mk "input" "hostname > $out" {}'
+LOCAL = ("-j1", "--builders", "")
+DEPENDENT = f"""
+  let input = {INPUT}; source = builtins.toFile "source" "text";
+  in mk "dependent" "cat ${{input}} ${{source}} > $out; hostname >> $out" {{}}
+"""
+
+
+def test_an_untrusted_user_builds_from_signed_inputs(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    builder = other(pytestconfig, client_engine)
+    with distrustful(client_engine, builder) as running:
+        running.build(INPUT, *LOCAL)
+        built = running.build(DEPENDENT).output
+        assert running.client.read(built) == "client\ntextb1\n"
+        assert valid(running.client, built)
+        running.settle()
+        assert running.locks() == []
+
+
+def test_an_untrusted_user_builds_a_whole_graph(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    builder = other(pytestconfig, client_engine)
+    with distrustful(client_engine, builder) as running:
+        built = running.build(GRAPH).output
+        assert running.client.read(built).split() == ["b1"] * 5
+        running.settle()
+        assert running.locks() == []
+
+
+def test_an_untrusted_user_is_told_of_an_unsigned_input(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    builder = other(pytestconfig, client_engine)
+    with distrustful(client_engine, builder) as running:
+        running.build(INPUT, *LOCAL, "--option", "secret-key-files", "")
+        outcome = running.build(DEPENDENT, check=False)
+        assert outcome.status
+        assert re.search(r"cannot send .* to 'ssh://nix@b1': .*signature", outcome.log)
+        running.settle()
+        assert running.locks() == []

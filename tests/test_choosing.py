@@ -1,0 +1,201 @@
+"""Which machine gets a build."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nix_build_remote import Machine, Nix, Request, Slot, SlotDirectory, rank, unfit
+
+NIX = Nix(False, {"experimental-features": ""}, {})
+
+MANUAL = """
+nix@mcflurry.labs.cs.uu.nl  x86_64-darwin   /home/nix/.ssh/id_quarterpounder_auto  2
+nix@scratchy.labs.cs.uu.nl  i686-linux      /home/nix/.ssh/id_scratchy_auto        8 1 kvm
+nix@itchy.labs.cs.uu.nl     i686-linux      /home/nix/.ssh/id_scratchy_auto        8 2
+nix@poochie.labs.cs.uu.nl   i686-linux      /home/nix/.ssh/id_scratchy_auto        8 2 kvm perf
+"""  # noqa: E501  (as the manual has it)
+
+
+def machines(text: str) -> list[Machine]:
+    lines = text.strip().splitlines()
+    return [Machine.parse("machines:1", line, "x86_64-linux") for line in lines]
+
+
+def ask(features: str = "", system: str = "i686-linux") -> Request:
+    return Request(True, system, "/nix/store/x.drv", frozenset(features.split()))
+
+
+def fit(text: str, request: Request) -> list[Machine]:
+    return [m for m in machines(text) if not unfit(m, request, NIX)]
+
+
+def short(machine: Machine) -> str:
+    return machine.host.partition(".")[0]
+
+
+def deal(directory: Path, candidates: list[Machine], builds: int) -> Counter[str]:
+    """How many builds each machine gets, all of them running at once."""
+    slots = SlotDirectory(str(directory))
+    held: list[Slot | None] = [slots.take(candidates, NIX) for _ in range(builds)]
+    taken = Counter(short(slot.machine) for slot in held if slot)
+    for slot in filter(None, held):
+        slot.free()
+    return taken
+
+
+# -- The manual's own example ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "features, hosts",
+    [
+        ("kvm", ["scratchy"]),
+        ("perf", ["poochie"]),
+        ("kvm perf", ["poochie"]),
+        ("", ["scratchy", "itchy"]),
+        ("big-parallel", []),
+    ],
+    ids=["kvm", "perf", "kvm and perf", "nothing", "something nobody has"],
+)
+def test_manual_builds_that_require(features: str, hosts: list[str]) -> None:
+    assert [short(machine) for machine in fit(MANUAL, ask(features))] == hosts
+
+
+def test_manual_darwin_goes_to_mcflurry() -> None:
+    found = fit(MANUAL, ask(system="x86_64-darwin"))
+    assert [short(machine) for machine in found] == ["mcflurry"]
+
+
+@pytest.mark.parametrize("builds", [1, 2, 3, 4, 8, 12, 15])
+def test_manual_of_itchy_and_scratchy_the_faster_gets_more(
+    builds: int, tmp_path: Path
+) -> None:
+    dealt = deal(tmp_path, fit(MANUAL, ask()), builds)
+    assert dealt["itchy"] > dealt["scratchy"]
+
+
+def test_manual_sixteen_builds_fill_itchy_and_scratchy(tmp_path: Path) -> None:
+    dealt = deal(tmp_path, fit(MANUAL, ask()), 16)
+    assert dealt == {"itchy": 8, "scratchy": 8}
+
+
+def test_manual_sixteen_builds_with_slots_to_spare_go_mostly_to_itchy(
+    tmp_path: Path,
+) -> None:
+    roomy = MANUAL.replace(" 8 ", " 16 ")
+    assert deal(tmp_path, fit(roomy, ask()), 16) == {"itchy": 11, "scratchy": 5}
+
+
+# -- Eligibility ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, features, reason",
+    [
+        ("b1 i686-linux", "", ""),
+        ("b1 i686-linux - 1 1 kvm", "kvm", ""),
+        ("b1 i686-linux - 1 1 - kvm", "kvm", ""),
+        ("b1 i686-linux - 1 1 kvm,perf", "", ""),
+        ("b1 x86_64-linux,armv7l-linux", "", "builds x86_64-linux, armv7l-linux, not"),
+        ("b1 i686-linux", "kvm perf", "lacks the feature kvm, perf"),
+        ("b1 i686-linux - 1 1 - kvm,perf", "kvm", "is only for builds that require perf"),
+        ("b1 i686-linux - 0", "", "has maxJobs 0"),
+    ],
+    ids=[
+        "the system is enough",
+        "a supported feature",
+        "a mandatory feature counts as supported",
+        "supported features need not be asked for",
+        "another system",
+        "features it lacks",
+        "mandatory features not asked for",
+        "no slots",
+    ],
+)
+def test_a_machine_is_unfit_for_a_reason(line: str, features: str, reason: str) -> None:
+    (machine,) = machines(line)
+    said = unfit(machine, ask(features), NIX)
+    assert said.startswith(reason) and bool(said) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    "settings, fits",
+    [({"experimental-features": ""}, True), ({}, False)],
+    ids=["from 2.4", "before 2.4"],
+)
+def test_builtin_fits_every_machine(settings: dict[str, str], fits: bool) -> None:
+    (machine,) = machines("b1 i686-linux")
+    said = unfit(machine, ask(system="builtin"), Nix(False, settings, {}))
+    assert (said == "") is fits
+
+
+# -- Order ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "load, speed, rounded",
+    [
+        (0, "1", 0),
+        (1, "1", 1),
+        (1, "2", 0),
+        (3, "2", 1),
+        (5, "2", 2),
+        (2, "3", 1),
+        (1, "3", 0),
+        (1, "0.5", 2),
+        (7, "4", 2),
+    ],
+)
+def test_load_by_speed_is_rounded_half_down(
+    load: int, speed: str, rounded: int
+) -> None:
+    (machine,) = machines(f"b1 i686-linux - 8 {speed}")
+    assert rank(machine, load)[0] == rounded
+
+
+@pytest.mark.parametrize(
+    "text, loads, best",
+    [
+        ("b1 - - 9 1\nb2 - - 9 1", (2, 1), "b2"),
+        ("b1 - - 9 1\nb2 - - 9 2", (0, 0), "b2"),
+        ("b1 - - 9 1\nb2 - - 9 2", (0, 1), "b2"),
+        ("b1 - - 9 1\nb2 - - 9 2", (0, 2), "b1"),
+        ("b1 - - 9 4\nb2 - - 9 4", (2, 1), "b2"),
+        ("b1 - - 9 1\nb2 - - 9 1", (1, 1), "b1"),
+    ],
+    ids=[
+        "less load by speed",
+        "idle, the faster",
+        "a second build still goes to the faster",
+        "a third goes to the idle slower",
+        "equal after rounding, the lower load",
+        "full ties, the first written",
+    ],
+)
+def test_the_best_is(text: str, loads: tuple[int, int], best: str) -> None:
+    candidates = zip(machines(text), loads)
+    assert min(candidates, key=lambda pair: rank(*pair))[0].host == best
+
+
+def test_slots_go_to_the_first_written_on_full_ties(tmp_path: Path) -> None:
+    slots = SlotDirectory(str(tmp_path))
+    slot = slots.take(machines("b1\nb2\nb3"), NIX)
+    assert slot and slot.machine.host == "b1"
+
+
+def test_no_slot_is_left_when_all_are_taken(tmp_path: Path) -> None:
+    slots = SlotDirectory(str(tmp_path))
+    candidates = machines("b1 - - 2\nb2 - - 1")
+    taken = [slots.take(candidates, NIX) for _ in range(4)]
+    assert [slot is not None for slot in taken] == [True, True, True, False]
+
+
+def test_a_freed_slot_can_be_taken_again(tmp_path: Path) -> None:
+    slots = SlotDirectory(str(tmp_path))
+    first = slots.take(machines("b1"), NIX)
+    assert first
+    first.free()
+    assert slots.take(machines("b1"), NIX)

@@ -1,0 +1,411 @@
+"""The machines file: every field, every form of a host, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from nix_build_remote import BadMachine, Machine, Nix, SlotDirectory, file_name, load_machines
+
+OLD = Nix(True, {"system": "x86_64-linux"}, {})
+NIX_2_3 = Nix(False, {}, {})
+NIX_2_24 = Nix(
+    False,
+    {"experimental-features": "", "nix-shell-always-looks-for-shell-nix": "true"},
+    {},
+)
+
+KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE6kaVyB root@b1"
+KEY = base64.b64encode(KEY_LINE.encode()).decode()
+FULL = (
+    f"nix@b1 i686-linux,x86_64-linux /root/.ssh/id_b1 8 2.5 kvm,big-parallel perf {KEY}"
+)
+
+
+def parse(line: str) -> Machine:
+    return Machine.parse("machines:1", line, "x86_64-linux")
+
+
+def load(builders: str) -> tuple[list[str], list[str]]:
+    """The destinations of all machines, and all complaints."""
+    settings = {"builders": builders, "system": "x86_64-linux"}
+    machines, complaints = load_machines(Nix(False, settings, {}))
+    return [machine.destination for machine in machines], complaints
+
+
+# -- Fields ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("destination", "nix@b1"),
+        ("systems", ("i686-linux", "x86_64-linux")),
+        ("key", "/root/.ssh/id_b1"),
+        ("max_jobs", 8),
+        ("speed", 2.5),
+        ("supported", {"kvm", "big-parallel"}),
+        ("mandatory", {"perf"}),
+        ("host_key", KEY_LINE),
+    ],
+)
+def test_each_field_is_read(field: str, value: object) -> None:
+    assert getattr(parse(FULL), field) == value
+
+
+@pytest.mark.parametrize(
+    "line", ["b1", "b1 - - - - - - -", "b1\t-  -"], ids=["missing", "dashes", "some"]
+)
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("systems", ("x86_64-linux",)),
+        ("key", ""),
+        ("max_jobs", 1),
+        ("speed", 1),
+        ("supported", set()),
+        ("mandatory", set()),
+        ("host_key", ""),
+        ("port", 0),
+        ("compress", False),
+    ],
+)
+def test_each_field_has_a_default(line: str, field: str, value: object) -> None:
+    assert getattr(parse(line), field) == value
+
+
+def test_fields_are_separated_by_any_run_of_white_space() -> None:
+    assert parse("b1  \t i686-linux\t\t-   4") == parse("b1 i686-linux - 4")
+
+
+@pytest.mark.parametrize(
+    "text, speed",
+    [("0", 1), ("0.0", 1), ("2", 2), ("0.5", 0.5), (".5", 0.5), ("3.", 3)],
+)
+def test_speed_factor_is_a_decimal_and_zero_counts_as_one(
+    text: str, speed: float
+) -> None:
+    assert parse(f"b1 - - 1 {text}").speed == speed
+
+
+def test_max_jobs_may_be_zero() -> None:
+    assert parse("b1 - - 0").max_jobs == 0
+
+
+# -- Hosts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host, destination, port",
+    [
+        ("b1", "b1", 0),
+        ("nix@b1", "nix@b1", 0),
+        ("my-alias_2.example.org", "my-alias_2.example.org", 0),
+        ("b1:2222", "b1", 2222),
+        ("ssh://b1", "b1", 0),
+        ("ssh://b1/", "b1", 0),
+        ("ssh://nix@b1:2222", "nix@b1", 2222),
+        ("ssh-ng://nix@b1", "nix@b1", 0),
+        ("::1", "::1", 0),
+        ("nix@2001:db8::7", "nix@2001:db8::7", 0),
+        ("[2001:db8::7]", "2001:db8::7", 0),
+        ("ssh://[2001:db8::7]:2222", "2001:db8::7", 2222),
+        ("ssh-ng://nix@[::1]:22", "nix@::1", 22),
+        ("fe80::1%eth0", "fe80::1%eth0", 0),
+        ("ssh://[fe80::1%25eth0]:22", "fe80::1%eth0", 22),
+        ("192.0.2.7:22", "192.0.2.7", 22),
+        ("ssh://localhost:2222", "localhost", 2222),
+    ],
+)
+def test_host_is_split_into_destination_and_port(
+    host: str, destination: str, port: int
+) -> None:
+    machine = parse(host)
+    assert (machine.destination, machine.port) == (destination, port)
+
+
+@pytest.mark.parametrize(
+    "parameter, field, value",
+    [
+        ("ssh-key=/root/.ssh/id", "key", "/root/.ssh/id"),
+        ("ssh-key=/root/%2Essh/id", "key", "/root/.ssh/id"),
+        ("compress=true", "compress", True),
+        ("compress=false", "compress", False),
+        (f"base64-ssh-public-host-key={KEY}", "host_key", KEY_LINE),
+    ],
+)
+def test_parameters_of_a_uri_are_honoured(
+    parameter: str, field: str, value: object
+) -> None:
+    assert getattr(parse(f"ssh://b1?{parameter}"), field) == value
+
+
+def test_all_parameters_can_be_given_at_once() -> None:
+    uri = f"ssh://b1?ssh-key=/k&compress=true&base64-ssh-public-host-key={KEY}"
+    machine = parse(uri)
+    assert (machine.key, machine.compress, machine.host_key) == ("/k", True, KEY_LINE)
+
+
+def test_a_field_wins_over_the_parameter_of_the_same_meaning() -> None:
+    assert parse("ssh://b1?ssh-key=/parameter - /field").key == "/field"
+
+
+def test_parameters_that_change_nothing_here_are_accepted() -> None:
+    assert parse("ssh://b1?max-connections=4&trusted=true").destination == "b1"
+
+
+# -- What is refused ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("localhost", "'localhost' is this machine"),
+        ("ssh://localhost", "'localhost' is this machine"),
+        ("ssh://b1?remote-store=/mnt", "'remote-store' is not supported"),
+        ("ssh://b1?remote-program=nix", "'remote-program' is not supported"),
+        ("ssh://b1?colour=blue", "'colour' is not supported"),
+        ("/mnt/store", "'/mnt/store' is not a host"),
+        ("auto", "'auto' is not a host"),
+        ("local", "'local' is not a host"),
+        ("daemon", "'daemon' is not a host"),
+        ("ssh://b1/nix/store", "is not a host"),
+        ("unix:///run/nix.socket", "is not reached by ssh"),
+        ("https://cache.example.org", "is not reached by ssh"),
+        ("://b1", "is not reached by ssh"),
+        ("ssh://", "is not a host name"),
+        ("nix@", "is not a host name"),
+        ("-oProxyCommand=evil", "'-oProxyCommand=evil' is not a host name"),
+        ("ssh://-oProxyCommand=evil", "'-oProxyCommand=evil' is not a host name"),
+        ("[-oProxyCommand=evil]", "'-oProxyCommand=evil' is not a host name"),
+        ("nix@-oProxyCommand=evil", "'-oProxyCommand=evil' is not a host name"),
+        ("-oProxyCommand=evil@b1", "'-oProxyCommand=evil' is not a user name"),
+        ("ssh://-l@b1:22", "'-l' is not a user name"),
+        ("$(reboot)", "is not a host name"),
+        ("b1:65536", "there is no port 65536"),
+        ("b1:", "is not a host name"),
+        ("b1:ssh", "is not a host name"),
+        (":22", "is not a host name"),
+        ("[::1", "is not a host name"),
+        ("[::1]22", "is not a host name"),
+        ("[]", "is not a host name"),
+        ("b\x011", "is not a host name"),
+        ("b1\x7f", "is not a host name"),
+        ("bü1", "is not a host name"),
+        ("n\x1bix@b1", "is not a user name"),
+        ("b1 x86_64-linux /root/my;key", "rename the file"),
+        ("b1 x86_64-linux /root/$HOME", "rename the file"),
+        ("ssh://b1?ssh-key=/root/my%20key", "rename the file"),
+        ("b1 - - two", "maxJobs is 'two', not a whole number"),
+        ("b1 - - -1", "maxJobs is '-1', not a whole number"),
+        ("b1 - - 1.5", "maxJobs is '1.5', not a whole number"),
+        ("b1 - - 99999999", "maxJobs is '99999999', not a whole number"),
+        ("b1 - - ٣", "maxJobs is '٣', not a whole number"),
+        ("b1 - - 1 fast", "speedFactor is 'fast', not a number of 0 or more"),
+        ("b1 - - 1 -1", "speedFactor is '-1', not a number of 0 or more"),
+        ("b1 - - 1 nan", "speedFactor is 'nan', not a number of 0 or more"),
+        ("b1 - - 1 inf", "speedFactor is 'inf', not a number of 0 or more"),
+        ("b1 - - 1 .", "speedFactor is '.', not a number of 0 or more"),
+        ("b1 - - 1 1 - - AAAA", "the host key is not the base64 of a line"),
+        ("b1 - - 1 1 - - ssh-ed25519", "the host key is not the base64 of a line"),
+        ("ssh://b1?base64-ssh-public-host-key=x", "the host key is not the base64"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_refused(line: str, reason: str) -> None:
+    with pytest.raises(BadMachine) as caught:
+        parse(line)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["ssh-ed25519 AAAA\n* ssh-rsa BBBB", "ssh-ed25519 AAAA\rx", "a\0 AAAA", "ü AAAA"],
+    ids=["second line", "carriage return", "nul", "not ascii"],
+)
+def test_a_host_key_that_would_say_more_than_one_key_is_refused(key: str) -> None:
+    encoded = base64.b64encode(key.encode()).decode()
+    with pytest.raises(BadMachine, match="the host key is not"):
+        parse(f"b1 - - 1 1 - - {encoded}")
+
+
+@pytest.mark.parametrize("nix", [OLD, NIX_2_3, NIX_2_24], ids=["1.x", "2.3", "2.24"])
+@pytest.mark.parametrize(
+    "line",
+    ["b1 x86_64-\0linux", "b1 - - 1 1 k\0vm", "ssh://b1?priority=\0", "b1\0"],
+    ids=["system", "feature", "parameter", "host"],
+)
+def test_a_nul_in_a_line_costs_no_other_machine(
+    line: str, nix: Nix, tmp_path: Path
+) -> None:
+    settings = {**nix.settings, "builders": f"{line}\nb2", "system": "x86_64-linux"}
+    nix = nix._replace(settings=settings)
+    slots = SlotDirectory(str(tmp_path))
+    machines, _ = load_machines(nix)
+    loads = [slots.survey(machine, machine.slot_name(nix))[0] for machine in machines]
+    assert machines[-1].destination == "b2" and not any(loads)
+
+
+# -- Files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "builders, expected",
+    [
+        ("", []),
+        ("b1", ["b1"]),
+        ("b1;b2 ; b3", ["b1", "b2", "b3"]),
+        ("b1\nb2\r\nb3\n", ["b1", "b2", "b3"]),
+        ("# b1\nb2 # b3; b4\n#", ["b2"]),
+        (" ;; \n ; b1 ;\n\n", ["b1"]),
+    ],
+    ids=["empty", "one", "semicolons", "lines", "comments", "nothing between"],
+)
+def test_builders_are_separated(builders: str, expected: list[str]) -> None:
+    assert load(builders) == (expected, [])
+
+
+def test_a_file_is_included_where_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "machines").write_text("b2\nb3\n", encoding="utf-8")
+    assert load(f"b1; @{tmp_path}/machines ; b4")[0] == ["b1", "b2", "b3", "b4"]
+
+
+def test_an_included_file_may_include_another(tmp_path: Path) -> None:
+    (tmp_path / "outer").write_text(f"b1\n@{tmp_path}/inner\nb3", encoding="utf-8")
+    (tmp_path / "inner").write_text("b2", encoding="utf-8")
+    assert load(f"@{tmp_path}/outer")[0] == ["b1", "b2", "b3"]
+
+
+def test_a_file_may_be_included_twice(tmp_path: Path) -> None:
+    (tmp_path / "machines").write_text("b1", encoding="utf-8")
+    assert load(f"@{tmp_path}/machines;@{tmp_path}/machines")[0] == ["b1", "b1"]
+
+
+def test_a_missing_file_lists_no_machine_and_is_no_error(tmp_path: Path) -> None:
+    assert load(f"b1;@{tmp_path}/missing;b2") == (["b1", "b2"], [])
+
+
+def test_a_file_that_is_not_utf_8_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "machines").write_bytes(b"b1 # caf\xe9\n")
+    assert load(f"@{tmp_path}/machines") == (["b1"], [])
+
+
+@pytest.mark.parametrize(
+    "bad, complaint",
+    [
+        ("localhost", "builders:2: 'localhost' is this machine"),
+        ("b9 - - many", "builders:2: maxJobs is 'many'"),
+        ("@etc/machines", "builders:2: the machines file 'etc/machines' must be"),
+        ("@", "builders:2: the machines file '' must be an absolute path"),
+        ("@/", "/:1: cannot be read: Is a directory"),
+    ],
+    ids=["host", "number", "relative file", "no file", "unreadable file"],
+)
+class TestOneBadLine:
+    def test_gives_one_complaint_with_file_line_and_reason(
+        self, bad: str, complaint: str
+    ) -> None:
+        (only,) = load(f"b1\n{bad}\nb2")[1]
+        assert only.startswith(complaint)
+
+    def test_costs_only_itself(self, bad: str, complaint: str) -> None:
+        assert load(f"b1\n{bad}\nb2")[0] == ["b1", "b2"]
+
+
+def test_a_complaint_names_the_included_file_and_its_line(tmp_path: Path) -> None:
+    (tmp_path / "machines").write_text("b1\n\n# b2\nlocalhost\n", encoding="utf-8")
+    (complaint,) = load(f"@{tmp_path}/machines")[1]
+    assert complaint.startswith(f"{tmp_path}/machines:4: 'localhost'")
+
+
+class TestAFileThatIncludesItself:
+    @pytest.fixture
+    def loaded(self, tmp_path: Path) -> tuple[list[str], list[str]]:
+        path = tmp_path / "machines"
+        path.write_text(f"b1\n@{path}\nb2\n", encoding="utf-8")
+        return load(f"@{path}\nb3")
+
+    def test_is_complained_of_once(self, loaded: tuple[list[str], list[str]]) -> None:
+        (complaint,) = loaded[1]
+        assert "machines:2: " in complaint and "includes itself" in complaint
+
+    def test_costs_no_machine(self, loaded: tuple[list[str], list[str]]) -> None:
+        assert loaded[0] == ["b1", "b2", "b3"]
+
+
+@pytest.mark.parametrize(
+    "line, slip",
+    [
+        ("b1 x86_64", "system 'x86_64' will never match"),
+        ("b1 X86_64-Linux", "system 'X86_64-Linux' will never match"),
+        ("b1 - id_rsa", "key 'id_rsa' is not an absolute file name"),
+        ("b1 - - 1 1 - - - extra", "9 fields, of which only the first 8"),
+    ],
+)
+class TestASlip:
+    def test_is_warned_of_with_its_place(self, line: str, slip: str) -> None:
+        (complaint,) = load(line)[1]
+        assert complaint.startswith(f"builders:1: {slip}")
+
+    def test_costs_nothing(self, line: str, slip: str) -> None:
+        assert load(line)[0] == ["b1"]
+
+
+# -- Names of lock files, as the stock hooks have them --------------------------------
+
+
+@pytest.mark.parametrize(
+    "nix, line, name",
+    [
+        (OLD, "nix@b1 i686-linux,x86_64-linux", "i686-linux+x86_64-linux-nix@b1"),
+        (OLD, "nix@b1", "x86_64-linux-nix@b1"),
+        (NIX_2_3, "nix@b1 i686-linux", "ssh:__nix@b1"),
+        (NIX_2_3, "ssh-ng://nix@b1:22", "ssh-ng:__nix@b1:22"),
+        (
+            NIX_2_3,
+            "ssh://b1?ssh-key=/root/.ssh/id&compress=true",
+            "ssh:__b1?ssh-key=_root_.ssh_id&compress=true",
+        ),
+        (NIX_2_24, "nix@b1", "ssh:__nix@b1"),
+        (NIX_2_24, "ssh://nix@b1:22", "ssh:__nix@b1:22"),
+        (
+            NIX_2_24,
+            "ssh://b1?ssh-key=/root/.ssh/id&compress=true",
+            "ssh:__b1?compress=true&ssh-key=_root_.ssh_id",
+        ),
+        (NIX_2_24, "ssh://b1?priority=%2b1", "ssh:__b1?priority=%2B1"),
+    ],
+)
+def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -> None:
+    assert parse(line).slot_name(nix) == name
+
+
+@pytest.mark.parametrize(
+    "nix, name",
+    [
+        (OLD, "nix@b1"),
+        (NIX_2_3, "ssh:__nix@b1"),
+        (NIX_2_24, "ssh:__nix@b1"),
+    ],
+    ids=["1.x", "2.3", "2.24"],
+)
+def test_upload_locks_have_the_stock_hooks_names(nix: Nix, name: str) -> None:
+    assert file_name(parse("nix@b1 i686-linux").name(nix)) == name
+
+
+LONG = [
+    f"b1 {','.join(f'system{n}-linux' for n in range(40))}",
+    f"ssh://b1?priority={'1' * 300}",
+    f"b1 {'ü' * 190}-linux",
+]
+
+
+@pytest.mark.parametrize("nix", [OLD, NIX_2_3, NIX_2_24], ids=["1.x", "2.3", "2.24"])
+@pytest.mark.parametrize("line", LONG, ids=["systems", "parameter", "not ascii"])
+def test_a_long_name_still_fits_into_a_file_name(nix: Nix, line: str) -> None:
+    assert len(f"{parse(line).slot_name(nix)}-99.upload-lock".encode()) <= 255
+
+
+def test_long_names_that_differ_at_the_end_stay_different() -> None:
+    assert file_name("b" * 300) != file_name("b" * 299 + "c")
