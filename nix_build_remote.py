@@ -64,7 +64,6 @@ import select
 import signal
 import stat
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -98,7 +97,7 @@ STORE_PATH = re.compile(r"[0-9abcdfghijklmnpqrsvwxyz]{32}-[0-9A-Za-z+\-._?=]{1,2
 # (2.26+) of NIX_SSHOPTS all read as it stands.
 PLAIN = re.compile(r"[0-9A-Za-z_@%+=:,./~-]*")
 USER = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*")
-HOST = re.compile(USER.pattern + r"|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[0-9A-Za-z_.-]+)?")
+HOST = re.compile(USER.pattern + r"|(?=.*:.*:)[0-9A-Fa-f:.]+(%[0-9A-Za-z_.-]+)?")
 
 
 # ---- Errors -------------------------------------------------------------------------
@@ -239,12 +238,13 @@ class Nix(NamedTuple):
     """What the calling Nix told us when it started us.
 
     old: Nix 1.x, whose arguments are turned into the settings they stand for.
-    trace: old build traces are wanted.
+    verbosity: in its own levels, see Talk; trace: old build traces are wanted.
     """
 
     old: bool
     settings: dict[str, str]
     environ: dict[str, str]
+    verbosity: int = 0
     trace: bool = False
 
     def words(self, setting: str) -> list[str]:
@@ -336,6 +336,8 @@ class Machine(NamedTuple):
         """
         given = ["" if field == "-" else field for field in text.split()] + [""] * 8
         try:
+            if not "".join(given).isprintable():
+                raise ValueError(f"{text!r} has characters that cannot be printed")
             destination, port, parameters = parse_uri(given[0])
             return cls(
                 where, given[0], destination, port,
@@ -805,7 +807,10 @@ class Talk:
         self.old = nix.old
         self.debug = "NIX_DEBUG_HOOK" in nix.environ
         # The numbers of the levels above: 2.3 inserted warn, 2.4 notice.
-        if nix.since_2_4:
+        self.verbosity = nix.verbosity
+        if nix.old:
+            self.levels, self.verbosity = (0, 0, 0, 1, 1), 0
+        elif nix.since_2_4:
             self.levels = (0, 1, 3, 4, 6)
         elif "trace-function-calls" in nix.settings:
             self.levels = (0, 1, 2, 3, 5)
@@ -820,17 +825,18 @@ class Talk:
 
         2.x drops plain lines once a build is accepted, so for it all are @nix lines.
         """
-        if self.debug and level == DEBUG:
-            level = ERROR
+        number = 0 if self.debug else self.levels[level]
+        if number > self.verbosity:
+            return
         text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", text)
         if not self.old:
             import json
 
-            message = {"action": "msg", "level": self.levels[level], "msg": text}
+            message = {"action": "msg", "level": number, "msg": text}
             self.write("@nix " + json.dumps(message))
-        elif level <= INFO:
-            for line in text.splitlines():
-                self.write(f" {line}" if line[:2] in ("# ", "@ ") else line)
+            return
+        for line in text.splitlines():
+            self.write(f" {line}" if line[:2] in ("# ", "@ ") else line)
 
     def say_bug(self) -> None:
         import traceback
@@ -922,6 +928,65 @@ def child_environ(nix: Nix, **more: str) -> dict[str, str]:
     unwanted = ("DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS")
     kept = {name: nix.environ[name] for name in nix.environ if name not in unwanted}
     return {**kept, **more}
+
+
+class Child:
+    """A program we started.  (subprocess would cost each start 7 ms and 1 MB.)
+
+    Of its descriptors 0, 1 and 2, those asked for are pipes, whose other ends are
+    `pipes`; the rest are /dev/null.  It gets no others of ours, but for `keep`.
+    """
+
+    def __init__(
+        self, command: list[str], environ: dict[str, str], piped: str, keep: int = -1
+    ) -> None:
+        self.pipes: list[int] = []
+        theirs: list[int] = []
+        actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = []
+        for number in range(3):
+            if str(number) not in piped:
+                null = (os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0)
+                actions.append(null)
+                continue
+            ends = os.pipe()
+            self.pipes.append(ends[1 if number == 0 else 0])
+            theirs.append(ends[0 if number == 0 else 1])
+            actions.append((os.POSIX_SPAWN_DUP2, theirs[-1], number))
+        try:
+            if keep >= 0:
+                os.set_inheritable(keep, True)
+            # Python ignores SIGPIPE, which programs would inherit.
+            self.pid = os.posix_spawn(
+                command[0], command, environ, file_actions=actions,
+                setsigdef=[signal.SIGPIPE],
+            )  # fmt: skip
+            self.status: int | None = None
+        finally:
+            if keep >= 0:
+                os.set_inheritable(keep, False)
+            for descriptor in theirs:
+                os.close(descriptor)
+
+    def wait(self, timeout_s: float = math.inf) -> int | None:
+        """Its exit status, negative for a signal; None if it still runs by then."""
+        deadline = time.monotonic() + timeout_s
+        while self.status is None:
+            pid, status = os.waitpid(self.pid, 0 if timeout_s == math.inf else os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                break
+            else:
+                time.sleep(0.005)
+        return self.status
+
+    def kill(self) -> None:
+        """End it, if it has not ended, and forget its pipes."""
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+        while self.pipes:
+            os.close(self.pipes.pop())
 
 
 # ---- The builder: ssh and nix-store --serve -----------------------------------------
@@ -1057,13 +1122,9 @@ class Session:
         self.version = 0
         self.tail = b""  # of stderr
         self.inbox = bytearray()
-        self.process = subprocess.Popen(
-            link.command("nix-store", "--serve", "--write"),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            bufsize=0, env=link.environ, pass_fds=(slot.descriptor,),
-        )  # fmt: skip
-        pipes = self.process.stdin, self.process.stdout, self.process.stderr
-        self.stdin, self.stdout, self.stderr = (p.fileno() if p else -1 for p in pipes)
+        command = link.command("nix-store", "--serve", "--write")
+        self.child = Child(command, link.environ, "012", keep=slot.descriptor)
+        self.stdin, self.stdout, self.stderr = self.child.pipes
         os.set_blocking(self.stdin, False)
 
     def greet(self) -> None:
@@ -1134,23 +1195,19 @@ class Session:
     def last_words(self) -> str:
         """What ssh or nix-store said at the end."""
         self.drain()
-        try:
-            status = f"ssh ended with status {self.process.wait(DRAIN_TIMEOUT_S)}"
-        except subprocess.TimeoutExpired:
-            status = "the session ended"
+        status = self.child.wait(DRAIN_TIMEOUT_S)
         words = " ".join(self.tail.decode("utf-8", "replace").split())
-        return f"{words} ({status})" if words else status
+        return f"{words or 'the session ended'} (ssh's exit status {status})"
 
     def finish(self) -> None:
         """End it in peace, so that the last of the log arrives."""
-        if self.process.stdin:
-            self.process.stdin.close()
+        self.child.pipes.remove(self.stdin)
+        os.close(self.stdin)
         self.drain()
 
     def cancel(self) -> None:
         """End it at once: when its ssh ends, the builder cancels the build."""
-        self.process.kill()
-        self.process.wait()
+        self.child.kill()
 
     def query_valid(self, paths: Iterable[str], substitute: bool) -> set[str]:
         """Which of the paths the builder has; it keeps them until the session ends."""
@@ -1230,10 +1287,7 @@ class Copier:
         if nix.store.remote:
             self.environ["NIX_REMOTE"] = nix.store.remote
         # Asked now, answered while the inputs are sent and the build runs.
-        self.asked = subprocess.Popen(
-            [program, "--version"], env=self.environ, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        self.asked = Child([program, "--version"], self.environ, "1")
 
     def send(self, paths: Iterable[str], substitute: bool) -> None:
         """Copy the closures of these paths to the builder."""
@@ -1243,7 +1297,7 @@ class Copier:
     def fetch(self, outputs: list[str], locks: OutputLocks) -> None:
         """Bring outputs into the local store, past the locks that Nix holds on them."""
         environ = {}
-        if program_version(self.asked.communicate()[0]) < (2, 29):
+        if program_version(os.read(self.asked.pipes[0], TAIL_BYTES)) < (2, 29):
             environ["NIX_HELD_LOCKS"] = " ".join(outputs)
         else:
             locks.retire(outputs)
@@ -1266,16 +1320,12 @@ class Copier:
 
     def run(self, command: list[str], environ: dict[str, str]) -> str:
         """Run it to its end, relaying what it says; returns what went wrong, or ""."""
-        process = subprocess.Popen(
-            command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, bufsize=0,
-        )  # fmt: skip
+        child = Child(command, environ, "2")
         try:
-            last = self.relay(process.stderr.fileno() if process.stderr else -1)
-            status = process.wait()
+            last = self.relay(child.pipes[0])
+            status = child.wait()
         finally:
-            process.kill()
-            process.wait()
+            child.kill()
         return f"{last or 'nix-copy-closure'} (exit status {status})" if status else ""
 
     def relay(self, stderr: int) -> str:
@@ -1553,13 +1603,13 @@ def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     return Nix(True, settings, environ, trace=trace != "0")
 
 
-def new_nix(environ: dict[str, str]) -> Nix:
-    """Read the settings that Nix 2.x sends first."""
+def new_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
+    """Read the settings that Nix 2.x sends first; the last argument is its verbosity."""
     settings = {}
     while read_integer(read_stdin):
         name = read_string(read_stdin)
         settings[name] = read_string(read_stdin)
-    return Nix(False, settings, environ)
+    return Nix(False, settings, environ, verbosity=int(arguments[-1]))
 
 
 def requests(nix: Nix) -> Iterator[Request]:
@@ -1722,16 +1772,18 @@ def terminate(number: int, frame: object) -> None:
 
 def prepare_descriptors() -> None:
     """Descriptor 4 takes the log; 5, from 2.1 on, is its reading end, which must not
-    stay open here: it would hide from us that Nix has gone."""
+    stay open here: it would hide from us that Nix has gone.  Newer Nix leaves a mount
+    namespace on 3.  None of them is for our children."""
     try:
         os.fstat(4)
     except OSError:  # started by hand
-        os.dup2(2, 4, inheritable=False)
-    try:
+        os.dup2(2, 4)
+    with contextlib.suppress(OSError):  # it is not open
         if stat.S_ISFIFO(os.fstat(5).st_mode):
             os.close(5)
-    except OSError:  # it is not open
-        pass
+    for descriptor in range(3, 64):
+        with contextlib.suppress(OSError):
+            os.set_inheritable(descriptor, False)
 
 
 def run_hook(arguments: list[str]) -> int:
@@ -1741,8 +1793,8 @@ def run_hook(arguments: list[str]) -> int:
     environ = dict(os.environ)
     status, talk = 0, Talk(Nix(True, {}, environ))
     try:
-        old = is_old_call(arguments)
-        hook = Hook(old_nix(arguments, environ) if old else new_nix(environ))
+        caller = old_nix if is_old_call(arguments) else new_nix
+        hook = Hook(caller(arguments, environ))
         talk = hook.talk
         hook.serve()
     except EOFError:

@@ -1,0 +1,382 @@
+"""Nix's integers and strings, and the recorded bytes of five versions of Nix."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import os
+import re
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import fakes
+import nix_build_remote
+from nix_build_remote import (
+    Derivation,
+    Error,
+    Link,
+    Machine,
+    Nix,
+    Read,
+    Request,
+    Session,
+    SlotDirectory,
+)
+
+TWO_X = [version for version in fakes.VERSIONS if version != "1.11.17"]
+
+
+def reader(data: bytes) -> Read:
+    stream = io.BytesIO(data)
+
+    def read(count: int) -> bytes:
+        got = stream.read(count)
+        if len(got) < count:
+            raise EOFError
+        return got
+
+    return read
+
+
+# -- Encoding -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, data",
+    [
+        ("", b"\0" * 8),
+        ("a", b"\1" + b"\0" * 7 + b"a" + b"\0" * 7),
+        ("12345678", b"\x08" + b"\0" * 7 + b"12345678"),
+        ("ü", b"\2" + b"\0" * 7 + b"\xc3\xbc" + b"\0" * 6),
+        ("\udcff", b"\1" + b"\0" * 7 + b"\xff" + b"\0" * 7),
+    ],
+    ids=["empty", "padded", "a multiple of 8", "utf-8", "not utf-8"],
+)
+class TestAString:
+    def test_is_encoded(self, text: str, data: bytes) -> None:
+        assert nix_build_remote.string(text) == data
+
+    def test_is_decoded(self, text: str, data: bytes) -> None:
+        assert nix_build_remote.read_string(reader(data)) == text
+
+
+@pytest.mark.parametrize("number", [0, 1, 255, 2**32, 2**64 - 1])
+def test_an_integer_survives_the_way(number: int) -> None:
+    read = reader(nix_build_remote.integer(number))
+    assert nix_build_remote.read_integer(read) == number
+
+
+def test_an_integer_is_little_endian() -> None:
+    assert nix_build_remote.integer(0x0102) == b"\2\1" + b"\0" * 6
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["out", "dev", "a longer one"]])
+def test_a_list_survives_the_way(texts: list[str]) -> None:
+    read = reader(nix_build_remote.strings(texts))
+    assert nix_build_remote.read_strings(read) == texts
+
+
+# -- Hostile bytes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [64 * 2**20 + 1, 2**63, 2**64 - 1])
+def test_a_string_that_is_announced_too_long_is_refused(length: int) -> None:
+    with pytest.raises(Error, match=f"{length} bytes"):
+        nix_build_remote.read_string(reader(fakes.number(length)))
+
+
+@pytest.mark.parametrize("announced", [2**40, 2**63, 2**64 - 1])
+def test_a_list_is_not_believed_beyond_what_arrives(announced: int) -> None:
+    read = reader(fakes.number(announced) + fakes.text("only one"))
+    with pytest.raises(EOFError):
+        nix_build_remote.read_strings(read)
+
+
+def test_a_huge_announced_list_takes_no_memory() -> None:
+    tracemalloc.start()
+    with contextlib.suppress(EOFError):
+        nix_build_remote.read_strings(reader(fakes.number(2**40)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("cut", range(1, 40))
+def test_a_truncated_list_is_the_end_of_the_conversation(cut: int) -> None:
+    whole = fakes.texts(["12345678", "out"])
+    with pytest.raises(EOFError):
+        nix_build_remote.read_strings(reader(whole[:-cut]))
+
+
+def test_padding_that_is_not_zero_is_refused() -> None:
+    with pytest.raises(Error, match="padding"):
+        nix_build_remote.read_string(reader(fakes.number(1) + b"a\0\0\0\0\0\0b"))
+
+
+# -- What Nix sent to the hook --------------------------------------------------------
+
+
+class Sent(NamedTuple):
+    """What one recorded hook-N.stdin says."""
+
+    request: Request
+    old_inputs: set[str]  # the closure of the derivation, as 1.x sends it
+    inputs: set[str]
+    outputs: dict[str, str]
+
+
+def request(drv: str, *features: str) -> Request:
+    return Request(False, "x86_64-linux", drv, frozenset(features))
+
+
+SENT = [
+    Sent(
+        request(fakes.CAP_A_DRV, "kvm", "big-parallel"),
+        {fakes.CAP_A_DRV},
+        set(),
+        {"out": fakes.CAP_A},
+    ),
+    Sent(
+        request(fakes.CAP_B_DRV),
+        {fakes.CAP_A_DRV, fakes.CAP_B_DRV, fakes.CAP_A},
+        {fakes.CAP_A},
+        {"out": fakes.CAP_B, "dev": fakes.CAP_B_DEV},
+    ),
+    Sent(
+        request(fakes.CAP_C_DRV),
+        {fakes.CAP_A_DRV, fakes.CAP_B_DRV, fakes.CAP_C_DRV}
+        | {fakes.CAP_B, fakes.CAP_B_DEV},
+        {fakes.CAP_B, fakes.CAP_B_DEV},
+        {"out": fakes.CAP_C},
+    ),
+]
+
+
+class Heard(NamedTuple):
+    """The same, as the module understands it."""
+
+    nix: Nix
+    request: Request | None
+    inputs: list[str]
+    outputs: list[str]
+    rest: bytes
+
+
+@pytest.fixture(params=fakes.VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["cap-a", "cap-b", "cap-c"])
+def number(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def argv(version: str) -> list[str]:
+    path = fakes.TRANSCRIPTS / f"nix-{version}/argv"
+    return path.read_text(encoding="utf-8").split()[1:]
+
+
+@pytest.fixture
+def heard(
+    version: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Heard]:
+    path = fakes.TRANSCRIPTS / f"nix-{version}/hook-{number}.stdin"
+    with path.open(encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        if nix_build_remote.is_old_call(argv(version)):
+            nix = nix_build_remote.old_nix(argv(version), {})
+        else:
+            nix = nix_build_remote.new_nix({})
+        asked = next(nix_build_remote.requests(nix))
+        inputs, outputs = nix_build_remote.read_lists(nix)
+        yield Heard(nix, asked, inputs, outputs, stdin.buffer.read())
+
+
+def test_recorded_argv_is_told_from_the_other_dialect(version: str) -> None:
+    assert nix_build_remote.is_old_call(argv(version)) == (version == "1.11.17")
+
+
+def test_recorded_request_is_understood(heard: Heard, number: int) -> None:
+    assert heard.request == SENT[number].request
+
+
+def test_recorded_inputs_are_understood(heard: Heard, number: int) -> None:
+    sent = SENT[number]
+    expected = sent.old_inputs if heard.nix.old else sent.inputs
+    assert sorted(heard.inputs) == sorted(expected)
+
+
+def test_recorded_outputs_are_understood(heard: Heard, number: int) -> None:
+    outputs = SENT[number].outputs
+    expected = outputs if heard.nix.since_2_4 else outputs.values()
+    assert sorted(heard.outputs) == sorted(expected)
+
+
+def test_recorded_bytes_are_read_to_the_last(heard: Heard) -> None:
+    assert heard.rest == b""
+
+
+@pytest.mark.parametrize("version", fakes.VERSIONS)
+def test_recorded_system_is_the_local_one(heard: Heard) -> None:
+    assert heard.nix.settings["system"] == "x86_64-linux"
+
+
+@pytest.mark.parametrize("version", fakes.VERSIONS)
+def test_recorded_builders_are_the_default_file(heard: Heard) -> None:
+    assert heard.nix.settings["builders"] == "@/etc/nix/machines"
+
+
+@pytest.mark.parametrize(
+    "version, count", list(zip(TWO_X, (78, 91, 110, 122))), ids=TWO_X
+)
+def test_recorded_settings_are_all_read(heard: Heard, count: int) -> None:
+    assert len(heard.nix.settings) == count
+
+
+@pytest.mark.parametrize(
+    "version, since", list(zip(TWO_X, (False, True, True, True))), ids=TWO_X
+)
+def test_recorded_settings_tell_2_4_from_older(heard: Heard, since: bool) -> None:
+    assert heard.nix.since_2_4 is since
+
+
+@pytest.mark.parametrize(
+    "version, slot",
+    [
+        ("2.3.7", "ssh:__b1?b=1&a=_"),
+        ("2.8.0", "ssh:__b1?b=1&a=_"),
+        ("2.26.3", "ssh:__b1?a=_&b=1"),
+        ("2.34.8", "ssh:__b1?a=_&b=1"),
+    ],
+    ids=TWO_X,
+)
+def test_recorded_settings_tell_how_slots_are_named(heard: Heard, slot: str) -> None:
+    machine = Machine.parse("machines:1", "b1", "x86_64-linux")
+    assert machine._replace(uri="ssh://b1?b=1&a=/").slot_name(heard.nix) == slot
+
+
+# -- What a builder answered ----------------------------------------------------------
+
+
+class Replay(NamedTuple):
+    """The module's side of a serve.txt, over a real process that plays the server."""
+
+    version: int
+    valid: set[str]
+    results: list[tuple[int, str]]
+    sent: bytes
+    log: str
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Let descriptor 4 be that file; what it was before comes back."""
+    before = -1
+    with contextlib.suppress(OSError):
+        before = os.dup(4)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 4)
+    try:
+        yield
+    finally:
+        os.dup2(before, 4) if before >= 0 else os.close(4)
+        if before >= 0:
+            os.close(before)
+
+
+def replay(version: str, directory: Path) -> Replay:
+    sent = fakes.fake_player(directory, version)
+    slots = SlotDirectory(str(directory))
+    machine = Machine.parse("machines:1", "b1", "x86_64-linux")
+    nix = Nix(False, {}, {"PATH": str(directory)})
+    slot = slots.take([machine], nix)
+    assert slot
+    session = Session(Link.make(machine, nix, slots.path), slot)
+    try:
+        with log_to(directory / "log"):
+            session.greet()
+            valid = session.query_valid([f"/nix/store/{'0' * 32}-nothing"], False)
+            results = [
+                session.build_derivation(
+                    build.path,
+                    Derivation.parse(build.drv).encode([]),
+                    nix._replace(settings={"timeout": str(build.timeout)}),
+                )
+                for build in fakes.RECORDED_BUILDS
+            ]
+            session.finish()
+            session.process.wait(10)
+    finally:
+        session.cancel()
+        slot.free()
+    log = (directory / "log").read_text(encoding="utf-8")
+    return Replay(session.version, valid, results, sent.read_bytes(), log)
+
+
+@pytest.fixture(scope="module")
+def replays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Replay]:
+    """All of them, played once."""
+    make = tmp_path_factory.mktemp
+    return {version: replay(version, make(version)) for version in fakes.VERSIONS}
+
+
+def meant(meanings: list[str]) -> list[tuple[int, str]]:
+    """The statuses and messages that the recording's own notes tell of."""
+    found = []
+    for meaning in meanings:
+        match = re.fullmatch(r"status (\d+), message (.+?), (no )?times.*", meaning)
+        if match:
+            found.append((int(match[1]), ast.literal_eval(match[2])))
+    return found
+
+
+@pytest.mark.parametrize(
+    "version, negotiated",
+    list(zip(fakes.VERSIONS, (0x202, 0x205, 0x207, 0x207, 0x207))),
+    ids=fakes.VERSIONS,
+)
+def test_the_lower_version_of_both_is_spoken(
+    version: str, negotiated: int, replays: dict[str, Replay]
+) -> None:
+    assert replays[version].version == negotiated
+
+
+def test_every_byte_sent_is_as_recorded(
+    version: str, replays: dict[str, Replay]
+) -> None:
+    assert replays[version].sent == b"".join(fakes.recording(version).sent)
+
+
+def test_no_path_is_valid_that_the_server_did_not_name(
+    version: str, replays: dict[str, Replay]
+) -> None:
+    assert replays[version].valid == set()
+
+
+def test_recorded_messages_are_understood(
+    version: str, replays: dict[str, Replay]
+) -> None:
+    expected = [message for _, message in meant(fakes.recording(version).meanings)]
+    assert [message for _, message in replays[version].results] == expected
+
+
+def test_recorded_statuses_become_exit_statuses(
+    version: str, replays: dict[str, Replay]
+) -> None:
+    recorded = [status for status, _ in meant(fakes.recording(version).meanings)]
+    exits = {0: 0, 3: 100, 8: 101}
+    expected = [exits[status] for status in recorded]
+    assert [status for status, _ in replays[version].results] == expected
+
+
+def test_the_servers_stderr_is_the_log(
+    version: str, replays: dict[str, Replay]
+) -> None:
+    assert replays[version].log == fakes.recording(version).stderr
