@@ -6,7 +6,8 @@ It reads from Nix which derivation is to be built, picks a machine of the right 
 that has a free slot, copies the missing inputs there with nix-copy-closure, builds over
 ssh, relays the log and brings the outputs back.
 
-Install, for any Nix 2.x, in nix.conf:
+Install, for any Nix 2.x, in /etc/nix/nix.conf, or for 2.25 to 2.33, which forget it
+there, in root's own ~/.config/nix/nix.conf:
 
     build-hook = /usr/local/lib/nix_build_remote.py
 
@@ -336,9 +337,9 @@ class Machine(NamedTuple):
         """
         given = ["" if field == "-" else field for field in text.split()] + [""] * 8
         try:
+            destination, port, parameters = parse_uri(given[0])
             if not "".join(given).isprintable():
                 raise ValueError(f"{text!r} has characters that cannot be printed")
-            destination, port, parameters = parse_uri(given[0])
             return cls(
                 where, given[0], destination, port,
                 systems=tuple(filter(None, given[1].split(","))) or (system,),

@@ -43,7 +43,8 @@ BUILD_USERS = 32
 # Any of these may be a mount of its own on this machine, and an overlay of / would show
 # only what lies beneath it, so it gets an overlay too.
 OWN_MOUNTS = ("/nix", "/nix/store", "/nix/var", "/opt", "/usr", "/var")
-IDLE = "sleep 2147083"  # what the init of a host waits for; an odd number, to know it by
+# What the init of a host waits for, with a number that no test would use.
+IDLE = "sleep 2147083"
 
 T = TypeVar("T")
 
