@@ -160,8 +160,13 @@ def integer(number: int) -> bytes:
     return struct.pack("<Q", number)
 
 
+def encode(text: str) -> bytes:
+    """Nix's strings are bytes; here they are text that can hold any of them."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def string(text: str) -> bytes:
-    data = text.encode("utf-8", "surrogateescape")
+    data = encode(text)
     return integer(len(data)) + data + bytes(-len(data) % 8)
 
 
@@ -299,12 +304,14 @@ def might_build_itself(nix: Nix, request: Request) -> bool:
 
 def unquote(text: str) -> str:
     """Percent-decoding, here because urllib costs each start 10 ms."""
-    return re.sub("%([0-9A-Fa-f]{2})", lambda m: chr(int(m[1], 16)), text)
+    data = re.sub(b"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), encode(text))
+    return data.decode("utf-8", "surrogateescape")
 
 
 def quote(text: str) -> str:
     """Percent-encoding as Nix 2.24 and newer render the parameters of a store URI."""
-    return re.sub(r"[^\w\-.~!$'()*,;:@/?]", lambda m: f"%{ord(m[0]):02X}", text)
+    kept = rb"[^0-9A-Za-z_\-.~!$'()*,;:@/?]"
+    return re.sub(kept, lambda m: b"%%%02X" % ord(m[0]), encode(text)).decode("ascii")
 
 
 def split_parameters(uri: str) -> tuple[str, dict[str, str]]:
@@ -381,12 +388,11 @@ class Machine(NamedTuple):
 def file_name(text: str) -> str:
     """The stock hook's way to make one; too long a name ends in its hash."""
     name = text.replace("/", "_")
-    if len(name.encode("utf-8", "surrogateescape")) <= NAME_LIMIT_BYTES:
+    if len(encode(name)) <= NAME_LIMIT_BYTES:
         return name
     import hashlib
 
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{name[:100]}-{digest[:32]}"
+    return f"{name[:50]}-{hashlib.sha256(encode(text)).hexdigest()[:32]}"
 
 
 def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
@@ -516,7 +522,12 @@ def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Place]:
 def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
     """The usable machines in the order written, and a complaint for each fault."""
     machines, complaints = [], []
-    for where, text in expand_builders(nix.settings.get("builders", ""), "builders"):
+    if nix.old:
+        file = nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
+        entries = include("NIX_REMOTE_SYSTEMS", file, ())
+    else:
+        entries = expand_builders(nix.settings.get("builders", ""), "builders")
+    for where, text in entries:
         try:
             if not text:
                 raise BadMachine(where)
@@ -669,7 +680,7 @@ class SlotDirectory(NamedTuple):
         """
         import zlib
 
-        entry = f"{os.getppid()}-{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
+        entry = f"{os.getppid()}-{zlib.crc32(encode(text)):08x}"
         with self.main_lock() as descriptor:
             said = os.pread(descriptor, 100 * SAID_LIMIT, 0).decode("ascii", "replace")
             if entry in said.split():
@@ -747,10 +758,9 @@ def parse_term(text: str) -> list:  # type: ignore[type-arg]  # nested lists of 
     stack: list[list] = [[]]  # type: ignore[type-arg]
     position, after_value = 0, False
     while position < len(text):
-        if after_value and text[position] == ",":
-            position, after_value = position + 1, False
-        match = TERM_TOKEN.match(text, position)
-        if not match or (after_value and not match[3]):
+        comma = after_value and text[position] == ","
+        match = TERM_TOKEN.match(text, position + comma)
+        if not match or (after_value and bool(match[3]) == comma):
             raise ValueError(position)
         if match[2]:
             stack.append([match[2]])
@@ -819,7 +829,7 @@ class Talk:
             self.levels = (0, 0, 1, 2, 4)
 
     def write(self, line: str) -> None:
-        write_all(2, line.encode("utf-8", "surrogateescape") + b"\n")
+        write_all(2, encode(line) + b"\n")
 
     def say(self, level: int, text: str) -> None:
         """Show a message of one or more lines, if the user wants that level.
@@ -1253,18 +1263,24 @@ class Session:
         return (1 if status < 100 else 100 + (status & 1)), read_string(self.read)
 
 
-def wait_for_log_reader() -> None:
-    """Until Nix has read the whole log: it drops what is unread when we exit."""
+def wait_until_read() -> None:
+    """Until Nix has read the whole log and, for 1.x, all messages: what is unread when
+    we exit is dropped (2.x reads the messages to their end, 1.x neither of them)."""
     unread, deadline = -1, time.monotonic() + DRAIN_TIMEOUT_S
     while unread and time.monotonic() < deadline and not nix_has_gone():
-        try:
-            answer = fcntl.ioctl(4, FIONREAD, bytes(4))
-        except OSError:  # not a pipe
-            return
-        count = struct.unpack("i", answer)[0]
-        if count != unread:
-            unread, deadline = count, time.monotonic() + DRAIN_TIMEOUT_S
-        time.sleep(0.002 if count else 0)
+        counts = [unread_in(descriptor) for descriptor in (2, 4)]
+        if sum(counts) != unread:
+            unread, deadline = sum(counts), time.monotonic() + DRAIN_TIMEOUT_S
+        time.sleep(0.002 if unread else 0)
+
+
+def unread_in(pipe: int) -> int:
+    try:
+        if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+            return 0
+        return int(struct.unpack("i", fcntl.ioctl(pipe, FIONREAD, bytes(4)))[0])
+    except OSError:
+        return 0
 
 
 # ---- Copying ------------------------------------------------------------------------
@@ -1476,7 +1492,6 @@ class Build:
         if self.nix.old:  # 2.x says so itself
             self.talk.say(INFO, f"building '{self.path}' on '{self.session.link.name}'")
         self.build()
-        self.trace("build-remote-done")
         self.slot.free()  # the next build may start there
         self.copier.fetch(self.missing, self.locks)
         self.session.finish()
@@ -1543,6 +1558,7 @@ class Build:
                 status, message = self.build_closure()
         else:
             status, message = self.build_closure()
+        self.trace("build-remote-done")
         if status:
             self.session.finish()
             text = f"build of '{self.path}' on '{self.session.link.name}' failed"
@@ -1595,13 +1611,8 @@ def is_old_call(arguments: list[str]) -> bool:
 
 def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     system, max_silent_time, trace, timeout = [*arguments, "0"][:4]
-    settings = {
-        "system": system,
-        "max-silent-time": max_silent_time,
-        "timeout": timeout,
-        "builders": "@" + (environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"),
-    }
-    return Nix(True, settings, environ, trace=trace != "0")
+    limits = {"max-silent-time": max_silent_time, "timeout": timeout}
+    return Nix(True, {"system": system, **limits}, environ, trace=trace != "0")
 
 
 def new_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
@@ -1808,7 +1819,7 @@ def run_hook(arguments: list[str]) -> int:
     except Exception:  # noqa: BLE001  (2.x would drop a plain traceback)
         talk.say_bug()
         status = 1
-    wait_for_log_reader()
+    wait_until_read()
     return status
 
 

@@ -149,7 +149,8 @@ if manners == "exit 127":
 if manners == "noise":
     print("Welcome to the builder!", flush=True)
 if manners == "half a greeting":
-    sys.stdout.buffer.write(bytes(11))
+    send(0x5452EECB)
+    sys.stdout.buffer.write(bytes(3))
     end(1, "nix-store: out of memory")
 read(16)
 send(0x5452EECB, 0x106 if manners == "too old" else 0x207)
@@ -181,6 +182,8 @@ COPY = """
 import os, sys
 
 if sys.argv[1:] == ["--version"]:
+    if os.environ.get("FAKE_MANNERS") == "vanish":
+        os.unlink(sys.argv[0])
     sys.exit(print("nix-copy-closure (Nix) " + os.environ.get("FAKE_NIX", "2.34.8")))
 options = os.environ.get("NIX_SSHOPTS", "")
 held = os.environ.get("NIX_HELD_LOCKS", "")
@@ -275,11 +278,11 @@ class Client:
         self.store = root / "chroot/nix/store"
         self.hook = self.prefix / "libexec/nix/build-remote"
         self.arguments = ["x86_64-linux", "0", "0", "0"] if old else ["3"]
+        for directory in (self.hook.parent, self.store):
+            directory.mkdir(parents=True)
         self.machines.write_text("root@b1 x86_64-linux - 2\n", encoding="utf-8")
         for file in (self.have, self.journal):
             file.touch()
-        for directory in (self.hook.parent, self.store):
-            directory.mkdir(parents=True)
         self.hook.symlink_to(HOOK)
         for drv in (CAP_A_DRV, CAP_B_DRV):
             shutil.copy(TRANSCRIPTS / Path(drv).name, self.store)

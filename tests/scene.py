@@ -121,6 +121,12 @@ class Scene(NamedTuple):
             )
         return Run(process, log)
 
+    def output(self, expression: str) -> str:
+        """The one output that the expression will have."""
+        command = self.nix_build(expression)
+        drv = self.client.run("nix-instantiate", command[1]).stdout.strip()
+        return self.client.run("nix-store", "-q", "--outputs", drv).stdout.strip()
+
     def locks(self) -> list[str]:
         """Lock files in the client's store; Nix leaves one for each build that failed."""
         locks = self.client.path("/nix/store").glob("*.lock")
@@ -178,7 +184,7 @@ def at_least(config: pytest.Config, name: str, wanted: tuple[int, ...]) -> str:
         if version(name) >= wanted:
             return name
         name = other(config, name)
-    pytest.skip(f"no engine in --engines is of Nix {'.'.join(map(str, wanted))} or newer")
+    pytest.skip(f"no engine in --engines is Nix {'.'.join(map(str, wanted))} or newer")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,405 @@
+"""Arguments and settings: Nix's to us, and ours to the programs we start."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fakes
+from nix_build_remote import (
+    COPY_BATCH_BYTES,
+    Error,
+    Link,
+    Machine,
+    Nix,
+    Store,
+    batches,
+    error_text,
+    find_program,
+    is_old_call,
+    old_nix,
+    program_version,
+    ssh_options,
+    user_ssh_options,
+)
+
+KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE6kaVyB"
+KEY = base64.b64encode(KEY_LINE.encode()).decode()
+
+
+def machine(line: str) -> Machine:
+    return Machine.parse("machines:1", line, "x86_64-linux")
+
+
+# -- How Nix starts us ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, old",
+    [
+        ("x86_64-linux 0 0", True),
+        ("x86_64-linux 3600 1 7200", True),
+        ("i686-linux 0 0 0", True),
+        ("3", False),
+        ("--extra 3", False),
+        ("--option 1 2", False),
+        ("extra arguments 3", False),
+        ("nix_build_remote.py 3", False),
+        ("0 0 0", False),
+        ("x86_64-linux 0", False),
+        ("x86_64-linux 0 0 0 0", False),
+        ("x86_64-linux 0 -1", False),
+        ("--version", False),
+        ("", False),
+    ],
+)
+def test_old_calls_are_told_by_their_arguments(line: str, old: bool) -> None:
+    assert is_old_call(line.split()) is old
+
+
+@pytest.mark.parametrize(
+    "arguments, setting, value",
+    [
+        (["i686-linux", "60", "0", "120"], "system", "i686-linux"),
+        (["i686-linux", "60", "0", "120"], "max-silent-time", "60"),
+        (["i686-linux", "60", "0", "120"], "timeout", "120"),
+        (["i686-linux", "60", "0"], "timeout", "0"),
+        (["i686-linux", "60", "0"], "builders", "@/etc/nix/machines"),
+    ],
+)
+def test_old_arguments_become_settings(
+    arguments: list[str], setting: str, value: str
+) -> None:
+    assert old_nix(arguments, {}).settings[setting] == value
+
+
+@pytest.mark.parametrize("argument, trace", [("0", False), ("1", True)])
+def test_old_build_traces_are_printed_when_asked_for(
+    argument: str, trace: bool
+) -> None:
+    assert old_nix(["i686-linux", "0", argument], {}).trace is trace
+
+
+def test_old_machines_come_from_nix_remote_systems() -> None:
+    nix = old_nix(["i686-linux", "0", "0"], {"NIX_REMOTE_SYSTEMS": "/etc/machines"})
+    assert nix.settings["builders"] == "@/etc/machines"
+
+
+@pytest.mark.parametrize(
+    "nix, directory",
+    [
+        (Nix(True, {}, {}), "/run/nix/current-load"),
+        (Nix(False, {}, {}), "/nix/var/nix/current-load"),
+        (Nix(False, {}, {"NIX_STATE_DIR": "/s"}), "/s/current-load"),
+        (Nix(False, {"store": "local?root=/r"}, {}), "/r/nix/var/nix/current-load"),
+        (Nix(True, {}, {"NIX_CURRENT_LOAD": "/load"}), "/load"),
+        (Nix(False, {}, {"NIX_CURRENT_LOAD": "/load"}), "/load"),
+    ],
+    ids=["1.x", "2.x", "NIX_STATE_DIR", "chroot store", "1.x chosen", "2.x chosen"],
+)
+def test_slots_are_in_the_stock_hooks_directory(nix: Nix, directory: str) -> None:
+    assert nix.slot_directory == directory
+
+
+# -- The local store ------------------------------------------------------------------
+
+STORE, STATE = "/nix/store", "/nix/var/nix"
+
+
+@pytest.mark.parametrize(
+    "uri, directory, real, state",
+    [
+        ("", STORE, STORE, STATE),
+        ("auto", STORE, STORE, STATE),
+        ("daemon", STORE, STORE, STATE),
+        ("local", STORE, STORE, STATE),
+        ("local://", STORE, STORE, STATE),
+        ("local?root=/r", STORE, "/r/nix/store", "/r/nix/var/nix"),
+        ("local?root=/r/", STORE, "/r/nix/store", "/r/nix/var/nix"),
+        ("local://?root=/r", STORE, "/r/nix/store", "/r/nix/var/nix"),
+        ("local:///r", STORE, "/r/nix/store", "/r/nix/var/nix"),
+        ("/r", STORE, "/r/nix/store", "/r/nix/var/nix"),
+        ("/", STORE, STORE, STATE),
+        ("local?root=/a%20b", STORE, "/a b/nix/store", "/a b/nix/var/nix"),
+        ("local?root=/%C3%BC", STORE, "/ü/nix/store", "/ü/nix/var/nix"),
+        ("local?root=/ü", STORE, "/ü/nix/store", "/ü/nix/var/nix"),
+        ("local?root=/r&state=/s", STORE, "/r/nix/store", "/s"),
+        ("local?real=/real", STORE, "/real", STATE),
+        ("local?store=/s/store", "/s/store", "/s/store", STATE),
+        ("local?store=/s/store&real=/real", "/s/store", "/real", STATE),
+        ("local?store=/s/store&root=/r", "/s/store", "/r/nix/store", "/r/nix/var/nix"),
+    ],
+)
+def test_a_store_is_found(uri: str, directory: str, real: str, state: str) -> None:
+    store = Store.parse(uri, {})
+    assert (store.directory, store.real, store.state) == (directory, real, state)
+
+
+@pytest.mark.parametrize(
+    "environ, uri, directory, real, state",
+    [
+        ({"NIX_STORE_DIR": "/s"}, "auto", "/s", "/s", STATE),
+        ({"NIX_STORE": "/s"}, "auto", "/s", "/s", STATE),
+        ({"NIX_STATE_DIR": "/t"}, "auto", STORE, STORE, "/t"),
+        ({"NIX_STATE_DIR": "/t"}, "/r", STORE, "/r/nix/store", "/r/nix/var/nix"),
+        ({"NIX_STORE_DIR": "/s"}, "/r", "/s", "/r/nix/store", "/r/nix/var/nix"),
+    ],
+    ids=["store", "store by its old name", "state", "state in a root", "store in a root"],
+)
+def test_a_store_is_where_the_environment_says(
+    environ: dict[str, str], uri: str, directory: str, real: str, state: str
+) -> None:
+    store = Store.parse(uri, environ)
+    assert (store.directory, store.real, store.state) == (directory, real, state)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nix/store",
+        f"/nix/store/{'0' * 32}",
+        f"/nix/store/{'0' * 32}-",
+        f"/nix/store/{'0' * 32}-x/y",
+        f"/nix/store/{'0' * 32}-x\n",
+        f"/nix/store/{'0' * 31}-x",
+        f"/nix/store//{'0' * 32}-x",
+        f"/nix/store/{'0' * 32}-{'x' * 212}",
+        f"/gnu/store/{'0' * 32}-x",
+        f"/nix/store/{'0' * 32}-$(reboot)",
+    ],
+)
+def test_what_is_no_store_path_is_refused(path: str) -> None:
+    with pytest.raises(Error, match="is not a store path"):
+        Store.parse("", {}).name(path)
+
+
+def test_a_store_path_of_the_greatest_length_is_accepted() -> None:
+    name = f"{'0' * 32}-{'x' * 211}"
+    assert Store.parse("", {}).file(f"/nix/store/{name}") == f"/nix/store/{name}"
+
+
+# -- ssh ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, option",
+    [
+        ("b1:2222", "-oPort=2222"),
+        ("b1 - /root/.ssh/id", "-i /root/.ssh/id"),
+        ("ssh://b1?compress=true", "-oCompression=yes"),
+        ("::1", "-oHostName=::1"),
+        ("nix@[2001:db8::7]:22", "-oHostName=2001:db8::7"),
+        ("fe80::1%eth0", "-oHostName=fe80::1%%eth0"),
+        ("localhost:2222", "-oHostName=localhost"),
+    ],
+)
+def test_ssh_is_told_of(line: str, option: str) -> None:
+    assert f" {option} " in f" {' '.join(ssh_options(machine(line), ''))} "
+
+
+@pytest.mark.parametrize("option", ["-oPort", "-i", "-oCompression", "-oHostName"])
+def test_ssh_finds_in_its_configuration_what_the_line_does_not_say(option: str) -> None:
+    options = ssh_options(machine("nix@b1"), "")
+    assert not [word for word in options if word.startswith(option)]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "-oRemoteCommand=none",
+        "-oRequestTTY=no",
+        "-oClearAllForwardings=yes",
+        "-oStdinNull=no",
+        "-oForkAfterAuthentication=no",
+    ],
+)
+def test_what_spoils_a_session_is_switched_off(option: str) -> None:
+    assert option in ssh_options(machine("b1"), "")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", []),
+        ("-p 22  -4", ["-p", "22", "-4"]),
+        ('-o "User=a b"', ["-o", "User=a b"]),
+        ("-o 'ProxyCommand=nc %h %p'", ["-o", "ProxyCommand=nc %h %p"]),
+        (r"-i /a\ b", ["-i", "/a b"]),
+        ("-o User=$USER", ["-o", "User=$USER"]),
+    ],
+    ids=["none", "plain", "double quotes", "single quotes", "backslash", "no shell"],
+)
+def test_nix_sshopts_are_split(text: str, words: list[str]) -> None:
+    assert user_ssh_options({"NIX_SSHOPTS": text}) == words
+
+
+def test_nix_sshopts_with_an_open_quote_are_an_error_that_shows_them() -> None:
+    with pytest.raises(Error, match="NIX_SSHOPTS.*-o 'User=a"):
+        user_ssh_options({"NIX_SSHOPTS": "-o 'User=a"})
+
+
+LINES = [
+    "b1",
+    "ssh://nix@b1:2222?compress=true",
+    f"nix@[2001:db8::7]:22 - ~/.ssh/id 8 1 - - {KEY}",
+    "fe80::1%eth0 - /root/@:+=,%/id",
+]
+
+
+def link(line: str, directory: Path, **environ: str) -> Link:
+    fakes.write_program(directory / "bin/ssh", "")
+    nix = Nix(False, {}, {"PATH": f"{directory}/bin", **environ})
+    return Link.make(machine(line), nix, str(directory))
+
+
+@pytest.mark.parametrize("line", LINES, ids=["name", "uri", "ipv6", "zone"])
+@pytest.mark.parametrize("folder", ["slots", "a b;$(c)'"], ids=["plain", "special"])
+class TestNixSshopts:
+    def test_reads_the_same_to_every_nix(
+        self, line: str, folder: str, tmp_path: Path
+    ) -> None:
+        directory = tmp_path / folder
+        text = link(line, directory).environ["NIX_SSHOPTS"]
+        script = f"printf '%s\\n' {text}"
+        shell = subprocess.run(
+            ["/bin/sh", "-c", script],
+            env={"HOME": "~"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert text.split() == shlex.split(text) == shell.stdout.splitlines()
+
+    def test_says_what_our_own_ssh_is_told(
+        self, line: str, folder: str, tmp_path: Path
+    ) -> None:
+        made = link(line, tmp_path / folder)
+        assert made.environ["NIX_SSHOPTS"].split() == made.options
+
+
+def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
+    options = link("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99").options
+    timeouts = [word for word in options if word.startswith("-oConnectTimeout=")]
+    assert timeouts[0] == "-oConnectTimeout=99" and len(timeouts) == 2
+
+
+def test_the_users_options_reach_the_copying_program_as_they_are(
+    tmp_path: Path,
+) -> None:
+    text = link("b1", tmp_path, NIX_SSHOPTS="-o 'User=a  b'").environ["NIX_SSHOPTS"]
+    assert " -o 'User=a  b' " in text
+
+
+def test_the_host_comes_after_the_end_of_options(tmp_path: Path) -> None:
+    command = link("nix@b1", tmp_path).command("nix-store", "--serve")
+    assert command[-4:] == ["--", "nix@b1", "nix-store", "--serve"]
+
+
+@pytest.mark.parametrize("line", ["nix@b1", "::1", "nix@[::1]:22", "localhost:22"])
+def test_the_copying_program_never_sees_ipv6_or_localhost(
+    line: str, tmp_path: Path
+) -> None:
+    command = link(line, tmp_path).command("true")
+    name = command[command.index("--") + 1]
+    assert ":" not in name and name != "localhost"
+
+
+def test_a_pinned_host_key_is_all_that_is_believed(tmp_path: Path) -> None:
+    options = link(f"b1 - - 1 1 - - {KEY}", tmp_path).options
+    (file,) = (word for word in options if word.startswith("-oUserKnownHostsFile="))
+    assert "-oStrictHostKeyChecking=yes" in options
+    assert Path(file.partition("=")[2]).read_text("ascii") == f"* {KEY_LINE}\n"
+
+
+@pytest.mark.parametrize("name", ["DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS"])
+def test_children_do_not_get(name: str, tmp_path: Path) -> None:
+    assert name not in link("b1", tmp_path, **{name: "x"}).environ
+
+
+# -- Programs -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> list[str]:
+    """Four directories: a folder, a plain file and two programs of that name."""
+    (tmp_path / "1/prog").mkdir(parents=True)
+    for number in (2, 3, 4):
+        fakes.write_program(tmp_path / f"{number}/prog", "")
+    (tmp_path / "2/prog").chmod(0o644)
+    return [str(tmp_path / str(number)) for number in (1, 2, 3, 4)]
+
+
+def test_a_program_is_found_in_the_first_place_that_has_it(places: list[str]) -> None:
+    assert find_program("prog", places) == f"{places[2]}/prog"
+
+
+def test_a_missing_program_is_an_error_that_says_where_it_was_looked_for() -> None:
+    with pytest.raises(Error) as caught:
+        find_program("prog", ["/a", "/b", "/a"])
+    assert str(caught.value) == "cannot find the program prog; looked in /a, /b"
+
+
+@pytest.mark.parametrize(
+    "answer, version",
+    [
+        ("", (1, 11)),
+        ("nix-copy-closure (Nix) 2.3.7\n", (2, 3, 7)),
+        ("nix-copy-closure (Nix) 2.34.8\n", (2, 34, 8)),
+        ("nix-copy-closure (Nix) 2.28\n", (2, 28)),
+        ("nix-copy-closure (Nix) 2.35.0pre20260901_0a1b2c3\n", (2, 35, 0)),
+        ("nix-copy-closure (Lix, like Nix) 2.93.3\n", (2, 18)),
+        ("nix-copy-closure (Determinate Nix 3.11.2) 2.31.1\n", (2, 31, 1)),
+    ],
+    ids=["1.11", "2.3", "2.34", "two numbers", "unreleased", "Lix", "Determinate"],
+)
+def test_the_version_of_nix_is_read(answer: str, version: tuple[int, ...]) -> None:
+    assert program_version(answer.encode()) == version
+
+
+@pytest.mark.parametrize(
+    "line, error",
+    [
+        ("error: the disk is full", "error: the disk is full"),
+        ("copying 3 paths...", ""),
+        ('@nix {"action":"msg","level":0,"msg":"no space"}', "no space"),
+        ('@nix {"action":"msg","level":0,"msg":"a","raw_msg":"b\\n c"}', "b c"),
+        ('@nix {"action":"msg","level":3,"msg":"copying"}', ""),
+        ('@nix {"action":"msg","level":0', ""),
+        ('@nix ["level":0]', ""),
+        ('@nix [{"level":0}]', ""),
+    ],
+    ids=["plain", "no error", "json", "raw", "talk", "cut off", "bad", "a list"],
+)
+def test_the_error_in_a_line_is_found(line: str, error: str) -> None:
+    assert error_text(line) == error
+
+
+# -- Batches --------------------------------------------------------------------------
+
+MANY = [f"/nix/store/{number:032}-{'x' * 100}" for number in range(20_000)]
+
+
+def test_batches_fit_on_a_command_line() -> None:
+    longest = max(len(" ".join(batch)) for batch in batches(MANY))
+    assert longest <= COPY_BATCH_BYTES
+
+
+def test_batches_lose_nothing() -> None:
+    assert [path for batch in batches(MANY) for path in batch] == MANY
+
+
+def test_few_paths_are_one_batch() -> None:
+    assert list(batches(["/a", "/b"])) == [["/a", "/b"]]
+
+
+def test_a_path_longer_than_a_batch_is_a_batch() -> None:
+    long = "x" * (COPY_BATCH_BYTES + 1)
+    assert list(batches(["a", long, "b"])) == [["a"], [long], ["b"]]
+
+
+def test_nothing_is_no_batch() -> None:
+    assert list(batches([])) == []

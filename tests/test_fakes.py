@@ -1,0 +1,481 @@
+"""The hook as a process, started as Nix starts it, with fake programs around it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fakes import (
+    CAP_A,
+    CAP_A_DRV,
+    CAP_B,
+    CAP_B_DEV,
+    CAP_B_DRV,
+    COPY,
+    HOOK,
+    Answer,
+    Client,
+    write_program,
+)
+
+# Bad manners, and the words in which the user is to hear of them.
+BEFORE_ACCEPT = {
+    "refuse": "root@b1: Permission denied (publickey).",
+    "exit 127": "nix-store: not found",
+    "noise": "Welcome",
+    "half a greeting": "nix-store: out of memory",
+    "too old": "1.6",
+}
+AFTER_ACCEPT = {
+    "huge string": "9223372036854775808 bytes",
+    "endless list": "gone",
+    "half-way": "Connection to b1 closed by remote host.",
+    "copy fails": "the disk is full",
+}
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> Client:
+    return Client(tmp_path / "2.x", old=False)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Client:
+    return Client(tmp_path / "1.x", old=True)
+
+
+@pytest.fixture(params=["1.x", "2.x"])
+def client(request: pytest.FixtureRequest, tmp_path: Path) -> Client:
+    return Client(tmp_path / request.param, old=request.param == "1.x")
+
+
+def misbehave(client: Client, manners: str) -> Client:
+    client.environ["FAKE_MANNERS"] = manners
+    return client
+
+
+def read_free(slot: Path) -> bytes:
+    """What a slot's file says; BlockingIOError if it is taken."""
+    with slot.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file.read()
+
+
+# -- A build that works ---------------------------------------------------------------
+
+
+def test_a_build_ends_with_0(client: Client) -> None:
+    assert client.build().status == 0
+
+
+def test_a_build_gets_one_reply(client: Client) -> None:
+    assert client.build().replies == ["accept"]
+
+
+def test_the_builders_stderr_is_the_log(client: Client) -> None:
+    assert client.build().log == "log of the build\n"
+
+
+def test_new_nix_gets_a_name_right_after_accept(new: Client) -> None:
+    assert new.build().after_accept[0] == "ssh://root@b1"
+
+
+def test_old_nix_gets_no_name(old: Client) -> None:
+    assert "root@b1" not in old.build().lines
+
+
+def test_messages_to_new_nix_are_json_after_accept(new: Client) -> None:
+    _, *lines = new.build(CAP_B_DRV, CAP_A).after_accept
+    assert lines
+    for line in lines:
+        assert line.startswith("@nix ") and json.loads(line[5:])["action"] == "msg"
+
+
+def test_messages_to_old_nix_are_plain_lines(old: Client) -> None:
+    lines = old.build(CAP_B_DRV, CAP_A).after_accept
+    assert lines and not [line for line in lines if line.startswith(("@", "#"))]
+
+
+def test_old_build_traces_name_derivation_and_machine(old: Client) -> None:
+    old.arguments[2] = "1"
+    traces = [line for line in old.build().lines if line.startswith("@ ")]
+    events = ("build-remote", "build-remote-start", "build-remote-done")
+    assert traces == [f"@ {event} {CAP_A_DRV} root@b1" for event in events]
+
+
+def test_inputs_that_are_there_are_not_sent(client: Client) -> None:
+    client.have.write_text(CAP_A, encoding="utf-8")
+    client.build(CAP_B_DRV, CAP_A)
+    assert not [call for call in client.calls() if "--to" in call.arguments]
+
+
+def test_inputs_that_are_missing_are_sent(client: Client) -> None:
+    client.build(CAP_B_DRV, CAP_A)
+    (call,) = (call for call in client.calls() if "--to" in call.arguments)
+    assert call.arguments[-1] == CAP_A
+
+
+def test_outputs_are_fetched(client: Client) -> None:
+    client.build(CAP_B_DRV)
+    (call,) = (call for call in client.calls() if "--from" in call.arguments)
+    assert call.arguments[-2:] == [CAP_B, CAP_B_DEV]
+
+
+def test_output_names_are_understood(new: Client) -> None:
+    new.run(new.request(CAP_B_DRV) + new.lists([], ["dev"]))
+    (call,) = (call for call in new.calls() if "--from" in call.arguments)
+    assert call.arguments[-1] == CAP_B_DEV and CAP_B not in call.arguments
+
+
+@pytest.mark.parametrize("version, held", [("2.28.5", CAP_A), ("2.29.0", "")])
+def test_held_locks_are_named_up_to_2_28(
+    version: str, held: str, client: Client
+) -> None:
+    client.environ["FAKE_NIX"] = version
+    client.build()
+    assert client.calls()[-1].held_locks == held
+
+
+@pytest.mark.parametrize("version, data", [("2.28.5", b""), ("2.29.0", b"d")])
+def test_output_locks_are_retired_from_2_29(
+    version: str, data: bytes, client: Client
+) -> None:
+    client.environ["FAKE_NIX"] = version
+    with (client.store / f"{Path(CAP_A).name}.lock").open("x+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        client.build()
+        assert lock.read() == data
+
+
+def test_ssh_is_asked_for_one_session(client: Client) -> None:
+    client.build()
+    (call,) = (call for call in client.calls() if call.program == "ssh")
+    assert call.arguments[-5:] == ["--", "root@b1", "nix-store", "--serve", "--write"]
+
+
+def test_slot_files_are_those_of_the_stock_hook(client: Client) -> None:
+    client.build(CAP_B_DRV, CAP_A)
+    host = "root@b1" if client.old else "ssh:__root@b1"
+    slot = f"x86_64-linux-{host}" if client.old else host
+    names = {f"{slot}-0", f"{slot}-1", f"{host}.upload-lock", "main-lock"}
+    assert set(os.listdir(client.slots)) == names
+
+
+def test_a_slot_is_empty_and_free_afterwards(client: Client) -> None:
+    client.build()
+    (path,) = client.slots.glob("*b1-0")
+    assert read_free(path) == b""
+
+
+@pytest.mark.parametrize(
+    "status, exit_status", [("3", 100), ("6", 100), ("8", 101), ("9", 1), ("2", 0)]
+)
+def test_the_builders_status_becomes_an_exit_status(
+    status: str, exit_status: int, client: Client
+) -> None:
+    client.environ["FAKE_STATUS"] = status
+    assert client.build().status == exit_status
+
+
+def test_a_failed_build_is_reported_with_its_machine_and_words(client: Client) -> None:
+    client.environ["FAKE_STATUS"] = "3"
+    messages = client.build().messages
+    assert CAP_A_DRV in messages and "root@b1" in messages
+    assert "it went wrong" in messages
+
+
+# -- Dialects -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [["--extra"], ["a", "b"], ["nix_build_remote.py"]])
+def test_extra_arguments_may_stand_before_the_verbosity(
+    extra: list[str], new: Client
+) -> None:
+    new.arguments = [*extra, "3"]
+    assert new.build().status == 0
+
+
+def test_three_arguments_are_nix_1_0(old: Client) -> None:
+    old.arguments = ["x86_64-linux", "0", "0"]
+    assert old.build().status == 0
+
+
+def test_nothing_to_do_ends_with_0(client: Client) -> None:
+    answer = client.run(b"")
+    assert (answer.status, answer.lines) == (0, [])
+
+
+def test_anything_but_try_ends_with_0(new: Client) -> None:
+    answer = new.run(b"\4" + b"\0" * 7 + b"quit" + b"\0" * 4)
+    assert (answer.status, answer.lines) == (0, [])
+
+
+def test_settings_that_break_off_end_with_1() -> None:
+    command = [sys.executable, str(HOOK), "3"]
+    done = subprocess.run(command, input=b"\1\0\0", capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_several_requests_get_a_reply_each(client: Client) -> None:
+    darwin = client.request(system="x86_64-darwin")
+    accepted = client.request() + client.lists([], [CAP_A])
+    assert client.run(darwin * 3 + accepted).replies == ["decline"] * 3 + ["accept"]
+
+
+@pytest.mark.parametrize("willing, reply", [(True, "decline"), (False, "postpone")])
+def test_without_a_free_slot_the_answer_is(
+    willing: bool, reply: str, client: Client
+) -> None:
+    client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
+    client.build()
+    (path,) = client.slots.glob("*b1-0")
+    with path.open("r+b") as slot:
+        fcntl.flock(slot, fcntl.LOCK_EX)
+        assert client.run(client.request(willing=willing)).replies == [reply]
+
+
+def test_required_features_are_heard(client: Client) -> None:
+    machines = "root@b1 x86_64-linux\nroot@b2 x86_64-linux - 1 1 - kvm,perf\n"
+    client.machines.write_text(machines, encoding="utf-8")
+    asked = client.request(features=["kvm", "perf"])
+    client.run(asked + client.lists([], [CAP_A]))
+    assert "root@b2" in client.calls()[0].arguments
+
+
+# -- Bad manners ----------------------------------------------------------------------
+
+
+class Failed(NamedTuple):
+    """What came of a machine with bad manners."""
+
+    client: Client
+    answer: Answer
+    words: str
+
+
+@pytest.fixture(scope="module", params=["1.x", "2.x"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=BEFORE_ACCEPT)
+def refused(
+    request: pytest.FixtureRequest,
+    dialect: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Failed:
+    """Three requests, to a machine that no session can be had with."""
+    client = Client(tmp_path_factory.mktemp("nix"), old=dialect == "1.x")
+    answer = misbehave(client, request.param).run(client.request() * 3)
+    return Failed(client, answer, BEFORE_ACCEPT[request.param])
+
+
+@pytest.fixture(scope="module", params=AFTER_ACCEPT)
+def lost(
+    request: pytest.FixtureRequest,
+    dialect: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Failed:
+    """One build, on a machine that fails in the middle of it."""
+    client = Client(tmp_path_factory.mktemp("nix"), old=dialect == "1.x")
+    answer = misbehave(client, request.param).build(CAP_B_DRV, CAP_A)
+    return Failed(client, answer, AFTER_ACCEPT[request.param])
+
+
+class TestAMachineThatFailsBeforeAccept:
+    def test_gets_every_request_a_decline(self, refused: Failed) -> None:
+        assert refused.answer.replies == ["decline"] * 3
+
+    def test_is_tried_once(self, refused: Failed) -> None:
+        assert len(refused.client.calls()) == 1
+
+    def test_is_named(self, refused: Failed) -> None:
+        assert "root@b1" in refused.answer.messages
+
+    def test_is_shown_in_its_own_words(self, refused: Failed) -> None:
+        assert refused.words in refused.answer.messages
+
+    def test_is_no_bug_of_ours(self, refused: Failed) -> None:
+        assert "Traceback" not in refused.answer.messages
+
+    def test_leaves_its_slot_free(self, refused: Failed) -> None:
+        (path,) = refused.client.slots.glob("*b1-0")
+        assert read_free(path) == b""
+
+
+class TestAMachineThatFailsAfterAccept:
+    def test_ends_the_hook_with_1(self, lost: Failed) -> None:
+        assert lost.answer.status == 1
+
+    def test_gets_no_second_reply(self, lost: Failed) -> None:
+        assert lost.answer.replies == ["accept"]
+
+    def test_is_named(self, lost: Failed) -> None:
+        assert "root@b1" in "\n".join(lost.answer.after_accept[not lost.client.old :])
+
+    def test_is_shown_in_its_own_words(self, lost: Failed) -> None:
+        assert lost.words in lost.answer.messages
+
+    def test_is_told_in_the_right_dialect(self, lost: Failed) -> None:
+        lines = lost.answer.after_accept[not lost.client.old :]
+        json_lines = [line for line in lines if line.startswith("@nix {")]
+        assert lines and json_lines == ([] if lost.client.old else lines)
+
+    def test_is_no_bug_of_ours(self, lost: Failed) -> None:
+        assert "Traceback" not in lost.answer.messages
+
+    def test_leaves_its_slot_free(self, lost: Failed) -> None:
+        (path,) = lost.client.slots.glob("*b1-0")
+        assert read_free(path) == b""
+
+
+def test_the_next_machine_is_tried(client: Client) -> None:
+    machines = "root@b1 x86_64-linux - 1 2\nroot@b2 x86_64-linux\n"
+    client.machines.write_text(machines, encoding="utf-8")
+    misbehave(client, "refuse").run(client.request())
+    assert [call.arguments[-4] for call in client.calls()] == ["root@b1", "root@b2"]
+
+
+# -- What breaks here -----------------------------------------------------------------
+
+
+def test_a_bug_before_the_reply_still_gives_a_decline(client: Client) -> None:
+    (client.slots / "main-lock").mkdir(parents=True)
+    assert client.run(client.request() * 2).replies == ["decline"] * 2
+
+
+def test_a_bug_shows_its_traceback(client: Client) -> None:
+    (client.slots / "main-lock").mkdir(parents=True)
+    assert "Traceback" in client.run(client.request()).messages
+
+
+def test_a_program_that_cannot_be_started_gives_one_decline(client: Client) -> None:
+    write_program(client.copy, "", interpreter="/nonexistent/python")
+    assert client.run(client.request()).replies == ["decline"]
+
+
+def test_a_bug_after_accept_gives_no_second_reply(client: Client) -> None:
+    assert misbehave(client, "vanish").build().replies == ["accept"]
+
+
+def test_a_bug_after_accept_ends_the_hook_with_1(client: Client) -> None:
+    assert misbehave(client, "vanish").build().status == 1
+
+
+def test_a_bug_after_accept_is_told_to_new_nix_in_json(new: Client) -> None:
+    _, *lines = misbehave(new, "vanish").build().after_accept
+    assert lines and not [line for line in lines if line[:6] != "@nix {"]
+
+
+def test_a_slot_directory_that_cannot_be_made_gives_a_decline(client: Client) -> None:
+    client.slots.write_text("a file", encoding="utf-8")
+    assert client.run(client.request()).replies == ["decline"]
+
+
+def test_a_slot_directory_that_cannot_be_made_is_named(client: Client) -> None:
+    client.slots.write_text("a file", encoding="utf-8")
+    messages = client.run(client.request()).messages
+    assert str(client.slots) in messages and "Traceback" not in messages
+
+
+def test_a_missing_derivation_gives_a_decline_that_names_it(client: Client) -> None:
+    drv = CAP_A_DRV.replace("cap-a", "missing")
+    answer = client.run(client.request(drv))
+    assert answer.replies == ["decline"] and drv in answer.messages
+
+
+def test_a_relative_nix_remote_systems_gives_a_decline(old: Client) -> None:
+    old.environ["NIX_REMOTE_SYSTEMS"] = "etc/machines"
+    assert old.run(old.request()).replies == ["decline"]
+
+
+def test_a_relative_nix_remote_systems_is_named(old: Client) -> None:
+    old.environ["NIX_REMOTE_SYSTEMS"] = "etc/machines"
+    messages = old.run(old.request()).messages
+    assert "NIX_REMOTE_SYSTEMS" in messages and "'etc/machines'" in messages
+    assert "absolute" in messages
+
+
+@pytest.mark.parametrize("name", ["a;b", "a#b", "a b "], ids=["semicolon", "hash", "space"])
+def test_nix_remote_systems_may_name_any_file(name: str, old: Client) -> None:
+    path = old.machines.rename(old.root / name)
+    old.environ["NIX_REMOTE_SYSTEMS"] = str(path)
+    old.build()
+    assert [call.arguments[-4] for call in old.calls()[:1]] == ["root@b1"]
+
+
+def test_without_machines_new_nix_is_told_for_good(new: Client) -> None:
+    new.machines.write_text("", encoding="utf-8")
+    assert new.run(new.request()).replies == ["decline-permanently"]
+
+
+def test_without_machines_old_nix_is_told_each_time(old: Client) -> None:
+    old.machines.unlink()
+    assert old.run(old.request() * 2).replies == ["decline"] * 2
+
+
+@pytest.mark.parametrize("good", ["root@b1 x86_64-darwin", ""], ids=["rest", "all bad"])
+def test_a_bad_line_is_complained_of_once(good: str, client: Client) -> None:
+    client.machines.write_text(f"localhost\n{good}\n", encoding="utf-8")
+    messages = client.run(client.request(willing=False) * 3).messages
+    assert messages.count(f"{client.machines}:1: 'localhost'") == 1
+
+
+def test_a_bad_line_is_complained_of_once_to_a_nix_that_starts_many_hooks(
+    client: Client,
+) -> None:
+    with client.machines.open("a", encoding="utf-8") as file:
+        file.write("localhost\n")
+    messages = [client.build().messages for _ in range(2)]
+    assert ["'localhost'" in text for text in messages] == [True, False]
+
+
+def test_no_machine_for_it_is_told_with_a_reason_for_each(client: Client) -> None:
+    messages = client.run(client.request(system="x86_64-darwin")).messages
+    assert "root@b1" in messages and "x86_64-darwin" in messages
+
+
+def test_nix_debug_hook_says_how_each_machine_was_judged(client: Client) -> None:
+    client.environ["NIX_DEBUG_HOOK"] = "1"
+    messages = client.run(client.request(features=["kvm"])).messages
+    assert "root@b1" in messages and "kvm" in messages
+
+
+# -- Programs -------------------------------------------------------------------------
+
+
+def test_nix_copy_closure_in_our_own_prefix_comes_first(client: Client) -> None:
+    other = client.program("other/nix-copy-closure", COPY)
+    client.environ["PATH"] = f"{other.parent}:{client.environ['PATH']}"
+    client.build()
+    assert client.calls()[-1].program == str(client.copy)
+
+
+# -- People ---------------------------------------------------------------------------
+
+
+def people(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(HOOK), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments, start",
+    [("--help", "nix_build_remote.py - a build hook"), ("--version", "nix_build_remote")],
+)
+def test_people_get_an_answer_on_stdout(arguments: str, start: str) -> None:
+    done = people(arguments)
+    assert done.stdout.startswith(start) and (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--hepl"], ["help"]], ids=str)
+def test_people_who_err_are_told_so(arguments: list[str]) -> None:
+    done = people(*arguments)
+    assert done.returncode == 2 and "--help" in done.stderr and not done.stdout

@@ -1,0 +1,176 @@
+"""Builds that are big, many at once, or go wrong half-way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from farm import Host, poll
+from scene import Scene, other, scene, valid, verified
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.fixture
+def running(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
+    with scene(client_engine, other(pytestconfig, client_engine)) as hosts:
+        yield hosts
+        hosts.settle()
+        assert hosts.locks() == []
+
+
+# -- Big ------------------------------------------------------------------------------
+
+
+def test_an_output_of_120_mb_comes_back(running: Scene) -> None:
+    built = running.build('mk "big" "head -c 120000000 /dev/urandom > $out" {}').output
+    assert running.client.path(built).stat().st_size == 120_000_000
+    assert valid(running.client, built)
+
+
+def test_a_log_of_50_mb_arrives_whole(running: Scene) -> None:
+    log = running.build("""
+      mk "long-log" "seq -f %0100.0f 500000; echo > $out" {}
+    """).log
+    numbers = [int(line) for line in log.splitlines() if len(line) == 100]
+    assert numbers == list(range(1, 500_001))
+
+
+def test_a_derivation_may_have_20000_inputs(running: Scene) -> None:
+    built = running.build("""
+      mk "many" "xargs cat < $inputsPath > $out" {
+        passAsFile = [ "inputs" ];
+        inputs = builtins.genList (n:
+          builtins.toFile "input-${toString n}" "${toString n}\\n") 20000;
+      }
+    """)
+    content = running.client.read(built.output).split()
+    assert content == [str(number) for number in range(20_000)]
+
+
+def test_names_may_be_as_long_as_nix_allows(running: Scene) -> None:
+    name = "n" * 207  # with ".drv", or with "-doc", that makes 211
+    built = running.build(f"""
+      let long = mk "{name}" "echo $out > $doc; hostname > $out" {{
+        outputs = [ "out" "doc" ];
+      }}; in [ long.out long.doc ]
+    """)
+    assert running.client.read(built.outputs[0]) == "b1\n"
+    assert valid(running.client, *built.outputs)
+
+
+# -- An import that fails -------------------------------------------------------------
+
+
+def registered(client: Host, path: str) -> bool:
+    query = ("nix-store", "--check-validity", path)
+    return client.run(*query, check=False).returncode == 0
+
+
+def test_nothing_is_registered_if_the_connection_breaks(running: Scene) -> None:
+    expression = 'mk "cut" "head -c 600000000 /dev/zero > $out" {}'
+    output = running.output(expression)
+    run = running.start(expression)
+    arriving = running.client.path(output)
+    poll(
+        lambda: arriving.exists() and arriving.stat().st_size > 1 << 20 or run.ended,
+        "the output's first bytes",
+        timeout=30,
+    )
+    running.builder.stop_sshd(sessions=True)
+    outcome = run.end()
+    assert outcome.status
+    assert f"cannot bring the outputs of '{drv(outcome.log)}'" in outcome.log
+    assert not registered(running.client, output) and verified(running.client)
+
+
+def test_a_build_succeeds_after_a_broken_import(running: Scene) -> None:
+    expression = 'mk "again" "head -c 600000000 /dev/zero > $out" {}'
+    output = running.output(expression)
+    run = running.start(expression)
+    arriving = running.client.path(output)
+    poll(
+        lambda: arriving.exists() and arriving.stat().st_size > 1 << 20 or run.ended,
+        "the output's first bytes",
+        timeout=30,
+    )
+    running.builder.restart_sshd(sessions=True)
+    assert run.end().status
+    assert running.build(expression).output == output
+    assert valid(running.client, output)
+
+
+def drv(log: str) -> str:
+    """The derivation that a log says is being built."""
+    return log.partition("building '")[2].partition("'")[0]
+
+
+def test_nothing_is_registered_if_the_store_is_full(running: Scene) -> None:
+    small = ("mount", "-t", "tmpfs", "-o", "size=8m", "small", "/nix/store")
+    running.client.run(*small)
+    expression = 'mk "too-big" "head -c 20000000 /dev/urandom > $out" {}'
+    output = running.output(expression)
+    outcome = running.build(expression, check=False)
+    assert outcome.status and "No space left on device" in outcome.log
+    assert not registered(running.client, output)
+
+
+def test_junk_at_the_output_path_does_not_become_valid(running: Scene) -> None:
+    expression = 'mk "blocked" "while ! [ -e /tmp/go ]; do sleep 0.02; done; echo > $out" {}'
+    output = running.output(expression)
+    run = running.start(expression)
+    poll(lambda: "/bin/sh -c while" in str(running.builder.processes()), "the build")
+    running.client.path(output).mkdir()  # a mount point cannot be removed or replaced
+    running.client.run("mount", "-t", "tmpfs", "junk", output)
+    running.client.write(f"{output}/junk", "junk")
+    running.builder.write("/tmp/go", "")
+    outcome = run.end()
+    assert outcome.status and not registered(running.client, output)
+    running.client.run("umount", output)
+
+
+# -- Many at once ---------------------------------------------------------------------
+
+
+def test_two_clients_may_build_the_same_at_once(running: Scene) -> None:
+    expression = """
+      let
+        low = n: mk "low-${toString n}" "sleep 0.2; echo ${toString n} > $out" {};
+        lows = builtins.genList low 6;
+        high = n: mk "high-${toString n}" "cat $lows > $out" { inherit lows; };
+      in builtins.genList high 4
+    """
+    poll_often = ("--option", "build-poll-interval", "1")
+    runs = [running.start(expression, *poll_often) for _ in range(2)]
+    first, second = (run.end() for run in runs)
+    assert (first.status, second.status) == (0, 0), first.log + second.log
+    assert first.outputs == second.outputs and valid(running.client, *first.outputs)
+    assert verified(running.client)
+
+
+@contextlib.contextmanager
+def collecting_garbage(builder: Host) -> Iterator[None]:
+    """The builder deletes, again and again, all that nobody needs."""
+    loop = "while :; do nix-store --gc >>/tmp/gc.log 2>&1; done"
+    process = builder.popen("sh", "-c", loop)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+    assert "deleting '/nix/store/" in builder.read("/tmp/gc.log")
+
+
+def test_collecting_garbage_on_the_builder_does_no_harm(running: Scene) -> None:
+    with collecting_garbage(running.builder):
+        built = running.build("""
+          let
+            source = n: builtins.toFile "source-${toString n}" "${toString n} ";
+            link = n: below: mk "link-${toString n}"
+              "cat ${source n} ${if n == 0 then "" else below} > $out; sleep 0.1" {};
+            chain = builtins.foldl' (below: n: link n below) "" (builtins.genList (n: n) 8);
+          in chain
+        """).output
+    assert running.client.read(built).split() == list("76543210")
+    assert valid(running.client, built)

@@ -1,0 +1,288 @@
+"""Slots: how many builds a machine gets, which machine, and who holds what."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from farm import Host, poll
+from scene import INSTALLED, PRELUDE, Scene, scene
+
+SLOTS = "/nix/var/nix/current-load"
+HOOK = f"python3 {INSTALLED}"
+POLL = ("--option", "build-poll-interval", "1")
+SOON_S = 20
+LONG_S = 120
+
+# Notes down on the builder how many builds run there as it begins.
+COUNTED = """
+  mkdir -p /tmp/running
+  touch /tmp/running/$name
+  ls /tmp/running | wc -l >> /tmp/counts
+  sleep 1
+  rm /tmp/running/$name
+  echo > $out
+"""
+HELD = 'mk "held" "sleep 600" {}'
+
+
+class Holder(NamedTuple):
+    """What a slot file says."""
+
+    pid: int
+    started: str
+    since: int
+    phase: str
+    derivation: str
+
+
+def many(label: str, count: int) -> str:
+    one = f"mk \"{label}${{toString n}}\" ''{COUNTED}'' {{}}"
+    return f"builtins.genList (n: {one}) {count}"
+
+
+def most_at_once(builder: Host) -> int:
+    return max(map(int, builder.read("/tmp/counts").split()))
+
+
+def slot_directory(nix: Scene) -> Path:
+    return nix.client.path(SLOTS)
+
+
+def slot_files(nix: Scene) -> list[Path]:
+    names = [path for path in slot_directory(nix).iterdir() if path.is_file()]
+    return [path for path in names if re.search(r"-\d+$", path.name)]
+
+
+def holders(nix: Scene) -> list[Holder]:
+    if not slot_directory(nix).exists():
+        return []
+    lines = [path.read_text().split() for path in slot_files(nix)]
+    return [Holder(int(a), b, int(c), d, e) for a, b, c, d, e in filter(None, lines)]
+
+
+def building(nix: Scene) -> Holder:
+    """The one hook whose build runs on the builder, once it does."""
+
+    def found() -> Holder | None:
+        at_work = [holder for holder in holders(nix) if holder.phase == "building"]
+        return at_work[0] if at_work and runs(nix.builder, "sleep 600") else None
+
+    holder = poll(found, "the build", timeout=SOON_S)
+    assert holder
+    return holder
+
+
+def runs(host: Host, command: str) -> bool:
+    return any(process.cmdline.startswith(command) for process in host.processes())
+
+
+def gone(host: Host, command: str) -> None:
+    poll(lambda: not runs(host, command), f"the end of {command}", timeout=SOON_S)
+
+
+def take(nix: Scene, machine: str, slots: int) -> list[int]:
+    """Hold a machine's first slots, as other hooks would; close them to let go."""
+    directory = slot_directory(nix)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    paths = [directory / f"ssh:__{machine}-{number}" for number in range(slots)]
+    descriptors = [os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for path in paths]
+    for descriptor in descriptors:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptors
+
+
+def is_taken(slot: Path) -> bool:
+    with slot.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+@pytest.fixture(scope="module")
+def hosts(client_engine: str) -> Iterator[Scene]:
+    with scene(client_engine, client_engine, client_engine) as running:
+        yield running
+
+
+@pytest.fixture
+def nix(hosts: Scene) -> Iterator[Scene]:
+    """No slot files, nothing counted, and no build from an earlier test."""
+    hosts.client.run("rm", "-rf", SLOTS)
+    for builder in hosts.builders:
+        builder.run("rm", "-rf", "/tmp/running", "/tmp/counts")
+    yield hosts
+    for process in hosts.client.processes():
+        if "nix-build " in process.cmdline:
+            hosts.client.signal(signal.SIGKILL, process.pid)
+    hosts.settle()
+
+
+# -- How many -------------------------------------------------------------------------
+
+
+def test_two_nix_processes_never_exceed_the_slots(nix: Scene) -> None:
+    nix.machines("b1 - - 2\nb2 - - 2\n")
+    both = [nix.start(many(label, 12), *POLL) for label in ("left", "right")]
+    assert [run.end(LONG_S).status for run in both] == [0, 0]
+    assert [most_at_once(builder) for builder in nix.builders] == [2, 2]
+
+
+@pytest.mark.engines
+def test_ours_and_the_stock_hook_together_never_exceed_the_slots(nix: Scene) -> None:
+    nix.machines("b1 - - 2\n")
+    nix.client.write("/tmp/stock.nix", PRELUDE + many("stock", 5))
+    stock = nix.client.popen("nix-build", "/tmp/stock.nix", "--no-out-link", *POLL)
+    ours = nix.start(many("ours", 5), *POLL)
+    assert (ours.end(LONG_S).status, stock.wait(LONG_S)) == (0, 0)
+    assert most_at_once(nix.builder) == 2
+
+
+def test_two_lines_for_one_host_share_its_slots(nix: Scene) -> None:
+    nix.machines("b1 - - 2\nb1 - - 2 4\n")
+    nix.build(many("shared", 6), *POLL)
+    assert most_at_once(nix.builder) == 2
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "root@b1",
+        "ssh-ng://b1",
+        "ssh://b1?ssh-key=/root/.ssh/id_ed25519&compress=true",
+    ],
+)
+def test_slot_files_have_the_stock_hooks_names(nix: Scene, uri: str) -> None:
+    nix.machines(f"{uri} - - 2\n")
+    label = re.sub("[^a-z]", "", uri)
+    nix.client.write(
+        "/tmp/stock.nix", PRELUDE + f'mk "stock-{label}" "echo >$out" {{}}'
+    )
+    nix.client.run("nix-build", "/tmp/stock.nix", "--no-out-link")
+    stock = {path.name for path in slot_directory(nix).iterdir()}
+    nix.client.run("rm", "-rf", SLOTS)
+    nix.build(f'mk "ours-{label}" "echo > $out" {{}}')
+    assert {path.name for path in slot_directory(nix).iterdir()} == stock
+
+
+# -- Which machine --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slow", "fast", "chosen"),
+    [
+        pytest.param(0, 0, "b2", id="both idle: the faster"),
+        pytest.param(0, 2, "b2", id="2/4 rounds down: the faster"),
+        pytest.param(0, 3, "b1", id="3/4 rounds up: the idle one"),
+        pytest.param(1, 3, "b2", id="1 against 3/4 is a tie: the faster"),
+        pytest.param(1, 4, "b1", id="the faster is full: the slower"),
+    ],
+)
+def test_the_faster_machine_gets_the_build_by_the_rounding_rule(
+    nix: Scene, slow: int, fast: int, chosen: str
+) -> None:
+    nix.machines("b1 - - 4 1\nb2 - - 4 4\n")
+    held = take(nix, "b1", slow) + take(nix, "b2", fast)
+    outcome = nix.build(f'mk "on-{slow}-{fast}" "hostname > $out" {{}}')
+    for descriptor in held:
+        os.close(descriptor)
+    assert nix.client.read(outcome.output) == f"{chosen}\n"
+
+
+# -- Who holds what -------------------------------------------------------------------
+
+
+@pytest.mark.engines
+def test_a_slot_file_says_who_holds_it(nix: Scene) -> None:
+    nix.machines("b1 - - 2\n")
+    nix.start(HELD)
+    holder = building(nix)
+    process = nix.client.path(f"/proc/{holder.pid}")
+    assert (process / "cmdline").read_text().replace("\0", " ").startswith(HOOK)
+    after_name = (process / "stat").read_text().rpartition(")")[2].split()
+    assert holder.started == after_name[19]
+    assert holder.derivation.endswith("-held.drv")
+    assert nix.client.path(holder.derivation).exists()
+
+
+def test_slot_files_are_empty_afterwards(nix: Scene) -> None:
+    nix.machines("b1 - - 2\n")
+    nix.build('[ (mk "one" "echo > $out" {}) (mk "two" "echo > $out" {}) ]', *POLL)
+    assert [path.read_text() for path in slot_files(nix)] == ["", ""]
+
+
+def test_the_slot_of_a_failed_build_is_empty_afterwards(nix: Scene) -> None:
+    nix.machines("b1\n")
+    nix.build('mk "bad" "exit 1" {}', check=False)
+    assert [path.read_text() for path in slot_files(nix)] == [""]
+
+
+def test_nobody_else_may_read_or_write_slots(nix: Scene) -> None:
+    nix.machines("b1 - - 2\n")
+    nix.build('mk "modes" "echo > $out" {}')
+    files = {path.name: mode(path) for path in slot_directory(nix).iterdir()}
+    names = ["main-lock", "ssh:__b1-0", "ssh:__b1-1", "ssh:__b1.upload-lock"]
+    assert files == dict.fromkeys(names, 0o600)
+    assert mode(slot_directory(nix)) == 0o700
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# -- Ends -----------------------------------------------------------------------------
+
+
+def test_a_slot_is_taken_for_as_long_as_its_ssh_lives(nix: Scene) -> None:
+    """Nix, which would end the ssh together with the hook, is stopped meanwhile."""
+    nix.machines("b1\n")
+    run = nix.start(HELD)
+    hook = building(nix)
+    (slot,) = slot_files(nix)
+    run.process.send_signal(signal.SIGSTOP)
+    nix.client.signal(signal.SIGKILL, hook.pid)
+    gone(nix.client, HOOK)
+    assert is_taken(slot)
+    ssh = [p.pid for p in nix.client.processes() if "nix-store --serve" in p.cmdline]
+    nix.client.signal(signal.SIGKILL, *ssh)
+    poll(lambda: not is_taken(slot), "the slot", timeout=SOON_S)
+    os.kill(run.process.pid, signal.SIGCONT)
+
+
+@pytest.mark.engines
+def test_a_terminated_hook_ends_its_build(nix: Scene) -> None:
+    nix.machines("b1\n")
+    nix.start(HELD)
+    nix.client.signal(signal.SIGTERM, building(nix).pid)
+    gone(nix.client, HOOK)
+    gone(nix.builder, "sleep 600")
+
+
+@pytest.mark.engines
+def test_when_nix_is_killed_hook_and_build_end(nix: Scene) -> None:
+    nix.machines("b1\n")
+    run = nix.start(HELD)
+    building(nix)
+    run.process.kill()
+    gone(nix.client, HOOK)
+    gone(nix.builder, "sleep 600")
+
+
+@pytest.mark.engines
+def test_when_nix_is_interrupted_hook_and_build_end(nix: Scene) -> None:
+    nix.machines("b1\n")
+    run = nix.start(HELD)
+    building(nix)
+    run.process.send_signal(signal.SIGINT)
+    gone(nix.client, HOOK)
+    gone(nix.builder, "sleep 600")
