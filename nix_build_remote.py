@@ -982,7 +982,8 @@ class Child:
         """Its exit status, negative for a signal; None if it still runs by then."""
         deadline = time.monotonic() + timeout_s
         while self.status is None:
-            pid, status = os.waitpid(self.pid, 0 if timeout_s == math.inf else os.WNOHANG)
+            block = timeout_s == math.inf
+            pid, status = os.waitpid(self.pid, 0 if block else os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > deadline:
@@ -1207,7 +1208,9 @@ class Session:
         """What ssh or nix-store said at the end."""
         self.drain()
         status = self.child.wait(DRAIN_TIMEOUT_S)
-        words = " ".join(self.tail.decode("utf-8", "replace").split())
+        lines = self.tail.decode("utf-8", "replace").split("\n")
+        # After the greeting all but the last is the build's log, which Nix has got.
+        words = " ".join(" ".join(lines if not self.version else lines[-2:]).split())
         return f"{words or 'the session ended'} (ssh's exit status {status})"
 
     def finish(self) -> None:
@@ -1308,21 +1311,21 @@ class Copier:
 
     def send(self, paths: Iterable[str], substitute: bool) -> None:
         """Copy the closures of these paths to the builder."""
-        flags = ["--to"] + ["--use-substitutes"] * substitute
-        self.copy("cannot send inputs to", flags, sorted(paths), {})
+        self.copy(["--to"] + ["--use-substitutes"] * substitute, sorted(paths), {})
 
     def fetch(self, outputs: list[str], locks: OutputLocks) -> None:
         """Bring outputs into the local store, past the locks that Nix holds on them."""
         environ = {}
-        if program_version(os.read(self.asked.pipes[0], TAIL_BYTES)) < (2, 29):
+        answer = b""
+        while data := os.read(self.asked.pipes[0], TAIL_BYTES):
+            answer += data
+        if program_version(answer) < (2, 29):
             environ["NIX_HELD_LOCKS"] = " ".join(outputs)
         else:
             locks.retire(outputs)
-        self.copy("cannot bring outputs from", ["--from"], outputs, environ)
+        self.copy(["--from"], outputs, environ)
 
-    def copy(
-        self, failure: str, flags: list[str], paths: list[str], environ: dict[str, str]
-    ) -> None:
+    def copy(self, flags: list[str], paths: list[str], environ: dict[str, str]) -> None:
         """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
         command = [self.program, *flags, alias(self.session.link.machine)]
         for name in PASSED_SETTINGS:
@@ -1333,22 +1336,24 @@ class Copier:
         for batch in batches(paths):
             problem = self.run([*command, *batch], {**self.environ, **environ})
             if problem:
-                raise Error(f"{failure} '{self.session.link.name}': {problem}")
+                raise Error(problem)
 
     def run(self, command: list[str], environ: dict[str, str]) -> str:
         """Run it to its end, relaying what it says; returns what went wrong, or ""."""
         child = Child(command, environ, "2")
         try:
-            last = self.relay(child.pipes[0])
+            problem = self.relay(child.pipes[0])
             status = child.wait()
         finally:
             child.kill()
-        return f"{last or 'nix-copy-closure'} (exit status {status})" if status else ""
+        if status == 0:
+            return ""
+        return f"{problem or 'no reason given'} (nix-copy-closure's exit status {status})"
 
     def relay(self, stderr: int) -> str:
         """Pass its stderr on to Nix line by line, and the session's meanwhile; returns
-        the last error it reported."""
-        rest, last = b"", ""
+        the first error it reported, which caused the others."""
+        rest, first = b"", ""
         while True:
             ready = wait_readable([stderr, *self.session.pipes()], math.inf)
             self.session.pump(ready - {stderr})
@@ -1358,9 +1363,9 @@ class Copier:
             *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
             for text in (line.decode("utf-8", "replace") for line in lines):
                 self.talk.relay(text)
-                last = error_text(text) or last
+                first = first or error_text(text)
             if not data:
-                return last
+                return first
 
 
 def program_version(answer: bytes) -> tuple[int, ...]:
@@ -1410,9 +1415,9 @@ class OutputLocks:
     Importing an output takes the same lock.  Up to 2.28 the importing program skips
     those that NIX_HELD_LOCKS names.  From 2.29 we retire them as their holder may:
     unlink the lock's file and then write into it, so that whoever gets the old lock
-    sees that it is stale and opens a fresh one.  That is sound only while the holder lives,
-    only for the very file it held when we accepted, and only once: afterwards the fresh
-    lock may be another's.
+    sees that it is stale and opens a fresh one.  That is sound only while the holder
+    lives, only for the very file it held when we accepted, and only once: afterwards the
+    fresh lock may be another's.
     """
 
     def __init__(self, store: Store, outputs: Iterable[str]) -> None:
@@ -1470,6 +1475,7 @@ class Build:
         self.copier = Copier(hook.copy_program, hook.nix, hook.talk, session)
         self.inputs: list[str] = []
         self.missing: list[str] = []  # outputs
+        self.task = ("accept", "for")  # verb and preposition, for messages
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
         """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
@@ -1484,17 +1490,30 @@ class Build:
 
     def perform(self) -> None:
         """Send the inputs, build, bring the outputs in; raises what went wrong."""
-        self.trace("build-remote")
-        self.slot.note("sending", self.path)
-        self.send_inputs()
-        self.slot.note("building", self.path)
-        self.trace("build-remote-start")
-        if self.nix.old:  # 2.x says so itself
-            self.talk.say(INFO, f"building '{self.path}' on '{self.session.link.name}'")
-        self.build()
-        self.slot.free()  # the next build may start there
-        self.copier.fetch(self.missing, self.locks)
-        self.session.finish()
+        try:
+            self.trace("build-remote")
+            self.begin("sending", "send the inputs of", "to")
+            self.send_inputs()
+            self.trace("build-remote-start")
+            self.begin("building", "build", "on")
+            if self.nix.old:  # 2.x says so itself
+                name = self.session.link.name
+                self.talk.say(INFO, f"building '{self.path}' on '{name}'")
+            self.build()
+            self.begin("fetching", "bring the outputs of", "from")
+            self.slot.free()  # the next build may start there
+            self.copier.fetch(self.missing, self.locks)
+            self.session.finish()
+        except Error as error:
+            if isinstance(error, (BuildFailed, BuildTimedOut)):
+                raise
+            verb, preposition = self.task
+            where = f"{preposition} '{self.session.link.name}'"
+            raise Error(f"cannot {verb} '{self.path}' {where}: {error}") from None
+
+    def begin(self, phase: str, verb: str, preposition: str) -> None:
+        self.task = verb, preposition
+        self.slot.note(phase, self.path)
 
     def end(self) -> None:
         """Leave nothing behind, whatever has happened."""
@@ -1523,8 +1542,7 @@ class Build:
             self.copier.send(lacking, substitute)
         lacking -= ask(lacking, False)
         if lacking:
-            name = self.session.link.name
-            raise Error(f"'{name}' still lacks {min(lacking)} after it was sent")
+            raise Error(f"it still lacks {min(lacking)} after that was sent")
 
     @contextlib.contextmanager
     def upload_lock(self) -> Iterator[None]:
@@ -1561,9 +1579,12 @@ class Build:
         self.trace("build-remote-done")
         if status:
             self.session.finish()
-            text = f"build of '{self.path}' on '{self.session.link.name}' failed"
-            kind = {100: BuildFailed, 101: BuildTimedOut}.get(status, Error)
-            raise kind(f"{text}: {message or 'its log says why'}")
+            message = message or "the log says why"
+            if status not in (100, 101):
+                raise Error(message)
+            where = f"'{self.path}' on '{self.session.link.name}'"
+            kind = BuildTimedOut if status == 101 else BuildFailed
+            raise kind(f"build of {where} failed: {message}")
 
     def reconnect(self) -> None:
         """A new session, whose inputs are kept alive again: the builder has ended the
@@ -1616,7 +1637,7 @@ def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
 
 
 def new_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
-    """Read the settings that Nix 2.x sends first; the last argument is its verbosity."""
+    """Read the settings that 2.x sends first; the last argument is its verbosity."""
     settings = {}
     while read_integer(read_stdin):
         name = read_string(read_stdin)

@@ -206,7 +206,7 @@ def write_program(path: Path, text: str, interpreter: str = sys.executable) -> P
 
 
 def fake_player(directory: Path, version: str) -> Path:
-    """`ssh` in that directory that plays the recording, and where it keeps the bytes."""
+    """Make an `ssh` there that plays the recording; returns the file of what it got."""
     script = TRANSCRIPTS / f"nix-{version}/serve.txt"
     sent = directory / "sent"
     text = PLAYER.format(script=str(script), sent=str(sent))
@@ -264,8 +264,8 @@ class Answer(NamedTuple):
 class Client:
     """A Nix of either dialect with a store, one machine and fake programs.
 
-    The hook is a link in its libexec/nix, so that the fake nix-copy-closure beside it is
-    found before any real one.
+    The hook is a link in its libexec/nix, so that the fake nix-copy-closure in its bin
+    is found before any real one.
     """
 
     def __init__(self, root: Path, *, old: bool) -> None:
@@ -329,7 +329,9 @@ class Client:
     def lists(self, inputs: Iterable[str], outputs: Iterable[str]) -> bytes:
         """What follows an accept."""
         if self.old:
-            return "".join(f"{' '.join(paths)} \n" for paths in (inputs, outputs)).encode()
+            return "".join(
+                f"{' '.join(paths)} \n" for paths in (inputs, outputs)
+            ).encode()
         return texts(inputs) + texts(outputs)
 
     def build(self, drv: str = CAP_A_DRV, *inputs: str) -> Answer:

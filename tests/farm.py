@@ -38,7 +38,7 @@ from typing import Any, NamedTuple, TypeVar, final
 ENGINES = {"2.3": "bullseye", "2.8": "bookworm", "2.26": "trixie", "2.34": "sid"}
 ENGINES_DIR = Path(os.environ.get("NBR_ENGINES", "/var/cache/nix-build-remote/engines"))
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-TOOLS = ("chroot", "ip", "mount", "nsenter", "pivot_root", "umount", "unshare")
+TOOLS = ("chroot", "ip", "mount", "nsenter", "timeout", "unshare")
 BUILD_USERS = 32
 # Any of these may be a mount of its own on this machine, and an overlay of / would show
 # only what lies beneath it, so it gets an overlay too.
@@ -114,7 +114,8 @@ def _this_machine() -> Engine:
     nix_store = shutil.which("nix-store")
     if not nix_store:
         raise FarmError("this machine has no Nix: apt-get install nix-bin")
-    asked = [nix_store, "--version"]
+    # nix-store would make a /nix on this machine only to tell its version
+    asked = [os.path.join(os.path.dirname(nix_store), "nix-hash"), "--version"]
     said = subprocess.run(asked, capture_output=True, text=True, check=True)
     # /root is empty inside, so a Nix found through it is looked up where it really is
     where = os.path.dirname(nix_store)
@@ -143,8 +144,7 @@ read -r _ || :
 """
 
 # Becomes the init of a host. Its layers lie on a tmpfs mounted over /sys, the one
-# directory that is always there and that no engine can be in; once the root is pivoted,
-# only the overlays still hold it, so it goes with the host.
+# directory that is always there and that no engine can be in.
 HOST_INIT = r"""
 lower=$1 name=$2 idle=$3; shift 3
 echo "$name" >/proc/sys/kernel/hostname
@@ -169,7 +169,7 @@ for empty in root:700 home:755 tmp:1777 run:755 dev:755; do
     mount -t tmpfs -o "mode=${empty#*:}" farm "${empty%:*}"
 done
 rm -rf etc/ssh etc/nix etc/resolv.conf etc/hosts
-mkdir -p etc/ssh etc/nix proc sys run/sshd .old
+mkdir -p etc/ssh etc/nix proc sys run/sshd
 sed -i 's/^root:[^:]*:/root:*:/' etc/shadow  # sshd refuses a locked account
 
 cp -a /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty dev/
@@ -184,12 +184,11 @@ mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts dev/pts
 mount -t proc proc proc
 mount -t sysfs -o ro sysfs sys || :
 
-pivot_root . .old
-cd /
-umount -l /.old
-rmdir /.old
+# Over the old root, where whoever enters this mount namespace comes out. (No pivot_root:
+# newer Debian has it in a package of its own.)
+mount --move . /
 # A shell that waits for a child reaps the orphans too, as an init must.
-exec /bin/sh -c "echo ready; exec >/dev/null 2>&1; while :; do $idle; done"
+exec chroot . /bin/sh -c "echo ready; exec >/dev/null 2>&1; while :; do $idle; done"
 """
 
 NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
@@ -197,6 +196,20 @@ NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 
 def _enter(pid: int, *namespaces: str) -> list[str]:
     return [_tool("nsenter"), "--target", str(pid), *namespaces, "--"]
+
+
+def _run_within(pid: int) -> list[str]:
+    """The start of a command line: run the rest in all namespaces of that process.
+
+    To enter a PID namespace takes a fork, and so a process outside that waits for the
+    one inside. nsenter would stop when that is stopped; a waiter that stands still never
+    takes note of a killed process, and the kernel ends no namespace before. `timeout 0`
+    waits until the end and then ends in the same way, by the same signal.
+    """
+    fork_into = [_tool("nsenter"), "--no-fork", "--target", str(pid), "--pid", "--"]
+    wait = [_tool("timeout"), "--foreground", "0"]
+    rest = [name for name in NAMESPACES if name != "--pid"]
+    return [*fork_into, *wait, *_enter(pid, *rest)]
 
 
 @functools.cache
@@ -208,7 +221,7 @@ def _tool(name: str) -> str:
 
 
 def _only_child(pid: int) -> int:
-    """The process that nsenter or unshare forked into its namespaces; 0 if none."""
+    """The process that this one forked into new namespaces and waits for, or 0."""
     with contextlib.suppress(OSError):
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return int(children[0]) if children else 0
@@ -247,13 +260,10 @@ def _ip(commands: str, *prefix: str) -> None:
 
 
 class Inside(subprocess.Popen[Any]):
-    """A process inside a host. The Popen itself is the nsenter that waits for it."""
+    """A process inside a host. The Popen itself is the one outside that waits for it."""
 
     def send_signal(self, sig: int) -> None:
-        """Signal the process inside; nsenter ends as it does.
-
-        A signal to nsenter would leave the process running, so wait until there is one.
-        """
+        """Signal the process inside, as soon as there is one; its waiter ends with it."""
         while self.poll() is None:
             if inner := _only_child(self.pid):
                 with contextlib.suppress(ProcessLookupError):
@@ -324,7 +334,7 @@ class Host:
         prefix = [*as_user, "--init-groups"] if user else []
         options.setdefault("stdin", subprocess.DEVNULL)
         base = {"PATH": self.engine.path, "HOME": who.home, "USER": who.name}
-        command = [*_enter(self.pid, *NAMESPACES), *prefix, *argv]
+        command = [*_run_within(self.pid), *prefix, *argv]
         return Inside(command, env={**base, **(env or {})}, **options)
 
     def run(

@@ -128,9 +128,12 @@ class Scene(NamedTuple):
         return self.client.run("nix-store", "-q", "--outputs", drv).stdout.strip()
 
     def locks(self) -> list[str]:
-        """Lock files in the client's store; Nix leaves one for each build that failed."""
-        locks = self.client.path("/nix/store").glob("*.lock")
-        return sorted(lock.name for lock in locks if lock.with_suffix("").exists())
+        """The lock files of valid paths; Nix leaves one for each build that failed."""
+        return [
+            lock.name
+            for lock in self.client.path("/nix/store").glob("*.lock")
+            if registered(self.client, f"/nix/store/{lock.stem}")
+        ]
 
     def settle(self) -> None:
         """Wait until no hook, no ssh and no session is left on any host.
@@ -149,12 +152,16 @@ class Scene(NamedTuple):
         ]
 
 
+def registered(host: Host, *paths: str) -> bool:
+    """Whether that host's Nix takes the paths for valid."""
+    query = ("nix-store", "--check-validity", *paths)
+    return host.run(*query, check=False).returncode == 0
+
+
 def valid(host: Host, *paths: str) -> bool:
     """Whether the paths are registered there, and are what was registered."""
-    for command in ("--check-validity", "--verify-path"):
-        if host.run("nix-store", command, *paths, check=False).returncode:
-            return False
-    return True
+    verify = ("nix-store", "--verify-path", *paths)
+    return registered(host, *paths) and not host.run(*verify, check=False).returncode
 
 
 def verified(host: Host) -> bool:

@@ -7,9 +7,9 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import fakes
 import pytest
 
-import fakes
 from nix_build_remote import (
     COPY_BATCH_BYTES,
     Error,
@@ -21,6 +21,7 @@ from nix_build_remote import (
     error_text,
     find_program,
     is_old_call,
+    load_machines,
     old_nix,
     program_version,
     ssh_options,
@@ -68,7 +69,6 @@ def test_old_calls_are_told_by_their_arguments(line: str, old: bool) -> None:
         (["i686-linux", "60", "0", "120"], "max-silent-time", "60"),
         (["i686-linux", "60", "0", "120"], "timeout", "120"),
         (["i686-linux", "60", "0"], "timeout", "0"),
-        (["i686-linux", "60", "0"], "builders", "@/etc/nix/machines"),
     ],
 )
 def test_old_arguments_become_settings(
@@ -84,9 +84,18 @@ def test_old_build_traces_are_printed_when_asked_for(
     assert old_nix(["i686-linux", "0", argument], {}).trace is trace
 
 
-def test_old_machines_come_from_nix_remote_systems() -> None:
-    nix = old_nix(["i686-linux", "0", "0"], {"NIX_REMOTE_SYSTEMS": "/etc/machines"})
-    assert nix.settings["builders"] == "@/etc/machines"
+def test_old_machines_come_from_nix_remote_systems(tmp_path: Path) -> None:
+    (tmp_path / "machines").write_text("b1\n", encoding="utf-8")
+    environ = {"NIX_REMOTE_SYSTEMS": str(tmp_path / "machines")}
+    machines, _ = load_machines(old_nix(["i686-linux", "0", "0"], environ))
+    assert [machine.uri for machine in machines] == ["b1"]
+
+
+def test_new_machines_do_not_come_from_nix_remote_systems(tmp_path: Path) -> None:
+    (tmp_path / "machines").write_text("b1\n", encoding="utf-8")
+    environ = {"NIX_REMOTE_SYSTEMS": str(tmp_path / "machines")}
+    machines, _ = load_machines(Nix(False, {"builders": "b2"}, environ))
+    assert [machine.uri for machine in machines] == ["b2"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +157,13 @@ def test_a_store_is_found(uri: str, directory: str, real: str, state: str) -> No
         ({"NIX_STATE_DIR": "/t"}, "/r", STORE, "/r/nix/store", "/r/nix/var/nix"),
         ({"NIX_STORE_DIR": "/s"}, "/r", "/s", "/r/nix/store", "/r/nix/var/nix"),
     ],
-    ids=["store", "store by its old name", "state", "state in a root", "store in a root"],
+    ids=[
+        "store",
+        "store by its old name",
+        "state",
+        "state in a root",
+        "store in a root",
+    ],
 )
 def test_a_store_is_where_the_environment_says(
     environ: dict[str, str], uri: str, directory: str, real: str, state: str
@@ -267,7 +282,7 @@ class TestNixSshopts:
         script = f"printf '%s\\n' {text}"
         shell = subprocess.run(
             ["/bin/sh", "-c", script],
-            env={"HOME": "~"},
+            env={"HOME": "~"},  # so that a tilde stays one
             capture_output=True,
             text=True,
             check=True,

@@ -8,8 +8,17 @@ from collections.abc import Iterator
 
 import pytest
 from farm import Host, connect
-from scene import INSTALLED, Outcome, Scene, at_least, other, scene, valid
-from scene import verified, version
+from scene import (
+    INSTALLED,
+    Outcome,
+    Scene,
+    at_least,
+    other,
+    scene,
+    valid,
+    verified,
+    version,
+)
 
 pytestmark = pytest.mark.engines
 
@@ -19,9 +28,7 @@ RECORDER = "/usr/local/bin/recorder"
 
 
 @pytest.fixture(scope="module")
-def pair_of_hosts(
-    client_engine: str, builder_engine: str
-) -> Iterator[Scene]:
+def pair_of_hosts(client_engine: str, builder_engine: str) -> Iterator[Scene]:
     """Each client engine with each builder engine."""
     with scene(client_engine, builder_engine, builder_engine) as hosts:
         record_exits(hosts)
@@ -34,9 +41,7 @@ def pair(pair_of_hosts: Scene) -> Iterator[Scene]:
 
 
 @pytest.fixture(scope="module")
-def hosts(
-    client_engine: str, pytestconfig: pytest.Config
-) -> Iterator[Scene]:
+def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
     """Each client engine, with builders of another."""
     builder = other(pytestconfig, client_engine)
     with scene(client_engine, builder, builder, builder_conf=BUILDER_CONF) as hosts:
@@ -276,9 +281,7 @@ CA = ("--option", "experimental-features", "ca-derivations")
 
 
 @pytest.fixture
-def ca_scene(
-    client_engine: str, pytestconfig: pytest.Config
-) -> Iterator[Scene]:
+def ca_scene(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
     client = at_least(pytestconfig, client_engine, (2, 4))
     with scene(client, client) as running:
         running.machines("b1 - - 4 1 ca-derivations\n")

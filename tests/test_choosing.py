@@ -16,7 +16,7 @@ nix@mcflurry.labs.cs.uu.nl  x86_64-darwin   /home/nix/.ssh/id_quarterpounder_aut
 nix@scratchy.labs.cs.uu.nl  i686-linux      /home/nix/.ssh/id_scratchy_auto        8 1 kvm
 nix@itchy.labs.cs.uu.nl     i686-linux      /home/nix/.ssh/id_scratchy_auto        8 2
 nix@poochie.labs.cs.uu.nl   i686-linux      /home/nix/.ssh/id_scratchy_auto        8 2 kvm perf
-"""  # noqa: E501  (as the manual has it)
+"""  # noqa: E501, RUF100  (literally the manual)
 
 
 def machines(text: str) -> list[Machine]:
@@ -101,7 +101,11 @@ def test_manual_sixteen_builds_with_slots_to_spare_go_mostly_to_itchy(
         ("b1 i686-linux - 1 1 kvm,perf", "", ""),
         ("b1 x86_64-linux,armv7l-linux", "", "builds x86_64-linux, armv7l-linux, not"),
         ("b1 i686-linux", "kvm perf", "lacks the feature kvm, perf"),
-        ("b1 i686-linux - 1 1 - kvm,perf", "kvm", "is only for builds that require perf"),
+        (
+            "b1 i686-linux - 1 1 - kvm,perf",
+            "kvm",
+            "is only for builds that require perf",
+        ),
         ("b1 i686-linux - 0", "", "has maxJobs 0"),
     ],
     ids=[

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fakes
 import pytest
 
-import fakes
 from nix_build_remote import (
     Derivation,
     Error,

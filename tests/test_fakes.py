@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
 from fakes import (
     CAP_A,
     CAP_A_DRV,
@@ -158,6 +157,12 @@ def test_ssh_is_asked_for_one_session(client: Client) -> None:
     client.build()
     (call,) = (call for call in client.calls() if call.program == "ssh")
     assert call.arguments[-5:] == ["--", "root@b1", "nix-store", "--serve", "--write"]
+
+
+def test_nix_copy_closure_gets_our_options_for_ssh(client: Client) -> None:
+    client.machines.write_text("ssh://root@b1:2222\n", encoding="utf-8")
+    client.build()
+    assert "-oPort=2222" in client.calls()[-1].sshopts.split()
 
 
 def test_slot_files_are_those_of_the_stock_hook(client: Client) -> None:
@@ -403,7 +408,9 @@ def test_a_relative_nix_remote_systems_is_named(old: Client) -> None:
     assert "absolute" in messages
 
 
-@pytest.mark.parametrize("name", ["a;b", "a#b", "a b "], ids=["semicolon", "hash", "space"])
+@pytest.mark.parametrize(
+    "name", ["a;b", "a#b", "a b "], ids=["semicolon", "hash", "space"]
+)
 def test_nix_remote_systems_may_name_any_file(name: str, old: Client) -> None:
     path = old.machines.rename(old.root / name)
     old.environ["NIX_REMOTE_SYSTEMS"] = str(path)
@@ -468,7 +475,10 @@ def people(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments, start",
-    [("--help", "nix_build_remote.py - a build hook"), ("--version", "nix_build_remote")],
+    [
+        ("--help", "nix_build_remote.py - a build hook"),
+        ("--version", "nix_build_remote"),
+    ],
 )
 def test_people_get_an_answer_on_stdout(arguments: str, start: str) -> None:
     done = people(arguments)

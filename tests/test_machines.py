@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nix_build_remote import BadMachine, Machine, Nix, SlotDirectory, file_name, load_machines
+from nix_build_remote import (
+    BadMachine,
+    Machine,
+    Nix,
+    SlotDirectory,
+    file_name,
+    load_machines,
+)
 
 OLD = Nix(True, {"system": "x86_64-linux"}, {})
 NIX_2_3 = Nix(False, {}, {})
@@ -239,8 +246,10 @@ def test_a_host_key_that_would_say_more_than_one_key_is_refused(key: str) -> Non
 def test_a_nul_in_a_line_costs_no_other_machine(
     line: str, nix: Nix, tmp_path: Path
 ) -> None:
-    settings = {**nix.settings, "builders": f"{line}\nb2", "system": "x86_64-linux"}
-    nix = nix._replace(settings=settings)
+    file = tmp_path / "machines"
+    file.write_text(f"{line}\nb2\n", encoding="utf-8")
+    settings = {**nix.settings, "builders": f"@{file}", "system": "x86_64-linux"}
+    nix = nix._replace(settings=settings, environ={"NIX_REMOTE_SYSTEMS": str(file)})
     slots = SlotDirectory(str(tmp_path))
     machines, _ = load_machines(nix)
     loads = [slots.survey(machine, machine.slot_name(nix))[0] for machine in machines]

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import fakes
 import pytest
 
-import fakes
 import nix_build_remote
 from nix_build_remote import (
     Derivation,
@@ -193,7 +193,7 @@ def heard(
         nix = caller(argv(version), {})
         asked = next(nix_build_remote.requests(nix))
         inputs, outputs = nix_build_remote.read_lists(nix)
-        yield Heard(nix, asked, inputs, outputs, stdin.buffer.read())
+        yield Heard(nix, asked, inputs, outputs, bytes(stdin.buffer.read()))
 
 
 def test_recorded_argv_is_told_from_the_other_dialect(version: str) -> None:
@@ -225,6 +225,7 @@ class TestRecordedSettings:
     def test_name_the_local_system(self, heard: Heard) -> None:
         assert heard.nix.settings["system"] == "x86_64-linux"
 
+    @pytest.mark.parametrize("version", fakes.VERSIONS[1:])
     def test_name_the_default_machines_file(self, heard: Heard) -> None:
         assert heard.nix.settings["builders"] == "@/etc/nix/machines"
 
