@@ -1068,8 +1068,8 @@ def alias(machine: Machine) -> str:
 def private_directory(wanted: str) -> str:
     """A directory only we can write, for files ssh reads: wanted, or one in /tmp if its
     name could not be handed on to ssh."""
-    fallback = f"/tmp/nix-build-remote-{os.geteuid()}"
-    path = wanted if PLAIN.fullmatch(wanted) else fallback
+    plain = PLAIN.fullmatch(wanted) and "%" not in wanted  # ssh would expand that
+    path = wanted if plain else f"/tmp/nix-build-remote-{os.geteuid()}"
     os.makedirs(path, 0o700, exist_ok=True)
     info = os.lstat(path)
     ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()

@@ -8,6 +8,7 @@ Nothing is built on the client itself, unless a test gives nix-build `-j1`.
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -127,6 +128,14 @@ class Scene(NamedTuple):
         drv = self.client.run("nix-instantiate", command[1]).stdout.strip()
         return self.client.run("nix-store", "-q", "--outputs", drv).stdout.strip()
 
+    def hooks(self) -> list[int]:
+        """The processes of the hooks that run now."""
+        return [
+            process.pid
+            for process in self.client.processes()
+            if re.match(rf"\S*python\S* {INSTALLED}", process.cmdline)
+        ]
+
     def locks(self) -> list[str]:
         """The lock files of valid paths; Nix leaves one for each build that failed."""
         return [
@@ -217,6 +226,9 @@ def scene(
         here.copy(HOOK, INSTALLED)
         for builder in there:
             connect(here, builder)
+        # two of 2.3 that find no store stumble over each other while they make it
+        for host in (here, *there):
+            host.run("nix-store", "--init")
         running = Scene(here, there)
         running.machines("".join(f"{builder.name} - - 4\n" for builder in there))
         yield running
