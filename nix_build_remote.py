@@ -596,9 +596,10 @@ def start_time() -> str:
 class Slot:
     """A machine's slot, ours for as long as its file is locked.
 
-    The lock belongs to the open file, not to the process: the build's ssh inherits it,
-    so that a slot stays taken while its session lives, and the kernel frees it with the
-    last holder.  While we hold it, the file says who we are; the lock alone decides.
+    The kernel frees it when we die, however we die.  The build's ssh cannot hold it too
+    (it closes what it inherits), but it ends, and with it the remote build, as soon as
+    nobody is at the other end of its pipes.  While we hold the lock, the file says who
+    we are; the lock alone decides.
     """
 
     def __init__(self, machine: Machine, descriptor: int) -> None:
@@ -611,10 +612,9 @@ class Slot:
         os.pwrite(self.descriptor, line.encode(), 0)
 
     def free(self) -> None:
-        """Let go, also for ssh; only once, since then it may be another's."""
+        """Let go; only once, since then it may be another's."""
         if self.descriptor >= 0:
             os.ftruncate(self.descriptor, 0)
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
             os.close(self.descriptor)
             self.descriptor = -1
 
@@ -945,12 +945,10 @@ class Child:
     """A program we started.  (subprocess would cost each start 7 ms and 1 MB.)
 
     Of its descriptors 0, 1 and 2, those asked for are pipes, whose other ends are
-    `pipes`; the rest are /dev/null.  It gets no others of ours, but for `keep`.
+    `pipes`; the rest are /dev/null.  It gets no others of ours.
     """
 
-    def __init__(
-        self, command: list[str], environ: dict[str, str], piped: str, keep: int = -1
-    ) -> None:
+    def __init__(self, command: list[str], environ: dict[str, str], piped: str) -> None:
         self.pipes: list[int] = []
         theirs: list[int] = []
         actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = []
@@ -964,8 +962,6 @@ class Child:
             theirs.append(ends[0 if number == 0 else 1])
             actions.append((os.POSIX_SPAWN_DUP2, theirs[-1], number))
         try:
-            if keep >= 0:
-                os.set_inheritable(keep, True)
             # Python ignores SIGPIPE, which programs would inherit.
             self.pid = os.posix_spawn(
                 command[0], command, environ, file_actions=actions,
@@ -973,8 +969,6 @@ class Child:
             )  # fmt: skip
             self.status: int | None = None
         finally:
-            if keep >= 0:
-                os.set_inheritable(keep, False)
             for descriptor in theirs:
                 os.close(descriptor)
 
@@ -1129,13 +1123,13 @@ class Session:
     greeting, then the log of the build.
     """
 
-    def __init__(self, link: Link, slot: Slot) -> None:
+    def __init__(self, link: Link) -> None:
         self.link = link
         self.version = 0
         self.tail = b""  # of stderr
         self.inbox = bytearray()
         command = link.command("nix-store", "--serve", "--write")
-        self.child = Child(command, link.environ, "012", keep=slot.descriptor)
+        self.child = Child(command, link.environ, "012")
         self.stdin, self.stdout, self.stderr = self.child.pipes
         os.set_blocking(self.stdin, False)
 
@@ -1592,7 +1586,7 @@ class Build:
         text = "does not trust its user; sending the derivation's closure"
         self.talk.say(TALKATIVE, f"'{self.session.link.name}' {text}")
         self.session.cancel()
-        self.session = self.copier.session = Session(self.session.link, self.slot)
+        self.session = self.copier.session = Session(self.session.link)
         self.session.greet()
         self.send_inputs()
 
@@ -1765,8 +1759,7 @@ class Hook:
         session = None
         try:
             slot.note("connecting", request.derivation)
-            link = Link.make(slot.machine, self.nix, self.slots.path)
-            session = Session(link, slot)
+            session = Session(Link.make(slot.machine, self.nix, self.slots.path))
             session.greet()
             return session
         except BaseException as error:

@@ -36,7 +36,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar, final
 
 ENGINES = {"2.3": "bullseye", "2.8": "bookworm", "2.26": "trixie", "2.34": "sid"}
-ENGINES_DIR = Path(os.environ.get("NBR_ENGINES", "/var/cache/nix-build-remote/engines"))
+ENGINES_DIR = Path(
+    os.environ.get("NBR_ENGINES", "/var/cache/nix-build-remote/engines")
+).absolute()
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TOOLS = ("chroot", "ip", "mount", "nsenter", "timeout", "unshare")
 BUILD_USERS = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from farm import Host, poll
-from scene import INSTALLED, PRELUDE, Scene, scene
+from scene import INSTALLED, PRELUDE, Run, Scene, scene
 
 SLOTS = "/nix/var/nix/current-load"
 HOOK = f"python3 {INSTALLED}"
@@ -164,15 +165,18 @@ def test_two_lines_for_one_host_share_its_slots(nix: Scene) -> None:
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Scene, uri: str) -> None:
     nix.machines(f"{uri} - - 2\n")
-    label = re.sub("[^a-z]", "", uri)
-    nix.client.write(
-        "/tmp/stock.nix", PRELUDE + f'mk "stock-{label}" "echo >$out" {{}}'
-    )
+    nix.client.write("/tmp/stock.nix", PRELUDE + with_input(f"stock {uri}"))
     nix.client.run("nix-build", "/tmp/stock.nix", "--no-out-link")
     stock = {path.name for path in slot_directory(nix).iterdir()}
     nix.client.run("rm", "-rf", SLOTS)
-    nix.build(f'mk "ours-{label}" "echo > $out" {{}}')
+    nix.build(with_input(f"ours {uri}"))
     assert {path.name for path in slot_directory(nix).iterdir()} == stock
+
+
+def with_input(content: str) -> str:
+    """A build that needs something sent, and so the upload lock."""
+    source = f'builtins.toFile "source" "{content}"'
+    return f'mk "sent" "cat $source > $out" {{ source = {source}; }}'
 
 
 # -- Which machine --------------------------------------------------------------------
@@ -229,7 +233,7 @@ def test_the_slot_of_a_failed_build_is_empty_afterwards(nix: Scene) -> None:
 
 def test_nobody_else_may_read_or_write_slots(nix: Scene) -> None:
     nix.machines("b1 - - 2\n")
-    nix.build('mk "modes" "echo > $out" {}')
+    nix.build(with_input("modes"))
     files = {path.name: mode(path) for path in slot_directory(nix).iterdir()}
     names = ["main-lock", "ssh:__b1-0", "ssh:__b1-1", "ssh:__b1.upload-lock"]
     assert files == dict.fromkeys(names, 0o600)
@@ -243,20 +247,35 @@ def mode(path: Path) -> int:
 # -- Ends -----------------------------------------------------------------------------
 
 
-def test_a_slot_is_taken_for_as_long_as_its_ssh_lives(nix: Scene) -> None:
-    """Nix, which would end the ssh together with the hook, is stopped meanwhile."""
+@pytest.mark.engines
+def test_a_killed_hook_frees_its_slot_and_ends_its_build(nix: Scene) -> None:
+    """Nix, which would help it by ending the ssh too, is stopped meanwhile."""
     nix.machines("b1\n")
     run = nix.start(HELD)
     hook = building(nix)
     (slot,) = slot_files(nix)
+    with stopped(run):
+        nix.client.signal(signal.SIGKILL, hook.pid)
+        poll(lambda: not is_taken(slot), "the slot", timeout=SOON_S)
+        gone(nix.client, "/usr/bin/ssh")
+        gone(nix.builder, "sleep 600")
+
+
+def test_a_slot_is_taken_while_its_build_runs(nix: Scene) -> None:
+    nix.machines("b1\n")
+    nix.start(HELD)
+    building(nix)
+    assert [is_taken(slot) for slot in slot_files(nix)] == [True]
+
+
+@contextlib.contextmanager
+def stopped(run: Run) -> Iterator[None]:
     run.process.send_signal(signal.SIGSTOP)
-    nix.client.signal(signal.SIGKILL, hook.pid)
-    gone(nix.client, HOOK)
-    assert is_taken(slot)
-    ssh = [p.pid for p in nix.client.processes() if "nix-store --serve" in p.cmdline]
-    nix.client.signal(signal.SIGKILL, *ssh)
-    poll(lambda: not is_taken(slot), "the slot", timeout=SOON_S)
-    os.kill(run.process.pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        # nsenter stops and goes on with what it runs
+        os.kill(run.process.pid, signal.SIGCONT)
 
 
 @pytest.mark.engines
