@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -312,7 +313,7 @@ class Host:
         self.name = name
         self.engine = engine
         self.number = number
-        self.address = f"10.77.0.{number}"
+        self.address = f"10.77.{number >> 8}.{number & 255}"
         self.address6 = f"fd77::{number}"
         mounts = _own_mounts() if engine.name == "host" else []
         within_lab = _enter(lab.pid, "--net", "--pid")
@@ -533,7 +534,7 @@ class Host:
     def swallow(self, on: bool) -> None:
         """Take in every packet and answer none, not even that nobody is there."""
         verb = "add" if on else "del"
-        nets = ("10.77.0.0/25", "10.77.0.128/25", "fd77::/65", "fd77::8000:0:0:0/65")
+        nets = ("10.77.0.0/17", "10.77.128.0/17", "fd77::/65", "fd77::8000:0:0:0/65")
         routes = "".join(f"route {verb} blackhole {net}\n" for net in nets)
         _ip(routes, *_enter(self.pid, "--net"))
 
@@ -559,7 +560,7 @@ class Host:
         )
         _ip(
             "link set lo up\n"
-            f"addr add {self.address}/24 dev eth0\n"
+            f"addr add {self.address}/16 dev eth0\n"
             f"addr add {self.address6}/64 dev eth0 nodad\n"
             "link set eth0 up\n",
             *_enter(self.pid, "--net"),
@@ -602,7 +603,8 @@ class Lab:
 
     def __init__(self) -> None:
         self.hosts: dict[str, Host] = {}
-        self._numbers = iter(range(1, 255))
+        # None is used twice: the others still know the old host by its address.
+        self._numbers = itertools.count(1)
 
     def __enter__(self) -> Lab:
         if reason := unavailable():

@@ -10,12 +10,22 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from farm import Host, Inside, Lab, connect, engine, poll, unavailable
+from farm import (
+    ENGINES,
+    ENGINES_DIR,
+    Host,
+    Inside,
+    Lab,
+    connect,
+    engine,
+    poll,
+    unavailable,
+)
 
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
 INSTALLED = "/usr/local/bin/nix_build_remote.py"
@@ -70,8 +80,11 @@ class Run(NamedTuple):
 
 
 class Scene(NamedTuple):
+    """hook: what tells nix-build of it. Nix 2.25 to 2.33 forget what nix.conf says."""
+
     client: Host
     builders: tuple[Host, ...]
+    hook: tuple[str, ...] = ("--option", "build-hook", INSTALLED)
 
     @property
     def builder(self) -> Host:
@@ -85,9 +98,7 @@ class Scene(NamedTuple):
         number = len(list(self.client.path("/tmp").glob("*.nix")))
         path = f"/tmp/{number}.nix"
         self.client.write(path, PRELUDE + expression)
-        # not in nix.conf: 2.25 to 2.33 overwrite what it says of build-hook
-        hook = ("--option", "build-hook", INSTALLED)
-        return ["nix-build", path, "--no-out-link", *hook, *options]
+        return ["nix-build", path, "--no-out-link", *self.hook, *options]
 
     def build(
         self,
@@ -128,12 +139,12 @@ class Scene(NamedTuple):
         drv = self.client.run("nix-instantiate", command[1]).stdout.strip()
         return self.client.run("nix-store", "-q", "--outputs", drv).stdout.strip()
 
-    def hooks(self) -> list[int]:
+    def hooks(self, path: str = INSTALLED) -> list[int]:
         """The processes of the hooks that run now."""
         return [
             process.pid
             for process in self.client.processes()
-            if re.match(rf"\S*python\S* {INSTALLED}", process.cmdline)
+            if re.match(rf"\S*python\S* {path} ", process.cmdline)
         ]
 
     def locks(self) -> list[str]:
@@ -187,20 +198,23 @@ def engines(config: pytest.Config) -> list[str]:
 def other(config: pytest.Config, name: str) -> str:
     """The engine after `name` in --engines, round and round: a builder for a client."""
     names = engines(config)
-    return names[(names.index(name) + 1) % len(names)]
+    position = names.index(name) if name in names else 0
+    return names[(position + 1) % len(names)]
 
 
 def version(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in engine(name).version.split("."))
 
 
-def at_least(config: pytest.Config, name: str, wanted: tuple[int, ...]) -> str:
-    """That engine, or the next one in --engines that is new enough."""
-    for _ in engines(config):
-        if version(name) >= wanted:
-            return name
-        name = other(config, name)
-    pytest.skip(f"no engine in --engines is Nix {'.'.join(map(str, wanted))} or newer")
+def suitable(
+    config: pytest.Config, name: str, suits: Callable[[tuple[int, ...]], bool]
+) -> str:
+    """That engine if its version suits; or another of --engines; or any there is."""
+    installed = [name for name in ENGINES if (ENGINES_DIR / name).is_dir()]
+    for candidate in (name, *engines(config), *installed):
+        if suits(version(candidate)):
+            return candidate
+    pytest.skip("this needs another version of Nix: run tests/engines")
 
 
 @contextlib.contextmanager

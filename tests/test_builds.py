@@ -12,9 +12,9 @@ from scene import (
     INSTALLED,
     Outcome,
     Scene,
-    at_least,
     other,
     scene,
+    suitable,
     valid,
     verified,
     version,
@@ -260,7 +260,7 @@ def test_a_bad_line_costs_only_that_machine(
 ) -> None:
     # 2.3 itself ends with "stoull" on a number that is none
     wanted = (2, 4) if "four" in line else (2, 3)
-    client = at_least(pytestconfig, client_engine, wanted)
+    client = suitable(pytestconfig, client_engine, wanted.__le__)
     builder = other(pytestconfig, client)
     with scene(client, builder, builder) as running:
         running.machines(f"{line}\nb2 - - 4\n")
@@ -282,7 +282,7 @@ CA = ("--option", "experimental-features", "ca-derivations")
 
 @pytest.fixture
 def ca_scene(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
-    client = at_least(pytestconfig, client_engine, (2, 4))
+    client = suitable(pytestconfig, client_engine, (2, 4).__le__)
     with scene(client, client) as running:
         running.machines("b1 - - 4 1 ca-derivations\n")
         yield running

@@ -146,13 +146,16 @@ def hosts(client_engine: str) -> Iterator[Scene]:
 
 
 @pytest.fixture
-def nix(hosts: Scene) -> OldNix:
+def nix(hosts: Scene) -> Iterator[OldNix]:
     """Two machines, no slot files, and no build that is told to go on."""
     for host in (hosts.client, *hosts.builders):
         host.run("rm", "-rf", SLOTS, "/run/nix", "/tmp/go")
     nix = OldNix(hosts)
     nix.machines("b1 x86_64-linux - 2\nb2 x86_64-linux - 2\n")
-    return nix
+    yield nix
+    left = [found.pid for found in hosts.client.processes() if DRIVER in found.cmdline]
+    hosts.client.signal(signal.SIGKILL, *left)
+    hosts.settle()
 
 
 # -- Builds ---------------------------------------------------------------------------
@@ -220,10 +223,12 @@ def test_messages_arrive_though_nix_is_busy_at_the_end(nix: OldNix) -> None:
     poll(lambda: "building" in slot_contents(nix), "the build")
     running.send_signal(signal.SIGSTOP)
     nix.builder.write("/tmp/go", "")
-    poll(lambda: not runs(nix.client, "/usr/bin/ssh"), "the end of it", timeout=TIMEOUT_S)
+    poll(
+        lambda: not runs(nix.client, "/usr/bin/ssh"), "the end of it", timeout=TIMEOUT_S
+    )
     with contextlib.suppress(FarmError):  # a hook that waits for Nix does not end now
         poll(lambda: not runs(nix.client, HOOK), "the hook's end", timeout=1)
-    os.kill(running.pid, signal.SIGCONT)
+    running.send_signal(signal.SIGCONT)
     outcome = Outcome.parse(running.communicate(timeout=TIMEOUT_S)[0])
     assert outcome.hook.messages.count(" from 'ssh://b1'") == len(names)
 

@@ -274,8 +274,7 @@ def stopped(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        # nsenter stops and goes on with what it runs
-        os.kill(run.process.pid, signal.SIGCONT)
+        run.process.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.engines

@@ -1,0 +1,275 @@
+"""The hook in every place where Nix may start it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from farm import keypair, poll, trust
+from scene import (
+    HOOK,
+    INSTALLED,
+    Outcome,
+    Run,
+    Scene,
+    other,
+    registered,
+    scene,
+    suitable,
+    valid,
+    version,
+)
+
+pytestmark = pytest.mark.engines
+
+README = HOOK.parent / "README.md"
+IN_CONF = "/usr/local/lib/nix_build_remote.py"
+
+# The output says where it was built; the gate lets a test look while it is built.
+GRAPH = """
+  let source = builtins.toFile "source" "text\\n";
+  in mk "top" "{ cat $below; hostname; } > $out" {
+    below = mk "below" "while ! [ -e /tmp/go ]; do sleep 0.02; done; cat ${source} > $out"
+      {};
+  }
+"""
+
+
+@pytest.fixture
+def running(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
+    with scene(client_engine, other(pytestconfig, client_engine)) as hosts:
+        yield hosts
+        hosts.settle()
+        assert hosts.locks() == []
+
+
+def start_seen(
+    running: Scene, hook: str, *options: str, user: str | None = None
+) -> Run:
+    """Start the graph, and see that it is this hook that builds it."""
+    run = running.start(GRAPH, *options, user=user)
+    poll(lambda: running.hooks(hook) or run.ended, f"a {hook}", timeout=30)
+    assert not run.ended, run.log
+    return run
+
+
+def finish(running: Scene, run: Run) -> Outcome:
+    running.builder.write("/tmp/go", "")
+    outcome = run.end()
+    assert outcome.status == 0, outcome.log
+    return outcome
+
+
+def build_seen(
+    running: Scene, hook: str, *options: str, user: str | None = None
+) -> None:
+    """Build the graph, by this hook and there."""
+    built = finish(running, start_seen(running, hook, *options, user=user)).output
+    assert running.client.read(built) == "text\nb1\n"
+    assert valid(running.client, built)
+
+
+def readme(pattern: str) -> list[str]:
+    """The README's command lines that match."""
+    lines = README.read_text().splitlines()
+    return [
+        line.strip()
+        for line in lines
+        if line.startswith("    ") and re.search(pattern, line)
+    ]
+
+
+def type_in(running: Scene, commands: list[str]) -> None:
+    """Do what the README says, in a directory that has the file."""
+    running.client.copy(HOOK, "/tmp/unpacked/nix_build_remote.py", 0o644)
+    running.client.run("sh", "-exc", "\n".join(["cd /tmp/unpacked", *commands]))
+
+
+# -- How it is installed --------------------------------------------------------------
+
+
+def by_the_readme(running: Scene) -> Scene:
+    """Installed in nix.conf, in the one that this Nix heeds."""
+    commands = readme(r"^    install .* /usr/local/lib/nix_build_remote\.py$")
+    assert commands == [f"install -m755 nix_build_remote.py {IN_CONF}"]
+    forgets = (2, 25) <= version(running.client.engine.name) < (2, 34)
+    where = "/root/.config/nix" if forgets else "/etc/nix"
+    commands += readme(f"^    (mkdir -p {where}|echo 'build-hook = .*>> {where}/)")
+    assert commands[-1] == f"echo 'build-hook = {IN_CONF}' >> {where}/nix.conf"
+    type_in(running, commands)
+    return running._replace(hook=())
+
+
+def test_the_readmes_lines_for_nix_conf_are_enough(running: Scene) -> None:
+    build_seen(by_the_readme(running), IN_CONF)
+
+
+@pytest.fixture
+def old_debian(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
+    """A client whose default hook is libexec/nix/build-remote."""
+    client = suitable(pytestconfig, client_engine, (2, 10).__gt__)
+    with scene(client, other(pytestconfig, client)) as running:
+        yield running._replace(hook=())
+        running.settle()
+
+
+LIBEXEC = "/usr/libexec/nix/build-remote"
+
+
+def test_in_libexec_it_needs_no_setting(old_debian: Scene) -> None:
+    commands = readme(LIBEXEC)
+    assert len(commands) == 2
+    type_in(old_debian, commands)
+    build_seen(old_debian, LIBEXEC)
+
+
+def test_bin_nix_survives_the_installation_in_libexec(old_debian: Scene) -> None:
+    nix = old_debian.client.path("/usr/bin/nix")
+    before = nix.read_bytes()
+    type_in(old_debian, readme(LIBEXEC))
+    assert nix.read_bytes() == before and not nix.is_symlink()
+    assert old_debian.client.read(LIBEXEC) == HOOK.read_text()
+
+
+def test_there_is_a_way_back_from_libexec(old_debian: Scene) -> None:
+    type_in(old_debian, readme(LIBEXEC))
+    back = [f"rm {LIBEXEC}", f"dpkg-divert --rename --remove {LIBEXEC}"]
+    assert all(f"`{command}`" in README.read_text() for command in back)
+    type_in(old_debian, back)
+    assert old_debian.client.path(LIBEXEC) == old_debian.client.path("/usr/bin/nix")
+
+
+def test_it_runs_under_any_name(running: Scene) -> None:
+    name = "/opt/my.hooks/build-remote-1"
+    running.client.copy(HOOK, name)
+    build_seen(running, name, "--option", "build-hook", name)
+
+
+def test_it_may_be_an_argument_of_python(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    client = suitable(pytestconfig, client_engine, (2, 10).__le__)
+    with scene(client, other(pytestconfig, client)) as running:
+        running.client.path(INSTALLED).chmod(0o644)
+        hook = f"/usr/bin/python3 {INSTALLED}"
+        build_seen(running, INSTALLED, "--option", "build-hook", hook)
+        running.settle()
+        assert running.locks() == []
+
+
+# -- Who starts it --------------------------------------------------------------------
+
+
+def test_a_daemon_with_a_bare_environment_builds_for_its_users(running: Scene) -> None:
+    by_conf = by_the_readme(running)
+    client = running.client
+    nix_daemon = client.run("sh", "-c", "command -v nix-daemon").stdout.strip()
+    bare = f"#!/bin/sh\nexec env -i PATH=/usr/sbin:/usr/bin {nix_daemon}\n"
+    client.write("/usr/local/sbin/nix-daemon", bare, 0o755)
+    client.add_user("alice")
+    client.start_daemon()
+    daemon = {"NIX_REMOTE": "daemon"}
+    run = by_conf.start(GRAPH, env=daemon, user="alice")
+    poll(lambda: running.hooks(IN_CONF) or run.ended, "the hook", timeout=30)
+    (hook,) = running.hooks(IN_CONF)
+    assert client.path(f"/proc/{hook}").stat().st_uid == 0
+    built = finish(running, run).output
+    assert client.read(built) == "text\nb1\n" and valid(client, built)
+    assert client.path(built).stat().st_uid == 0
+
+
+def test_a_single_user_needs_no_root(running: Scene) -> None:
+    client = running.client
+    client.add_user("alice")
+    running.builder.authorize(keypair(client, "alice"))
+    trust(client, running.builder, "alice")
+    client.run("chown", "-R", "alice", "/nix")
+    running.machines("root@b1 - - 4\n")
+    build_seen(running, INSTALLED, user="alice")
+
+
+# -- Where the store is ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["local?root=/tmp/r", "/tmp/r"])
+def test_outputs_come_into_a_chroot_store(
+    client_engine: str, pytestconfig: pytest.Config, store: str
+) -> None:
+    wanted = (2, 3) if "root" in store else (2, 4)
+    client = suitable(pytestconfig, client_engine, wanted.__le__)
+    with scene(client, other(pytestconfig, client)) as running:
+        option = ("--store", store)
+        run = start_seen(running, INSTALLED, *option)
+        real = running.client.path("/tmp/r/nix/store")
+        assert list(real.glob("*-below.lock"))
+        slots = running.client.path("/tmp/r/nix/var/nix/current-load")
+        poll((slots / "ssh:__b1-0").exists, "the slot")
+        finish(running, run)
+        (top,) = real.glob("*-top")
+        assert top.read_text() == "text\nb1\n"
+        query = ("nix-store", *option, "--verify-path", f"/nix/store/{top.name}")
+        running.client.run(*query)
+        assert not registered(running.client, f"/nix/store/{top.name}")
+        assert not list(real.glob("*.lock"))
+        running.settle()
+
+
+def test_the_store_may_be_mounted_read_only(running: Scene) -> None:
+    running.client.run("mount", "--bind", "/nix/store", "/nix/store")
+    running.client.run("mount", "-o", "remount,ro,bind", "/nix/store")
+    assert running.client.run("touch", "/nix/store/x", check=False).returncode
+    build_seen(running, INSTALLED)
+
+
+def test_slots_are_where_nix_keeps_its_state(running: Scene) -> None:
+    run = running.start(GRAPH, env={"NIX_STATE_DIR": "/tmp/state"})
+    slot = running.client.path("/tmp/state/current-load/ssh:__b1-0")
+    poll(lambda: slot.exists() or run.ended, "the slot", timeout=30)
+    assert running.client.read(finish(running, run).output) == "text\nb1\n"
+
+
+def test_slots_are_where_the_environment_wants_them(running: Scene) -> None:
+    run = running.start(GRAPH, env={"NIX_CURRENT_LOAD": "/tmp/slots"})
+    slot = running.client.path("/tmp/slots/ssh:__b1-0")
+    poll(lambda: slot.exists() or run.ended, "the slot", timeout=30)
+    assert running.client.read(finish(running, run).output) == "text\nb1\n"
+
+
+# -- What it needs --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["PATH=", "PATH=/nowhere"], ids=["empty", "useless"])
+def test_it_finds_its_programs_without_a_path(running: Scene, path: str) -> None:
+    where = running.client.run("sh", "-c", "command -v nix-build").stdout.strip()
+    wrapper = f'#!/bin/sh\nexec /usr/bin/python3 {INSTALLED} "$@"\n'
+    running.client.write("/usr/local/bin/wrapper", wrapper, 0o755)
+    hook = ("--option", "build-hook", "/usr/local/bin/wrapper")
+    _, *arguments = running.nix_build('mk "a" "hostname > $out" {}', *hook)
+    done = running.client.run("/usr/bin/env", path, where, *arguments)
+    assert running.client.read(done.stdout.strip()) == "b1\n"
+
+
+@pytest.mark.parametrize("program", ["ssh", "nix-copy-closure"])
+def test_a_missing_program_is_named_and_where_it_was_looked_for(
+    running: Scene, program: str
+) -> None:
+    remove(running, program)
+    outcome = running.build('mk "a" "hostname > $out" {}', check=False)
+    assert outcome.status
+    assert f"cannot find the program {program}; looked in " in outcome.log
+    assert "/usr/bin" in outcome.log.partition("looked in ")[2].partition("\n")[0]
+
+
+@pytest.mark.parametrize("program", ["ssh", "nix-copy-closure"])
+def test_without_a_program_builds_happen_here(running: Scene, program: str) -> None:
+    remove(running, program)
+    built = running.build('mk "a" "hostname > $out" {}', "-j1").output
+    assert running.client.read(built) == "client\n"
+
+
+def remove(running: Scene, program: str) -> None:
+    for directory in running.client.engine.path.split(":"):
+        file = Path(f"/proc/{running.client.pid}/root{directory}/{program}")
+        file.unlink(missing_ok=True)
