@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import farm  # noqa: E402  (its folder was put on the path just now)
+import farm
 
 HOOK = ROOT / "nix_build_remote.py"
 

@@ -1,5 +1,18 @@
-#!/usr/bin/env python3
-"""nix_build_remote.py - a build hook for Nix: sends builds to other machines over ssh.
+#!/bin/sh
+# For sh, the next lines start Python in a way that keeps the compiled program beside this
+# file: else it would be compiled at every start, which takes 10 ms and 5 MB.  They also
+# find Python where a daemon's PATH does not.  For Python, they are a string.
+''':'
+PATH=${PATH:+$PATH:}/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin
+PATH=$PATH:/usr/local/bin:/usr/bin:/bin:/opt/homebrew/bin exec python3 -IS -c '
+import sys
+from importlib.machinery import SourceFileLoader
+del sys.argv[0]
+__file__ = sys.argv[0]
+exec(SourceFileLoader(__name__, __file__).get_code(__name__))
+' "$0" "$@"
+''' """
+nix_build_remote.py - a build hook for Nix: sends builds to other machines over ssh.
 
 Nix starts this program, not you: as build-hook (Nix 2.x) or NIX_BUILD_HOOK (Nix 1.x).
 It reads from Nix which derivation is to be built, picks a machine of the right system
@@ -1847,7 +1860,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"nix_build_remote.py {VERSION}")
     elif arguments == ["--help"]:
-        print((__doc__ or "").strip())
+        print((__doc__ or "").partition('"$@"\n')[2].strip())
     else:
         print("usage: nix_build_remote.py --help | --version (Nix starts it itself)",
               file=sys.stderr)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Nix 1.x as client: played by old_nix.py, with real stores, slots, ssh and builders."""
+"""Nix 1.x as client, played by old_nix.py: real stores, slots, ssh and builders."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ SLOTS = "/run/slots"
 ENVIRON = {"NIX_REMOTE_SYSTEMS": MACHINES, "NIX_CURRENT_LOAD": SLOTS}
 TIMEOUT_S = 60
 HOOK = f"python3 {INSTALLED}"
+SSH = "/usr/bin/ssh"
 
 every_version = pytest.mark.parametrize("version", ["1.0", "1.2", "1.11"])
 numbers = itertools.count()
 
 # Builds until it is told to go on, so that a test can look at it meanwhile.
-HELD = "while [ ! -e /tmp/go ]; do sleep 0.02; done; echo held > $out"
+WAIT = "while [ ! -e /tmp/go ]; do sleep 0.02; done"
+HELD = f"{WAIT}; echo held > $out"
 
 
 class Conversation(NamedTuple):
@@ -212,25 +214,33 @@ def test_the_import_passes_the_held_output_locks(nix: OldNix) -> None:
     assert (held, outcome.result) == ([True, True], "built"), outcome
 
 
-def test_messages_arrive_though_nix_is_busy_at_the_end(nix: OldNix) -> None:
-    """At the end of the log pipe 1.x drops the messages it has not read."""
+def test_no_message_is_lost_though_nix_is_busy_at_the_end(nix: OldNix) -> None:
+    """1.x drops of both pipes what it has not read when it sees the end of either."""
     names = [f"o{n}" for n in range(60)]
-    script = "; ".join(
-        [HELD.rpartition(";")[0], *(f"echo > ${name}" for name in names)]
-    )
+    touch = "; ".join(f"echo > ${name}" for name in names)
     outputs = " ".join(f'"{name}"' for name in names)
-    running = nix.start(f'mk "many" "{script}" {{ outputs = [ {outputs} ]; }}')
+    attributes = f"{{ outputs = [ {outputs} ]; }}"
+    hook = build_while_nix_is_busy(nix, f'mk "many" "{WAIT}; {touch}" {attributes}')
+    assert hook.messages.count(" from 'ssh://b1'") == len(names)
+
+
+def test_no_log_is_lost_though_nix_is_busy_at_the_end(nix: OldNix) -> None:
+    script = f"{WAIT}; seq 1 3000; echo > $out"
+    hook = build_while_nix_is_busy(nix, f'mk "log" "{script}" {{}}')
+    assert hook.log.split() == [str(n) for n in range(1, 3001)]
+
+
+def build_while_nix_is_busy(nix: OldNix, expression: str) -> Conversation:
+    """Nix reads nothing from when the build goes on until the hook can end."""
+    running = nix.start(expression)
     poll(lambda: "building" in slot_contents(nix), "the build")
     running.send_signal(signal.SIGSTOP)
     nix.builder.write("/tmp/go", "")
-    poll(
-        lambda: not runs(nix.client, "/usr/bin/ssh"), "the end of it", timeout=TIMEOUT_S
-    )
+    poll(lambda: not runs(nix.client, SSH), "the end of ssh", timeout=TIMEOUT_S)
     with contextlib.suppress(FarmError):  # a hook that waits for Nix does not end now
         poll(lambda: not runs(nix.client, HOOK), "the hook's end", timeout=1)
     running.send_signal(signal.SIGCONT)
-    outcome = Outcome.parse(running.communicate(timeout=TIMEOUT_S)[0])
-    assert outcome.hook.messages.count(" from 'ssh://b1'") == len(names)
+    return Outcome.parse(running.communicate(timeout=TIMEOUT_S)[0]).hook
 
 
 def runs(host: Host, command: str) -> bool:
