@@ -144,7 +144,7 @@ class Scene(NamedTuple):
         return [
             process.pid
             for process in self.client.processes()
-            if re.match(rf"\S*python\S* {path} ", process.cmdline)
+            if re.fullmatch(rf"(?s)\S*python.* {path} \d+", process.cmdline)
         ]
 
     def locks(self) -> list[str]:

@@ -17,7 +17,6 @@ from farm import Host, poll
 from scene import INSTALLED, PRELUDE, Run, Scene, scene
 
 SLOTS = "/nix/var/nix/current-load"
-HOOK = f"python3 {INSTALLED}"
 POLL = ("--option", "build-poll-interval", "1")
 SOON_S = 20
 LONG_S = 120
@@ -87,6 +86,14 @@ def runs(host: Host, command: str) -> bool:
 
 def gone(host: Host, command: str) -> None:
     poll(lambda: not runs(host, command), f"the end of {command}", timeout=SOON_S)
+
+
+def ended(host: Host, pid: int) -> None:
+    poll(lambda: not is_alive(host, pid), f"the end of {pid}", timeout=SOON_S)
+
+
+def is_alive(host: Host, pid: int) -> bool:
+    return any(process.pid == pid for process in host.processes())
 
 
 def take(nix: Scene, machine: str, slots: int) -> list[int]:
@@ -212,7 +219,7 @@ def test_a_slot_file_says_who_holds_it(nix: Scene) -> None:
     nix.start(HELD)
     holder = building(nix)
     process = nix.client.path(f"/proc/{holder.pid}")
-    assert (process / "cmdline").read_text().replace("\0", " ").startswith(HOOK)
+    assert INSTALLED in (process / "cmdline").read_text().split("\0")
     after_name = (process / "stat").read_text().rpartition(")")[2].split()
     assert holder.started == after_name[19]
     assert holder.derivation.endswith("-held.drv")
@@ -281,8 +288,9 @@ def stopped(run: Run) -> Iterator[None]:
 def test_a_terminated_hook_ends_its_build(nix: Scene) -> None:
     nix.machines("b1\n")
     nix.start(HELD)
-    nix.client.signal(signal.SIGTERM, building(nix).pid)
-    gone(nix.client, HOOK)
+    hook = building(nix)
+    nix.client.signal(signal.SIGTERM, hook.pid)
+    ended(nix.client, hook.pid)
     gone(nix.builder, "sleep 600")
 
 
@@ -290,9 +298,9 @@ def test_a_terminated_hook_ends_its_build(nix: Scene) -> None:
 def test_when_nix_is_killed_hook_and_build_end(nix: Scene) -> None:
     nix.machines("b1\n")
     run = nix.start(HELD)
-    building(nix)
+    hook = building(nix)
     run.process.kill()
-    gone(nix.client, HOOK)
+    ended(nix.client, hook.pid)
     gone(nix.builder, "sleep 600")
 
 
@@ -300,7 +308,7 @@ def test_when_nix_is_killed_hook_and_build_end(nix: Scene) -> None:
 def test_when_nix_is_interrupted_hook_and_build_end(nix: Scene) -> None:
     nix.machines("b1\n")
     run = nix.start(HELD)
-    building(nix)
+    hook = building(nix)
     run.process.send_signal(signal.SIGINT)
-    gone(nix.client, HOOK)
+    ended(nix.client, hook.pid)
     gone(nix.builder, "sleep 600")
