@@ -112,8 +112,8 @@ def test_junk_at_the_output_path_does_not_become_valid(running: Scene) -> None:
     output = running.output(expression)
     run = running.start(expression)
     poll(lambda: "while !" in str(running.builder.processes()), "the build", timeout=30)
-    # A mount point cannot be removed or replaced. Nix, and so the hook, may have a mount
-    # namespace of its own.
+    # A mount point cannot be removed or replaced. Nix, and so the hook, may have a
+    # mount namespace of its own.
     running.client.path(output).mkdir()
     (hook,) = running.hooks()
     enter = ("nsenter", "--target", str(hook), "--mount")
@@ -162,8 +162,8 @@ def test_collecting_garbage_on_the_builder_does_no_harm(running: Scene) -> None:
             source = n: builtins.toFile "source-${toString n}" "${toString n} ";
             link = n: below: mk "link-${toString n}"
               "cat ${source n} ${if n == 0 then "" else below} > $out; sleep 0.1" {};
-            chain = builtins.foldl' (below: n: link n below) "" (builtins.genList (n: n) 8);
-          in chain
+            numbers = builtins.genList (n: n) 8;
+          in builtins.foldl' (below: n: link n below) "" numbers
         """).output
     assert running.client.read(built).split() == list("76543210")
     assert valid(running.client, built)
