@@ -1,15 +1,21 @@
 #!/bin/sh
-# For sh, the next lines start Python in a way that keeps the compiled program beside this
-# file: else it would be compiled at every start, which takes 10 ms and 5 MB.  They also
-# find Python where a daemon's PATH does not.  For Python, they are a string.
+# For sh, these lines start Python in a way that keeps the compiled program beside this
+# file: else it would be compiled at every start, which takes 10 ms and 5 MB.  (Not where
+# others may put files, nor in a Nix store, where all is of 1970.)  They also find Python
+# where a daemon's PATH does not.  For Python, they are a string.
 ''':'
 PATH=${PATH:+$PATH:}/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin
 PATH=$PATH:/usr/local/bin:/usr/bin:/bin:/opt/homebrew/bin exec python3 -IS -c '
-import sys
+import os, sys
 from importlib.machinery import SourceFileLoader
 del sys.argv[0]
 __file__ = sys.argv[0]
-exec(SourceFileLoader(__name__, __file__).get_code(__name__))
+source = os.path.realpath(__file__)
+loader = SourceFileLoader(__name__, source)
+if os.stat(os.path.dirname(source)).st_mode & 0o1002 or os.stat(source).st_mtime < 2:
+    exec(compile(loader.get_data(source), source, "exec"))
+else:
+    exec(loader.get_code(__name__))
 ' "$0" "$@"
 ''' """
 nix_build_remote.py - a build hook for Nix: sends builds to other machines over ssh.
@@ -20,7 +26,7 @@ that has a free slot, copies the missing inputs there with nix-copy-closure, bui
 ssh, relays the log and brings the outputs back.
 
 Install, for any Nix 2.x, in /etc/nix/nix.conf, or for 2.25 to 2.33, which forget it
-there, in root's own ~/.config/nix/nix.conf:
+there, in /root/.config/nix/nix.conf:
 
     build-hook = /usr/local/lib/nix_build_remote.py
 
@@ -89,9 +95,19 @@ CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
 GREETING_TIMEOUT_S = 90  # connecting, logging in and starting nix-store on the builder
 ALIVE_INTERVAL_S = 15  # a silent link is noticed after ALIVE_COUNT_MAX probes of these
 ALIVE_COUNT_MAX = 3
+IDLE_S = 120  # then a shared connection that nobody uses ends by itself
+SEATS = 8  # hooks on one: sshd allows it 10 sessions, and a hook has one
+CONNECTIONS = 16  # to one machine
+SOCKET_LIMIT_BYTES = 86  # of a control socket's name: Linux 90, macOS 86
+WARM_AT_ONCE = 6  # connections begun at the same time
+LOSSES = 5  # of a builder, before a build is given up
+WAIT_S = 0.02  # between two looks for a free slot
+LINE = 64  # hooks that wait for one set of machines
+PATIENCE_S, IMPATIENCE_S = 1.0, 4.0  # wait that long for a slot; then not for so long
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
 LOCK_POLL_S = 0.05
-DRAIN_TIMEOUT_S = 10  # for the end of the log, without any progress
+DRAIN_TIMEOUT_S = 10  # for Nix to read the end of the log, without any progress
+QUIET_S = 2  # after a build: no more of its log will come
 COPY_BATCH_BYTES = 200_000  # of store paths on a command line: macOS has 1 MiB in all
 WIRE_LIMIT_BYTES = 64 << 20  # the longest string anybody may send us
 TAIL_BYTES = 4096  # of ssh's stderr, kept to explain why a connection ended
@@ -178,6 +194,11 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def decode(data: bytes) -> str:
+    """Words for people."""
+    return data.decode("utf-8", "replace")
+
+
 def string(text: str) -> bytes:
     data = encode(text)
     return integer(len(data)) + data + bytes(-len(data) % 8)
@@ -231,7 +252,9 @@ class Store(NamedTuple):
         """Understand the setting `store`: auto, local?root=R, local://?root=R, /R."""
         default = environ.get("NIX_STORE_DIR") or environ.get("NIX_STORE")
         base, parameters = split_parameters(uri)
-        path = base.removeprefix("local://")
+        path = base
+        if base.startswith("local://"):
+            path = unquote(base[len("local://") :])
         root = parameters.get("root", path if path.startswith("/") else "").rstrip("/")
         directory = parameters.get("store") or (default or "/nix/store").rstrip("/")
         state = environ.get("NIX_STATE_DIR") or "/nix/var/nix"
@@ -305,10 +328,12 @@ def might_build_itself(nix: Nix, request: Request) -> bool:
     if nix.old:  # it says neither how many jobs it may run nor what features it has
         return request.system == nix.settings["system"]
     systems = [*nix.words("system"), *nix.words("extra-platforms"), "builtin"]
+    # Some experimental features are system features too, which it does not tell us.
+    features = nix.words("system-features") + nix.words("experimental-features")
     return (
         nix.settings.get("max-jobs") != "0"
         and request.system in systems
-        and request.features.issubset(nix.words("system-features"))
+        and request.features.issubset(features)
     )
 
 
@@ -496,23 +521,26 @@ def slips(machine: Machine, text: str) -> Iterator[str]:
         yield "only the first 8 fields mean anything"
 
 
-Place = tuple[str, str]  # file:line, text
+Entry = tuple[str, str]  # file:line, text
 
 
 def expand_builders(
     text: str, file: str, seen: tuple[str, ...] = ()
-) -> Iterator[Place]:
+) -> Iterator[Entry]:
     """The entries of a `builders` setting or a machines file, includes in place."""
-    for number, line in enumerate(text.split("\n"), 1):
-        for entry in line.partition("#")[0].split(";"):
-            if entry.strip().startswith("@"):
-                included = entry.strip()[1:].strip()
-                yield from include(f"{file}:{number}", included, seen)
-            elif entry.strip():
-                yield f"{file}:{number}", entry
+    entries = [
+        (number, entry.strip())
+        for number, line in enumerate(text.split("\n"), 1)
+        for entry in line.partition("#")[0].split(";")
+    ]
+    for number, entry in entries:
+        if entry.startswith("@"):
+            yield from include(f"{file}:{number}", entry[1:].strip(), seen)
+        elif entry:
+            yield f"{file}:{number}", entry
 
 
-def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Place]:
+def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Entry]:
     """A missing file is no error and lists no machine, as in every Nix."""
     try:
         if not path.startswith("/"):
@@ -586,7 +614,10 @@ def rank(machine: Machine, load: int) -> tuple[int, float, int]:
 
 def open_lock(path: str) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    return os.open(path, flags, 0o600)
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        raise Error(f"cannot open {path}: {error.strerror}") from None
 
 
 def try_lock(descriptor: int) -> bool:
@@ -621,13 +652,15 @@ class Slot:
     def note(self, phase: str, derivation: str) -> None:
         """One line: pid, its start time, seconds since 1970, phase, derivation."""
         line = f"{os.getpid()} {start_time()} {time.time():.0f} {phase} {derivation}\n"
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, line.encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk must not cost a build
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, line.encode(), 0)
 
     def free(self) -> None:
         """Let go; only once, since then it may be another's."""
         if self.descriptor >= 0:
-            os.ftruncate(self.descriptor, 0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.descriptor, 0)
             os.close(self.descriptor)
             self.descriptor = -1
 
@@ -704,6 +737,82 @@ class SlotDirectory(NamedTuple):
         return True
 
 
+class Line:
+    """Where hooks wait for a slot on one of some machines: places, which are locks.
+
+    Whoever has a place waits for the lock of the one before, and only the holder of the
+    first looks for a free slot, so that waiting costs nothing and nobody is passed.
+    """
+
+    def __init__(self, slots: SlotDirectory, machines: list[Machine], nix: Nix) -> None:
+        import zlib
+
+        self.slots, self.machines, self.nix = slots, machines, nix
+        names = sorted(machine.slot_name(nix) for machine in machines)
+        self.name = f"{slots.path}/line-{zlib.crc32(encode(' '.join(names))):08x}"
+        self.size = min(LINE, sum(machine.max_jobs for machine in machines))
+        self.number = self.descriptor = -1
+
+    def empty(self) -> bool:
+        descriptor = open_lock(f"{self.name}.0")
+        try:
+            return try_lock(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def join(self) -> bool:
+        """Take the place behind the last that is taken, if the line is not full."""
+        with self.slots.main_lock():
+            for number in reversed(range(self.size)):
+                descriptor = open_lock(f"{self.name}.{number}")
+                if not try_lock(descriptor):
+                    os.close(descriptor)
+                    break
+                self.stand(number, descriptor)
+        return self.descriptor >= 0
+
+    def stand(self, number: int, descriptor: int) -> None:
+        self.leave()
+        self.number, self.descriptor = number, descriptor
+
+    def leave(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.number = self.descriptor = -1
+
+    def wait(self) -> Slot:
+        """Move up to the first place, then wait for a slot."""
+        with alarms():
+            while self.number > 0:
+                descriptor = open_lock(f"{self.name}.{self.number - 1}")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                self.stand(self.number - 1, descriptor)
+        while True:
+            start = time.monotonic()
+            slot = self.slots.take(self.machines, self.nix)
+            if slot:
+                self.leave()
+                return slot
+            # Looking at many slots takes long; it must not be what we do all the time.
+            wait_readable([], max(WAIT_S, 20 * (time.monotonic() - start)))
+
+
+@contextlib.contextmanager
+def alarms() -> Iterator[None]:
+    """Look once a second whether Nix has gone, also while we wait for a lock."""
+
+    def look(number: int, frame: object) -> None:
+        if nix_has_gone():
+            raise NixGone
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 # ---- Derivations --------------------------------------------------------------------
 
 
@@ -763,7 +872,7 @@ class Derivation(NamedTuple):
 
 
 TERM_TOKEN = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"|([\[(])|([\])])', re.DOTALL)
-ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # any other stands for itself
 
 
 def parse_term(text: str) -> list:  # type: ignore[type-arg]  # nested lists of strings
@@ -790,7 +899,12 @@ def parse_term(text: str) -> list:  # type: ignore[type-arg]  # nested lists of 
 
 
 def unescape(text: str) -> str:
-    return re.sub(r"(?s)\\(.)", lambda match: ESCAPES.get(match[1], match[1]), text)
+    if "\\" not in text:
+        return text
+    parts = text.split("\\\\")  # from the left, so these are the escaped backslashes
+    for escape, meant in ESCAPES.items():
+        parts = [part.replace(escape, meant) for part in parts]
+    return "\\".join(part.replace("\\", "") for part in parts)
 
 
 def texts(values: list[object]) -> tuple[str, ...]:
@@ -821,7 +935,7 @@ def read_derivation(path: str, store: Store) -> Derivation:
 
 # ---- Talking with Nix ---------------------------------------------------------------
 
-ERROR, WARN, INFO, TALKATIVE, DEBUG = range(5)
+ERROR, WARN, INFO, DEBUG = range(4)
 
 
 class Talk:
@@ -833,13 +947,13 @@ class Talk:
         # The numbers of the levels above: 2.3 inserted warn, 2.4 notice.
         self.verbosity = nix.verbosity
         if nix.old:
-            self.levels, self.verbosity = (0, 0, 0, 1, 1), 0
+            self.levels, self.verbosity = (0, 0, 0, 1), 0
         elif nix.since_2_4:
-            self.levels = (0, 1, 3, 4, 6)
+            self.levels = (0, 1, 3, 6)
         elif "trace-function-calls" in nix.settings:
-            self.levels = (0, 1, 2, 3, 5)
+            self.levels = (0, 1, 2, 5)
         else:
-            self.levels = (0, 0, 1, 2, 4)
+            self.levels = (0, 0, 1, 4)
 
     def write(self, line: str) -> None:
         write_all(2, encode(line) + b"\n")
@@ -853,6 +967,7 @@ class Talk:
         if number > self.verbosity:
             return
         text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", text)
+        text = encode(text).decode("utf-8", "replace")  # Nix reads no other JSON
         if not self.old:
             import json
 
@@ -954,35 +1069,58 @@ def child_environ(nix: Nix, **more: str) -> dict[str, str]:
     return {**kept, **more}
 
 
+def spawn(
+    command: list[str],
+    environ: dict[str, str],
+    descriptors: dict[int, int],
+    *,
+    detached: bool = False,
+) -> int:
+    """Start a program; returns its process id.  (subprocess would cost each hook 7 ms
+    and 1 MB.)  It gets the descriptors given, the rest of 0, 1 and 2 as /dev/null, and
+    no others of ours.  Detached, Nix does not kill it with our process group."""
+    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = []
+    for number in (0, 1, 2, 8, 9):
+        if number in descriptors:
+            actions.append((os.POSIX_SPAWN_DUP2, descriptors[number], number))
+        elif number < 3:
+            null = (os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0)
+            actions.append(null)
+    try:
+        # Python ignores SIGPIPE, which programs would inherit.
+        return os.posix_spawn(
+            command[0], command, environ, file_actions=actions,
+            setsigdef=[signal.SIGPIPE], setsid=detached,
+        )  # fmt: skip
+    except OSError as error:
+        raise Error(f"cannot start {command[0]}: {error.strerror}") from None
+
+
 class Child:
-    """A program we started.  (subprocess would cost each start 7 ms and 1 MB.)
+    """A program we started.  Of its descriptors 0, 1 and 2, those asked for are pipes,
+    whose other ends are `pipes`."""
 
-    Of its descriptors 0, 1 and 2, those asked for are pipes, whose other ends are
-    `pipes`; the rest are /dev/null.  It gets no others of ours.
-    """
-
-    def __init__(self, command: list[str], environ: dict[str, str], piped: str) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environ: dict[str, str],
+        piped: str,
+        more: dict[int, int] | None = None,
+    ) -> None:
         self.pipes: list[int] = []
-        theirs: list[int] = []
-        actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = []
-        for number in range(3):
-            if str(number) not in piped:
-                null = (os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0)
-                actions.append(null)
-                continue
-            ends = os.pipe()
-            self.pipes.append(ends[1 if number == 0 else 0])
-            theirs.append(ends[0 if number == 0 else 1])
-            actions.append((os.POSIX_SPAWN_DUP2, theirs[-1], number))
+        theirs: dict[int, int] = {}
+        for number in map(int, piped):
+            reading, writing = os.pipe()
+            ours = writing if number == 0 else reading
+            theirs[number] = reading + writing - ours
+            # Out of the way of the numbers that descriptors have in children.
+            self.pipes.append(fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 20))
+            os.close(ours)
         try:
-            # Python ignores SIGPIPE, which programs would inherit.
-            self.pid = os.posix_spawn(
-                command[0], command, environ, file_actions=actions,
-                setsigdef=[signal.SIGPIPE],
-            )  # fmt: skip
+            self.pid = spawn(command, environ, {**theirs, **(more or {})})
             self.status: int | None = None
         finally:
-            for descriptor in theirs:
+            for descriptor in theirs.values():
                 os.close(descriptor)
 
     def wait(self, timeout_s: float = math.inf) -> int | None:
@@ -1020,10 +1158,11 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     """
     options = [
         "-x", "-a",
-        "-oIgnoreUnknown=StdinNull,ForkAfterAuthentication",  # known since OpenSSH 8.7
-        "-oStdinNull=no", "-oForkAfterAuthentication=no", "-oRemoteCommand=none",
-        "-oRequestTTY=no", "-oClearAllForwardings=yes", "-oLogLevel=ERROR",
-        "-oControlMaster=no", "-oControlPath=none",
+        # Not every ssh knows these three (8.7), nor all that a user's IgnoreUnknown,
+        # which ours replaces, lets pass.
+        "-oIgnoreUnknown=*", "-oStdinNull=no", "-oForkAfterAuthentication=no",
+        "-oSessionType=default", "-oRemoteCommand=none", "-oRequestTTY=no",
+        "-oClearAllForwardings=yes", "-oLogLevel=ERROR",
     ]  # fmt: skip
     if machine.port:
         options.append(f"-oPort={machine.port}")
@@ -1034,10 +1173,9 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     if known_hosts:
         options += [
             "-oStrictHostKeyChecking=yes", f"-oUserKnownHostsFile={known_hosts}",
-            "-oGlobalKnownHostsFile=/dev/null", "-oCheckHostIP=no",
+            "-oGlobalKnownHostsFile=/dev/null", "-oKnownHostsCommand=none",
+            "-oVerifyHostKeyDNS=no", "-oUpdateHostKeys=no", "-oCheckHostIP=no",
         ]  # fmt: skip
-    if alias(machine) != machine.destination:
-        options.append(f"-oHostName={machine.host.replace('%', '%%')}")
     return options
 
 
@@ -1061,7 +1199,7 @@ def user_ssh_options(environ: dict[str, str]) -> list[str]:
 
 
 def alias(machine: Machine) -> str:
-    """[user@]host for ssh and nix-copy-closure alike, with -oHostName for the true one.
+    """[user@]host for nix-copy-closure, with -oHostName for the true one.
 
     nix-copy-closure wants IPv6 bare (2.3) or in brackets (2.34), and runs its command
     here instead of over ssh for the name `localhost`.
@@ -1076,8 +1214,10 @@ def private_directory(wanted: str) -> str:
     """A directory only we can write, for files ssh reads: wanted, or one in /tmp if its
     name could not be handed on to ssh."""
     plain = PLAIN.fullmatch(wanted) and "%" not in wanted  # ssh would expand that
+    plain = plain and len(wanted) + 30 < SOCKET_LIMIT_BYTES
     path = wanted if plain else f"/tmp/nix-build-remote-{os.geteuid()}"
-    os.makedirs(path, 0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(path, 0o700)
     info = os.lstat(path)
     ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
     if not ours or info.st_mode & 0o022:
@@ -1085,46 +1225,165 @@ def private_directory(wanted: str) -> str:
     return path
 
 
+def open_private(path: str, mode: int) -> int:
+    """A new file of ours to write to, in a private directory."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    return os.open(path, flags, mode)
+
+
 def pin_host_key(machine: Machine, slot_directory: str) -> str:
     """A known_hosts file that knows just this machine's key; "" if none is pinned."""
     if not machine.host_key:
         return ""
-    import zlib
+    import hashlib
 
     directory = private_directory(f"{slot_directory}/ssh")
-    path = f"{directory}/known_hosts-{zlib.crc32(machine.host_key.encode()):08x}"
+    digest = hashlib.sha256(machine.host_key.encode()).hexdigest()
+    path = f"{directory}/known_hosts-{digest[:32]}"
     temporary = f"{path}.{os.getpid()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with open(os.open(temporary, flags, 0o600), "w", encoding="ascii") as file:
+    with open(open_private(temporary, 0o600), "w", encoding="ascii") as file:
         file.write(f"* {machine.host_key}\n")
     os.rename(temporary, path)
     return path
 
 
-class Link(NamedTuple):
-    """How to reach one machine: what every command line to it needs."""
+class Link:
+    """A way to one machine: a seat on a shared connection, and all that every command
+    line to the machine needs.
 
-    machine: Machine
-    name: str  # in messages
-    ssh: str
-    options: list[str]
-    environ: dict[str, str]  # also nix-copy-closure's
+    Connections are shared between hooks and outlive them.  The first hook to need one
+    starts its master, an ssh of its own session (Nix kills ours) that ends when it has
+    been idle.  Its stderr is the file `socket`.start, which it keeps locked just until
+    it has connected or failed, even if the hook that started it dies.
+    """
 
-    @classmethod
-    def make(cls, machine: Machine, nix: Nix, slot_directory: str) -> Link:
-        ssh = find_program("ssh", program_directories(nix.environ))
-        own = ssh_options(machine, pin_host_key(machine, slot_directory))
-        options = [*own, *user_ssh_options(nix.environ), *SSH_DEFAULTS]
-        # The copying program splits this as its own version does, so the user's part
-        # goes on as it came.
-        text = " ".join([*own, nix.environ.get("NIX_SSHOPTS", ""), *SSH_DEFAULTS])
-        path = f"{os.path.dirname(ssh)}:{nix.environ.get('PATH', '')}".rstrip(":")
-        environ = child_environ(nix, NIX_SSHOPTS=text, PATH=path)
-        return cls(machine, machine.name(nix), ssh, options, environ)
+    def __init__(self, machine: Machine, nix: Nix, slot_directory: str) -> None:
+        self.machine, self.name, self.nix = machine, machine.name(nix), nix
+        self.ssh = find_program("ssh", program_directories(nix.environ))
+        self.own = ssh_options(machine, pin_host_key(machine, slot_directory))
+        self.user = user_ssh_options(nix.environ)
+        self.path = f"{os.path.dirname(self.ssh)}:{nix.environ.get('PATH', '')}"
+        self.environ = child_environ(nix, PATH=self.path.rstrip(":"))
+        self.user_text = nix.environ.get("NIX_SSHOPTS", "")
+        self.directory = private_directory(f"{slot_directory}/ssh")
+        self.socket, self.seat, self.number = "none", -1, 0
+
+    def base(self) -> str:
+        """What the names of this machine's sockets begin with: whoever would connect in
+        another way has another name."""
+        import zlib
+
+        whole = [self.ssh, *self.own, *self.user, self.machine.destination]
+        whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
+        data = encode("\0".join(whole))
+        return f"{self.directory}/{zlib.crc32(data):08x}{zlib.adler32(data):08x}"
+
+    def sit(self) -> None:
+        """Take a seat on the first connection that has one, and keep it until we end.
+        With the last seat of one, the next connection is begun."""
+        base, seats = self.base(), self.seats()
+        for connection in range(CONNECTIONS):
+            for seat in range(seats):
+                descriptor = open_lock(f"{base}-{connection}.{seat}")
+                if not try_lock(descriptor):
+                    os.close(descriptor)
+                    continue
+                self.socket = f"{base}-{connection}"
+                self.seat, self.number = descriptor, seat
+                if seat == seats - 1:
+                    self.start(f"{base}-{connection + 1}")
+                return
+
+    def seats(self) -> int:
+        """How many sessions a connection to this machine may have."""
+        try:
+            with open(f"{self.base()}.seats", encoding="ascii") as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            return SEATS
+
+    def lose_seat(self) -> None:
+        """sshd has refused us a session: remember how many it allows."""
+        with open(open_private(f"{self.base()}.seats", 0o600), "w") as file:
+            file.write(str(max(1, self.number)))
+
+    def live(self) -> bool:
+        """Whether a master answers at our socket; that says nothing of the network."""
+        return self.socket != "none" and answers(self.socket)
+
+    def start(self, name: str) -> None:
+        """Begin to connect that socket, unless somebody already does."""
+        descriptor = open_lock(f"{name}.start")
+        if try_lock(descriptor) and not answers(name):
+            os.ftruncate(descriptor, 0)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{name}.proved")
+            command = [self.ssh, "-N", "-oControlMaster=yes", *self.options(name)]
+            command += [f"-oControlPersist={IDLE_S}", "--", self.machine.destination]
+            spawn(command, self.environ, {2: descriptor}, detached=True)
+        os.close(descriptor)
+
+    def connect(self) -> None:
+        """Return with a live connection, or raise Unreachable with ssh's own words.  An
+        ssh that shares nothing, but does not fail either, is used without a master."""
+        if self.socket == "none":
+            return
+        deadline = time.monotonic() + GREETING_TIMEOUT_S
+        self.start(self.socket)
+        descriptor = open_lock(f"{self.socket}.start")
+        try:
+            while not self.live():
+                if try_lock(descriptor) and not self.live():
+                    self.complain(os.pread(descriptor, TAIL_BYTES, 0))
+                    self.socket = "none"
+                    return
+                if time.monotonic() > deadline:
+                    raise Unreachable(f"no connection within {GREETING_TIMEOUT_S} s")
+                wait_readable([], LOCK_POLL_S / 10)
+        finally:
+            os.close(descriptor)
+
+    def complain(self, words: bytes) -> None:
+        """Raise Unreachable with what ssh said, if it said anything."""
+        if self.machine.host_key and b"Host key verification failed" in words:
+            where = self.machine.where
+            raise Unreachable(f"its host key is not the one that {where} asks for")
+        text = " ".join(word for word in decode(words).split() if word.strip("@"))
+        if text:
+            raise Unreachable(text)
+
+    def proved(self) -> bool:
+        """Whether somebody has talked with nix-store over this very connection."""
+        return self.live() and os.path.exists(f"{self.socket}.proved")
+
+    def prove(self) -> None:
+        if self.socket != "none":
+            os.close(open_lock(f"{self.socket}.proved"))
+
+    def options(self, name: str) -> list[str]:
+        return [f"-oControlPath={name}", *self.own, *self.user, *SSH_DEFAULTS]
 
     def command(self, *remote: str) -> list[str]:
-        options = [*self.options, "-T", "-oPermitLocalCommand=no"]
-        return [self.ssh, *options, "--", alias(self.machine), *remote]
+        options = ["-oControlMaster=no", *self.options(self.socket), "-T"]
+        options.append("-oPermitLocalCommand=no")
+        return [self.ssh, *options, "--", self.machine.destination, *remote]
+
+    def copy_environ(self) -> dict[str, str]:
+        """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
+        that the user's part goes on as it came."""
+        own = ["-oControlMaster=no", f"-oControlPath={self.socket}", *self.own]
+        if alias(self.machine) != self.machine.destination:
+            own.append(f"-oHostName={self.machine.host.replace('%', '%%')}")
+        text = " ".join([*own, self.user_text, *SSH_DEFAULTS])
+        return {**self.environ, "NIX_SSHOPTS": text}
+
+
+def answers(name: str) -> bool:
+    """Whether something listens at that control socket."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(name) == 0
 
 
 class Session:
@@ -1145,12 +1404,13 @@ class Session:
         self.child = Child(command, link.environ, "012")
         self.stdin, self.stdout, self.stderr = self.child.pipes
         os.set_blocking(self.stdin, False)
+        self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
 
     def greet(self) -> None:
-        """Exchange versions; Unreachable, with ssh's own words, if that fails."""
+        """Read the answer to our hello; Unreachable, with ssh's own words, if it fails.
+        Questions may be asked before: it saves a round trip."""
         deadline = time.monotonic() + GREETING_TIMEOUT_S
         try:
-            self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
             magic = self.read(8, deadline)
             if magic != integer(SERVE_REPLY):
                 raise SessionLost(f"it sent {magic!r} before nix-store's own words "
@@ -1160,9 +1420,12 @@ class Session:
                 raise SessionLost("its Nix is older than 1.8, or no Nix (serve "
                                   f"protocol {version >> 8}.{version & 255})")
         except SessionLost as error:
-            raise Unreachable(f"cannot build on '{self.link.name}': {error}") from None
+            raise Unreachable(str(error)) from None
         self.version = min(SERVE_VERSION, version)
+        if b"refused by peer" in self.tail:  # ssh then made a connection of its own
+            self.link.lose_seat()
         self.tail = b""
+        self.link.prove()
 
     def pipes(self) -> list[int]:
         return [self.stdout] + [self.stderr] * (self.stderr >= 0)
@@ -1204,18 +1467,21 @@ class Session:
                 raise SessionLost(self.last_words()) from None
 
     def drain(self) -> None:
-        """Relay stderr to its end, or until nothing comes for a while."""
+        """Relay stderr to its end, or until nothing comes for a while: a start-up file
+        of the builder's shell may have left a process that keeps it open."""
         while self.stderr >= 0:
-            ready = wait_readable([self.stderr], DRAIN_TIMEOUT_S)
+            ready = wait_readable([self.stderr], QUIET_S)
             if not ready:
                 return
             self.pump(ready)
 
     def last_words(self) -> str:
         """What ssh or nix-store said at the end."""
+        if self.child.wait(1) is None:
+            os.kill(self.child.pid, signal.SIGKILL)
         self.drain()
-        status = self.child.wait(DRAIN_TIMEOUT_S)
-        lines = self.tail.decode("utf-8", "replace").split("\n")
+        status = self.child.wait()
+        lines = decode(self.tail).split("\n")
         # After the greeting all but the last is the build's log, which Nix has got.
         words = " ".join(" ".join(lines if not self.version else lines[-2:]).split())
         return f"{words or 'the session ended'} (ssh's exit status {status})"
@@ -1230,13 +1496,13 @@ class Session:
         """End it at once: when its ssh ends, the builder cancels the build."""
         self.child.kill()
 
-    def query_valid(self, paths: Iterable[str], substitute: bool) -> set[str]:
-        """Which of the paths the builder has; it keeps them until the session ends."""
-        asked = sorted(paths)
-        if not asked:
-            return set()
+    def ask_valid(self, paths: Iterable[str], substitute: bool) -> None:
+        """Ask which of the paths the builder has, and have it keep them until the
+        session ends."""
         flags = integer(1) + integer(int(substitute))
-        self.write(integer(QUERY_VALID_PATHS) + flags + strings(asked))
+        self.write(integer(QUERY_VALID_PATHS) + flags + strings(sorted(paths)))
+
+    def valid(self) -> set[str]:
         return set(read_strings(self.read))
 
     def build_options(self, nix: Nix) -> bytes:
@@ -1244,7 +1510,8 @@ class Session:
         if self.version >= 0x202:
             numbers.append(nix.number("max-build-log-size"))
         if self.version >= 0x203:
-            numbers += [0, 0]  # repeats, enforce determinism: gone from newer Nix
+            numbers.append(nix.number("repeat"))  # 2.13 and newer have neither of them
+            numbers.append(int(nix.enabled("enforce-determinism")))
         if self.version >= 0x207:
             numbers.append(int(nix.enabled("keep-failed")))
         return b"".join(map(integer, numbers))
@@ -1304,17 +1571,59 @@ PASSED_SETTINGS = (
 )  # fmt: skip
 
 
+# The ssh that nix-copy-closure finds first in its PATH.  It gives it our own session, on
+# descriptors 8 and 9, and answers the greeting, which our session has had.  That saves
+# an ssh, a nix-store on the builder and several round trips for each copy.  When done,
+# nix-copy-closure kills it (all 2.x), between an answer and the next question.
+SHIM = """#!/bin/sh
+case "$*" in *"-O check"*) exit 0;; esac
+PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
+printf "$NIX_BUILD_REMOTE_STARTED"
+head -c 16 > /dev/null
+printf "$NIX_BUILD_REMOTE_GREETING"
+exec 3<&0
+cat <&3 >&9 8<&- &
+exec cat <&8 9>&-
+"""
+
+
 class Copier:
     """nix-copy-closure of the calling Nix, and one builder."""
 
-    def __init__(self, program: str, nix: Nix, talk: Talk, session: Session) -> None:
-        self.program, self.nix, self.talk = program, nix, talk
-        self.session = session
-        self.environ = dict(session.link.environ)
-        if nix.store.remote:
-            self.environ["NIX_REMOTE"] = nix.store.remote
-        # Asked now, answered while the inputs are sent and the build runs.
-        self.asked = Child([program, "--version"], self.environ, "1")
+    def __init__(
+        self, program: str, version: tuple[int, ...], talk: Talk, session: Session
+    ) -> None:
+        self.program, self.version, self.talk = program, version, talk
+        self.session, self.nix = session, session.link.nix
+        self.environ = session.link.copy_environ()
+        if self.nix.store.remote:
+            self.environ["NIX_REMOTE"] = self.nix.store.remote
+        self.version = version
+
+    def share_session(self) -> dict[int, int]:
+        """Let it have our session as its ssh, if that can be; returns descriptors."""
+        import zlib
+
+        folder = f"bin-{zlib.crc32(SHIM.encode()):08x}"
+        shim = f"{self.session.link.directory}/{folder}/ssh"
+        if self.version < (2,):  # a Perl script of another protocol
+            return {}
+        if not os.path.exists(shim):
+            os.makedirs(os.path.dirname(shim), 0o700, exist_ok=True)
+            with open(open_private(f"{shim}.{os.getpid()}", 0o700), "w") as file:
+                file.write(SHIM)
+            os.rename(f"{shim}.{os.getpid()}", shim)
+        if not os.access(shim, os.X_OK):  # where nothing may be executed
+            return {}
+        greeting = integer(SERVE_REPLY) + integer(self.session.version)
+        text = "".join(f"\\{byte:03o}" for byte in greeting)
+        self.environ["NIX_BUILD_REMOTE_GREETING"] = text
+        # 2.15 waits for this word without asking whether a master runs.
+        started = "started\\n" if self.version[:2] == (2, 15) else ""
+        self.environ["NIX_BUILD_REMOTE_STARTED"] = started
+        if not self.environ["PATH"].startswith(os.path.dirname(shim)):
+            self.environ["PATH"] = f"{os.path.dirname(shim)}:{self.environ['PATH']}"
+        return {8: self.session.stdout, 9: self.session.stdin}
 
     def send(self, paths: Iterable[str], substitute: bool) -> None:
         """Copy the closures of these paths to the builder."""
@@ -1323,10 +1632,7 @@ class Copier:
     def fetch(self, outputs: list[str], locks: OutputLocks) -> None:
         """Bring outputs into the local store, past the locks that Nix holds on them."""
         environ = {}
-        answer = b""
-        while data := os.read(self.asked.pipes[0], TAIL_BYTES):
-            answer += data
-        if program_version(answer) < (2, 29):
+        if self.version < (2, 29):
             environ["NIX_HELD_LOCKS"] = " ".join(outputs)
         else:
             locks.retire(outputs)
@@ -1341,47 +1647,79 @@ class Copier:
         if self.nix.since_2_4:
             command += ["--log-format", "internal-json"]
         for batch in batches(paths):
-            problem = self.run([*command, *batch], {**self.environ, **environ})
-            if problem:
-                raise Error(problem)
+            problem = self.run([*command, *batch], environ)
+            if not problem:
+                continue
+            if self.session.child.wait(1) is not None:
+                raise SessionLost(f"{self.session.last_words()}; {problem}")
+            raise Error(problem)
 
     def run(self, command: list[str], environ: dict[str, str]) -> str:
         """Run it to its end, relaying what it says; returns what went wrong, or ""."""
-        child = Child(command, environ, "2")
+        shared = self.share_session()
+        environ = {**self.environ, **environ}
+        os.set_blocking(self.session.stdin, True)
+        child = Child(command, environ, "2", shared)
         try:
-            problem = self.relay(child.pipes[0])
+            problem = self.relay(child.pipes[0], bool(shared))
             status = child.wait()
         finally:
             child.kill()
+            os.set_blocking(self.session.stdin, False)
         if status == 0:
             return ""
-        return f"{problem or 'no reason given'} (nix-copy-closure's exit status {status})"
+        return f"{problem or 'it gave no reason'} (nix-copy-closure, status {status})"
 
-    def relay(self, stderr: int) -> str:
+    def relay(self, stderr: int, shared: bool) -> str:
         """Pass its stderr on to Nix line by line, and the session's meanwhile; returns
         the first error it reported, which caused the others."""
         rest, first = b"", ""
         while True:
-            ready = wait_readable([stderr, *self.session.pipes()], math.inf)
+            others = self.session.pipes()[int(shared) :]  # its stdout is then not ours
+            ready = wait_readable([stderr, *others], math.inf)
             self.session.pump(ready - {stderr})
             if stderr not in ready:
                 continue
             data = os.read(stderr, 65536)
             *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
-            for text in (line.decode("utf-8", "replace") for line in lines):
+            for text in map(decode, lines):
                 self.talk.relay(text)
                 first = first or error_text(text)
             if not data:
                 return first
 
 
-def program_version(answer: bytes) -> tuple[int, ...]:
-    """(2, 26, 3) from `nix-copy-closure (Nix) 2.26.3`.
+def program_version(program: str, nix: Nix, slots: SlotDirectory) -> tuple[int, ...]:
+    """(2, 26, 3) for a nix-copy-closure of that version.
 
-    Lix counts on from Nix 2.18, whose locks it has; in Nix 1.x it is a Perl script that
-    has no --version.
+    Asking takes 30 ms, so the answer is kept for as long as the program's file is the
+    same.
     """
-    text = answer.decode("utf-8", "replace")
+    import zlib
+
+    info = os.stat(program)
+    key = f"{program} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}"
+    directory = private_directory(f"{slots.path}/ssh")
+    path = f"{directory}/version-{zlib.crc32(encode(key)):08x}"
+    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+        return parse_version(file.read())
+    child = Child([program, "--version"], child_environ(nix), "1")
+    answer = b""
+    while data := os.read(child.pipes[0], TAIL_BYTES):
+        answer += data
+    status = child.wait()
+    child.kill()
+    if status == 0:
+        with contextlib.suppress(OSError):
+            with open(open_private(f"{path}.{os.getpid()}", 0o600), "wb") as file:
+                file.write(answer)
+            os.rename(f"{path}.{os.getpid()}", path)
+    return parse_version(decode(answer))
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """Of `nix-copy-closure (Nix) 2.26.3`.  Lix counts on from Nix 2.18, whose locks it
+    has; in Nix 1.x it is a Perl script that has no --version."""
     match = re.search(r"([0-9]+(?:\.[0-9]+)+)[^ ]*\s*$", text)
     if not match:
         return (1, 11)
@@ -1423,8 +1761,8 @@ class OutputLocks:
     those that NIX_HELD_LOCKS names.  From 2.29 we retire them as their holder may:
     unlink the lock's file and then write into it, so that whoever gets the old lock
     sees that it is stale and opens a fresh one.  That is sound only while the holder
-    lives, only for the very file it held when we accepted, and only once: afterwards the
-    fresh lock may be another's.
+    lives, only for the very file it held when we accepted, and only once: afterwards
+    the fresh lock may be another's.
     """
 
     def __init__(self, store: Store, outputs: Iterable[str]) -> None:
@@ -1468,21 +1806,17 @@ class Build:
     """An accepted build: where it runs and all that belongs to it."""
 
     def __init__(
-        self,
-        hook: Hook,
-        path: str,
-        derivation: Derivation,
-        *,
-        slot: Slot,
-        session: Session,
+        self, hook: Hook, path: str, derivation: Derivation, fit: list[Machine]
     ) -> None:
-        self.nix, self.talk, self.slots = hook.nix, hook.talk, hook.slots
+        self.hook, self.nix, self.talk = hook, hook.nix, hook.talk
         self.path, self.derivation = path, derivation
-        self.slot, self.session = slot, session
-        self.copier = Copier(hook.copy_program, hook.nix, hook.talk, session)
         self.inputs: list[str] = []
         self.missing: list[str] = []  # outputs
-        self.task = ("accept", "for")  # verb and preposition, for messages
+        self.task = ("reach a machine for", "")  # verb and preposition, for messages
+        self.substitute = self.nix.enabled("builders-use-substitutes")
+        self.fit = fit
+        self.lost: set[Machine] = set()
+        self.losses = 0
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
         """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
@@ -1495,66 +1829,106 @@ class Build:
             raise Error(f"'{self.path}' has no output {', '.join(outputs)}")
         self.locks = OutputLocks(self.nix.store, self.missing)
 
-    def perform(self) -> None:
-        """Send the inputs, build, bring the outputs in; raises what went wrong."""
+    def perform(self, slot: Slot) -> None:
+        """Send the inputs, build, bring the outputs in, on one machine after another
+        for as long as it is the machine or the way to it that fails."""
+        while True:
+            self.slot, self.link = slot, self.hook.link(slot.machine)
+            try:
+                self.attempt()
+                return
+            except (Unreachable, SessionLost) as error:
+                slot = self.move(error)
+            except Error as error:
+                if isinstance(error, (BuildFailed, BuildTimedOut)):
+                    raise
+                raise Error(f"{self.failure()}: {error}") from None
+
+    def attempt(self) -> None:
+        """All of it on the machine of our slot."""
+        self.begin("connecting", "reach", "for")
+        self.session = self.hook.session or self.open_session()
+        self.hook.session = None
+        program, version = self.hook.copy_program, self.hook.copy_version
+        self.copier = Copier(program, version, self.talk, self.session)
         try:
+            self.session.ask_valid(self.inputs, self.substitute)
+            if not self.session.version:
+                self.session.greet()
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
             self.send_inputs()
             self.trace("build-remote-start")
             self.begin("building", "build", "on")
             if self.nix.old:  # 2.x says so itself
-                name = self.session.link.name
-                self.talk.say(INFO, f"building '{self.path}' on '{name}'")
+                self.talk.say(INFO, f"building '{self.path}' on '{self.link.name}'")
             self.build()
             self.begin("fetching", "bring the outputs of", "from")
             self.slot.free()  # the next build may start there
             self.copier.fetch(self.missing, self.locks)
             self.session.finish()
-        except Error as error:
-            if isinstance(error, (BuildFailed, BuildTimedOut)):
-                raise
-            verb, preposition = self.task
-            where = f"{preposition} '{self.session.link.name}'"
-            raise Error(f"cannot {verb} '{self.path}' {where}: {error}") from None
+        finally:
+            self.session.cancel()
+            self.slot.free()
+
+    def open_session(self) -> Session:
+        self.link.connect()
+        return Session(self.link)
+
+    def move(self, error: Error) -> Slot:
+        """A slot for the next attempt: at first on the same machine, whose connection
+        may have been an old one, then on any other."""
+        self.slot.free()
+        self.losses += 1
+        if self.losses > LOSSES:
+            raise Error(f"{self.failure()}: {error}")
+        if self.slot.machine in self.lost:
+            self.fit = [m for m in self.fit if m != self.slot.machine]
+        self.lost.add(self.slot.machine)
+        if not self.fit:
+            raise Error(f"{self.failure()}: {error}; no other machine can")
+        self.talk.say(WARN, f"{self.failure()}: {error}; trying again")
+        line = Line(self.hook.slots, self.fit, self.nix)
+        line.join()
+        return line.wait()
 
     def begin(self, phase: str, verb: str, preposition: str) -> None:
         self.task = verb, preposition
         self.slot.note(phase, self.path)
 
-    def end(self) -> None:
-        """Leave nothing behind, whatever has happened."""
-        self.session.cancel()
-        self.copier.asked.kill()
-        self.slot.free()
+    def failure(self) -> str:
+        verb, preposition = self.task
+        return f"cannot {verb} '{self.path}' {preposition} '{self.link.name}'"
 
     def trace(self, event: str) -> None:
         if self.nix.trace:
-            self.talk.write(f"@ {event} {self.path} {self.session.link.name}")
+            self.talk.write(f"@ {event} {self.path} {self.link.name}")
 
     def send_inputs(self) -> None:
-        """Make the builder have, and keep, all inputs.
+        """Make the builder have, and keep, all inputs, which it has been asked for.
 
         Asking locks what is there.  The upload lock is taken only if something must be
         sent, and never while the builder substitutes; whoever had it before us may have
         sent the same, so we ask again.
         """
-        substitute = self.nix.enabled("builders-use-substitutes")
-        ask = self.session.query_valid
-        lacking = set(self.inputs) - ask(self.inputs, substitute)
+        lacking = set(self.inputs) - self.session.valid()
         if not lacking:
             return
         with self.upload_lock():
-            lacking -= ask(lacking, False)
-            self.copier.send(lacking, substitute)
-        lacking -= ask(lacking, False)
+            lacking -= self.ask_again(lacking)
+            self.copier.send(lacking, self.substitute)
+        lacking -= self.ask_again(lacking)
         if lacking:
             raise Error(f"it still lacks {min(lacking)} after that was sent")
+
+    def ask_again(self, paths: set[str]) -> set[str]:
+        self.session.ask_valid(paths, False)
+        return self.session.valid()
 
     @contextlib.contextmanager
     def upload_lock(self) -> Iterator[None]:
         """One sender at a time for each machine, so that all do not send the same."""
-        path = f"{self.slots.path}/{file_name(self.session.link.name)}.upload-lock"
+        path = f"{self.hook.slots.path}/{file_name(self.link.name)}.upload-lock"
         descriptor = open_lock(path)
         deadline = time.monotonic() + UPLOAD_LOCK_TIMEOUT_S
         try:
@@ -1586,10 +1960,12 @@ class Build:
         self.trace("build-remote-done")
         if status:
             self.session.finish()
+            # A daemon on the builder quotes the end of the log, which Nix has already.
+            message = re.split(r";?\s*[Ll]ast [0-9]+ log lines:", message)[0]
             message = message or "the log says why"
             if status not in (100, 101):
                 raise Error(message)
-            where = f"'{self.path}' on '{self.session.link.name}'"
+            where = f"'{self.path}' on '{self.link.name}'"
             kind = BuildTimedOut if status == 101 else BuildFailed
             raise kind(f"build of {where} failed: {message}")
 
@@ -1597,9 +1973,10 @@ class Build:
         """A new session, whose inputs are kept alive again: the builder has ended the
         old one because it does not trust its user to build a bare derivation."""
         text = "does not trust its user; sending the derivation's closure"
-        self.talk.say(TALKATIVE, f"'{self.session.link.name}' {text}")
+        self.talk.say(INFO, f"'{self.link.name}' {text}")
         self.session.cancel()
-        self.session = self.copier.session = Session(self.session.link)
+        self.session = self.copier.session = Session(self.link)
+        self.session.ask_valid(self.inputs, self.substitute)
         self.session.greet()
         self.send_inputs()
 
@@ -1700,16 +2077,20 @@ class Hook:
         self.slots = SlotDirectory(nix.slot_directory)
         self.machines: list[Machine] | None = None
         self.copy_program = ""
+        self.copy_version: tuple[int, ...] = ()
+        self.links: dict[Machine, Link] = {}
+        self.session: Session | None = None  # opened before we accept
         self.unreachable: set[Machine] = set()
+        self.patient_from = 0.0  # monotonic time
 
     def prepare(self) -> list[Machine]:
         """Read the machines; complain of bad lines once for each Nix process."""
         machines, complaints = load_machines(self.nix)
         if machines:
             self.slots.make()
-            self.copy_program = find_program(
-                "nix-copy-closure", nix_directories(self.nix.environ)
-            )
+            directories = nix_directories(self.nix.environ)
+            self.copy_program = find_program("nix-copy-closure", directories)
+            self.copy_version = program_version(self.copy_program, self.nix, self.slots)
         for complaint in complaints:
             if not machines or self.slots.first_time(complaint):
                 self.talk.say(WARN, complaint)
@@ -1717,16 +2098,14 @@ class Hook:
 
     def serve(self) -> None:
         for request in requests(self.nix):
-            build = self.answer(request)
-            if build:
-                try:
-                    build.understand(*read_lists(self.nix))
-                    build.perform()
-                finally:
-                    build.end()
+            accepted = self.answer(request)
+            if accepted:
+                build, place = accepted
+                build.understand(*read_lists(self.nix))
+                build.perform(place.wait() if isinstance(place, Line) else place)
                 return
 
-    def answer(self, request: Request) -> Build | None:
+    def answer(self, request: Request) -> tuple[Build, Slot | Line] | None:
         """Reply to one request, whatever happens: without a reply Nix 2.x would give up
         everything it builds."""
         try:
@@ -1742,8 +2121,14 @@ class Hook:
         self.talk.reply("decline")
         return None
 
-    def consider(self, request: Request, machines: list[Machine]) -> Build | None:
-        """Find a machine, connect to it, reply; returns the build if we accept it."""
+    def consider(
+        self, request: Request, machines: list[Machine]
+    ) -> tuple[Build, Slot | Line] | None:
+        """Find a slot or a place in line, and reply; returns the build if we accept it.
+
+        A machine with a live connection is accepted at once; else we open a session
+        first, so that one that cannot be used costs no build a move.
+        """
         if not machines:
             self.talk.reply("decline" if self.nix.old else "decline-permanently")
             return None
@@ -1751,39 +2136,78 @@ class Hook:
         if fit:
             derivation = read_derivation(request.derivation, self.nix.store)
         while fit:
-            slot = self.slots.take(fit, self.nix)
-            if slot is None:
+            build = Build(self, request.derivation, derivation, fit)
+            line = Line(self.slots, fit, self.nix)
+            slot = self.find_slot(line, request)
+            if slot and self.reach(slot, fit):
+                self.talk.reply("accept", slot.machine.name(self.nix))
+                return build, slot
+            if slot:
+                fit.remove(slot.machine)
+            elif line.number >= 0:
+                self.talk.reply("accept", "waiting for a builder")
+                return build, line
+            else:
                 can_now = request.willing and might_build_itself(self.nix, request)
                 self.talk.reply("decline" if can_now else "postpone")
                 return None
-            session = self.connect(slot, request)
-            if session:
-                build = Build(
-                    self, request.derivation, derivation, slot=slot, session=session
-                )
-                self.talk.reply("accept", session.link.name)
-                return build
-            fit.remove(slot.machine)
         self.talk.reply("decline")
         return None
 
-    def connect(self, slot: Slot, request: Request) -> Session | None:
-        """A greeted session over that slot; without one the slot is free again."""
-        session = None
+    def find_slot(self, line: Line, request: Request) -> Slot | None:
+        """A slot if one is free and nobody waits; else stand in the line if Nix could
+        never build this itself; else wait for a slot, but for no more than a moment."""
+        might = might_build_itself(self.nix, request)
+        deadline = max(time.monotonic(), self.patient_from) + PATIENCE_S
+        while True:
+            if line.empty():
+                slot = self.slots.take(line.machines, self.nix)
+                if slot:
+                    return slot
+            if (request.willing if might else line.join()):
+                return None
+            if time.monotonic() < self.patient_from:
+                return None
+            if time.monotonic() > deadline:
+                self.patient_from = time.monotonic() + IMPATIENCE_S
+                return None
+            wait_readable([], WAIT_S)
+
+    def link(self, machine: Machine) -> Link:
+        if machine not in self.links:
+            self.links[machine] = Link(machine, self.nix, self.slots.path)
+            self.links[machine].sit()
+        return self.links[machine]
+
+    def reach(self, slot: Slot, fit: list[Machine]) -> bool:
+        """Be sure of that slot's machine; without it the slot is free again."""
         try:
-            slot.note("connecting", request.derivation)
-            session = Session(Link.make(slot.machine, self.nix, self.slots.path))
-            session.greet()
-            return session
+            link = self.link(slot.machine)
+            if not link.proved():
+                if not link.live():
+                    self.warm(fit)
+                    link.connect()
+                self.session = Session(link)
+                self.session.greet()
+            return True
         except BaseException as error:
-            if session:
-                session.cancel()
             slot.free()
-            if not isinstance(error, Unreachable):
+            if self.session:
+                self.session.cancel()
+            self.session = None
+            if not isinstance(error, (Error, OSError)):
                 raise
-            self.talk.say(ERROR, str(error))
+            name = slot.machine.name(self.nix)
+            self.talk.say(ERROR, f"cannot build on '{name}': {error}")
             self.unreachable.add(slot.machine)
-            return None
+            return False
+
+    def warm(self, fit: list[Machine]) -> None:
+        """Begin to connect to the likeliest machines all at once, so that a cold start
+        costs one handshake and not one for each machine."""
+        for machine in sorted(fit, key=lambda machine: rank(machine, 0))[:WARM_AT_ONCE]:
+            link = Link(machine, self.nix, self.slots.path)
+            link.start(f"{link.base()}-0")
 
     def eligible(self, request: Request, machines: list[Machine]) -> list[Machine]:
         """Those that can do it; says why if none can and Nix cannot either."""
@@ -1830,6 +2254,8 @@ def run_hook(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, terminate)
     environ = dict(os.environ)
+    if sys.stdin is None:
+        return 1
     status, talk = 0, Talk(Nix(True, {}, environ))
     try:
         caller = old_nix if is_old_call(arguments) else new_nix

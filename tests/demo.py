@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from farm import Host, Lab, connect, engine
+from farm import Host, Lab, connect, engine, unavailable
 
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
 MACHINES = """\
@@ -32,6 +32,10 @@ in build "meal" [ cook eat ]
 
 
 def main() -> int:
+    reason = unavailable()
+    if reason:
+        print(reason, file=sys.stderr)
+        return 1
     with Lab() as lab:
         names = ("breakfast", "lunch", "client")
         *builders, client = (lab.host(name, engine("host")) for name in names)

@@ -104,13 +104,28 @@ sent.close()
 """
 
 # A builder. It has the paths that the file `have` names, and writes down each call.
+# Manners are those of the host that FAKE_HOST names, if it names one. As a master (-N) it
+# shares nothing, as an ssh may that was built without that; with the manners "share" it
+# listens as a master does, for a while, and no session goes through it.
 SSH = """
-import os, struct, sys
+import os, signal, socket, struct, sys
 
 manners = os.environ.get("FAKE_MANNERS", "")
+if os.environ.get("FAKE_HOST", "") not in sys.argv[sys.argv.index("--") + 1]:
+    manners = ""
 options = os.environ.get("NIX_SSHOPTS", "")
 with open({journal!r}, "a") as journal:
     print(repr(("ssh", sys.argv[1:], options, "")), file=journal)
+
+def listen():
+    signal.alarm(20)
+    (path,) = (word[14:] for word in sys.argv if word[:14] == "-oControlPath=")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen(64)
+    os.dup2(1, 2)
+    while True:
+        server.accept()
 
 def read(count):
     data = sys.stdin.buffer.read(count)
@@ -144,6 +159,8 @@ def end(status, words):
 
 if manners == "refuse":
     end(255, "root@b1: Permission denied (publickey).")
+if "-N" in sys.argv:
+    listen() if manners == "share" else sys.exit(0)
 if manners == "exit 127":
     end(127, "sh: 1: nix-store: not found")
 if manners == "noise":
@@ -239,6 +256,19 @@ class Call(NamedTuple):
     sshopts: str
     held_locks: str
 
+    @property
+    def is_master(self) -> bool:
+        return self.program == "ssh" and "-N" in self.arguments
+
+    @property
+    def is_session(self) -> bool:
+        return self.program == "ssh" and "-N" not in self.arguments
+
+    @property
+    def destination(self) -> str:
+        """The host that ssh was called with."""
+        return self.arguments[self.arguments.index("--") + 1]
+
 
 class Answer(NamedTuple):
     """What came of one hook process."""
@@ -311,6 +341,9 @@ class Client:
     def calls(self) -> list[Call]:
         lines = self.journal.read_text(encoding="utf-8").splitlines()
         return [Call(*ast.literal_eval(line)) for line in lines]
+
+    def sessions(self) -> list[Call]:
+        return [call for call in self.calls() if call.is_session]
 
     def request(
         self,

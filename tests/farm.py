@@ -62,6 +62,7 @@ class CommandFailed(AssertionError):
     """A command inside a host failed: a test that did not expect it fails with it."""
 
 
+@functools.cache
 def unavailable() -> str | None:
     """Why this machine cannot have a farm, or None if it can."""
     if not sys.platform.startswith("linux"):
@@ -69,7 +70,13 @@ def unavailable() -> str | None:
     if os.geteuid() != 0:
         return "the farm needs root"
     missing = [name for name in TOOLS if not shutil.which(name, path=PATH)]
-    return f"the farm needs {', '.join(missing)}" if missing else None
+    if missing:
+        return f"the farm needs {', '.join(missing)}"
+    # Root in an ordinary container may not.
+    trial = ["unshare", "--mount", "--net", "--pid", "--fork", "true"]
+    if subprocess.run(trial, capture_output=True, check=False).returncode:
+        return "the farm must make namespaces (in Docker: run it with --privileged)"
+    return None
 
 
 def poll(found: Callable[[], T], what: str, *, timeout: float = 10) -> T:

@@ -41,6 +41,9 @@ in
 """
 
 
+MAY_STAY = ("nix-daemon", "delay.py", "-oControlPersist=", "[mux]", "sshd: ", "sshd-session: ")
+
+
 class Outcome(NamedTuple):
     """How a nix-build ended."""
 
@@ -158,7 +161,8 @@ class Scene(NamedTuple):
     def settle(self) -> None:
         """Wait until no hook, no ssh and no session is left on any host.
 
-        A build that is cancelled on a builder, or a session that ends there, takes a
+        Idle shared connections may stay, as an ssh here and an sshd there.  A build
+        that is cancelled on a builder, or a session that ends there, takes a
         moment after nix-build has ended here.
         """
         poll(lambda: not self.busy(), f"the end of {self.busy()}")
@@ -168,7 +172,7 @@ class Scene(NamedTuple):
             f"{host.name}: {process.cmdline}"
             for host in (self.client, *self.builders)
             for process in host.processes()
-            if not any(word in process.cmdline for word in ("[listener]", "nix-daemon"))
+            if not any(word in process.cmdline for word in MAY_STAY)
         ]
 
 
@@ -210,6 +214,9 @@ def suitable(
     config: pytest.Config, name: str, suits: Callable[[tuple[int, ...]], bool]
 ) -> str:
     """That engine if its version suits; or another of --engines; or any there is."""
+    reason = unavailable()
+    if reason:
+        pytest.skip(reason)
     installed = [name for name in ENGINES if (ENGINES_DIR / name).is_dir()]
     for candidate in (name, *engines(config), *installed):
         if suits(version(candidate)):

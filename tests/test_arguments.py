@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import os
 import shlex
 import subprocess
 from pathlib import Path
+from textwrap import dedent
 
 import fakes
 import pytest
@@ -16,13 +18,16 @@ from nix_build_remote import (
     Link,
     Machine,
     Nix,
+    SlotDirectory,
     Store,
+    alias,
     batches,
     error_text,
     find_program,
     is_old_call,
     load_machines,
     old_nix,
+    parse_version,
     program_version,
     ssh_options,
     user_ssh_options,
@@ -206,10 +211,6 @@ def test_a_store_path_of_the_greatest_length_is_accepted() -> None:
         ("b1:2222", "-oPort=2222"),
         ("b1 - /root/.ssh/id", "-i /root/.ssh/id"),
         ("ssh://b1?compress=true", "-oCompression=yes"),
-        ("::1", "-oHostName=::1"),
-        ("nix@[2001:db8::7]:22", "-oHostName=2001:db8::7"),
-        ("fe80::1%eth0", "-oHostName=fe80::1%%eth0"),
-        ("localhost:2222", "-oHostName=localhost"),
     ],
 )
 def test_ssh_is_told_of(line: str, option: str) -> None:
@@ -268,7 +269,7 @@ LINES = [
 def link(line: str, directory: Path, **environ: str) -> Link:
     fakes.write_program(directory / "bin/ssh", "")
     nix = Nix(False, {}, {"PATH": f"{directory}/bin", **environ})
-    return Link.make(machine(line), nix, str(directory))
+    return Link(machine(line), nix, str(directory))
 
 
 @pytest.mark.parametrize("line", LINES, ids=["name", "uri", "ipv6", "zone"])
@@ -278,7 +279,7 @@ class TestNixSshopts:
         self, line: str, folder: str, tmp_path: Path
     ) -> None:
         directory = tmp_path / folder
-        text = link(line, directory).environ["NIX_SSHOPTS"]
+        text = link(line, directory).copy_environ()["NIX_SSHOPTS"]
         script = f"printf '%s\\n' {text}"
         shell = subprocess.run(
             ["/bin/sh", "-c", script],
@@ -293,11 +294,12 @@ class TestNixSshopts:
         self, line: str, folder: str, tmp_path: Path
     ) -> None:
         made = link(line, tmp_path / folder)
-        assert made.environ["NIX_SSHOPTS"].split() == made.options
+        options = made.copy_environ()["NIX_SSHOPTS"].split()
+        assert set(options) >= set(made.options("none"))
 
 
 def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
-    options = link("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99").options
+    options = link("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99").options("none")
     timeouts = [word for word in options if word.startswith("-oConnectTimeout=")]
     assert timeouts[0] == "-oConnectTimeout=99" and len(timeouts) == 2
 
@@ -305,8 +307,8 @@ def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
 def test_the_users_options_reach_the_copying_program_as_they_are(
     tmp_path: Path,
 ) -> None:
-    text = link("b1", tmp_path, NIX_SSHOPTS="-o 'User=a  b'").environ["NIX_SSHOPTS"]
-    assert " -o 'User=a  b' " in text
+    environ = link("b1", tmp_path, NIX_SSHOPTS="-o 'User=a  b'").copy_environ()
+    assert " -o 'User=a  b' " in environ["NIX_SSHOPTS"]
 
 
 def test_the_host_comes_after_the_end_of_options(tmp_path: Path) -> None:
@@ -315,16 +317,28 @@ def test_the_host_comes_after_the_end_of_options(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["nix@b1", "::1", "nix@[::1]:22", "localhost:22"])
-def test_the_copying_program_never_sees_ipv6_or_localhost(
-    line: str, tmp_path: Path
-) -> None:
-    command = link(line, tmp_path).command("true")
-    name = command[command.index("--") + 1]
+def test_the_copying_program_never_sees_ipv6_or_localhost(line: str) -> None:
+    name = alias(machine(line))
     assert ":" not in name and name != "localhost"
 
 
+@pytest.mark.parametrize(
+    "line, option",
+    [
+        ("::1", "-oHostName=::1"),
+        ("nix@[2001:db8::7]:22", "-oHostName=2001:db8::7"),
+        ("fe80::1%eth0", "-oHostName=fe80::1%%eth0"),
+        ("localhost:2222", "-oHostName=localhost"),
+    ],
+)
+def test_the_copying_programs_ssh_is_told_the_true_name(
+    line: str, option: str, tmp_path: Path
+) -> None:
+    assert option in link(line, tmp_path).copy_environ()["NIX_SSHOPTS"].split()
+
+
 def test_a_pinned_host_key_is_all_that_is_believed(tmp_path: Path) -> None:
-    options = link(f"b1 - - 1 1 - - {KEY}", tmp_path).options
+    options = link(f"b1 - - 1 1 - - {KEY}", tmp_path).options("none")
     (file,) = (word for word in options if word.startswith("-oUserKnownHostsFile="))
     assert "-oStrictHostKeyChecking=yes" in options
     assert Path(file.partition("=")[2]).read_text("ascii") == f"* {KEY_LINE}\n"
@@ -372,7 +386,47 @@ def test_a_missing_program_is_an_error_that_says_where_it_was_looked_for() -> No
     ids=["1.11", "2.3", "2.34", "two numbers", "unreleased", "Lix", "Determinate"],
 )
 def test_the_version_of_nix_is_read(answer: str, version: tuple[int, ...]) -> None:
-    assert program_version(answer.encode()) == version
+    assert parse_version(answer) == version
+
+
+def version_asker(directory: Path, *, status: int = 0) -> Path:
+    """A nix-copy-closure that counts how often it is asked for its version."""
+    script = f"""
+        open({str(directory / "asked")!r}, "a").write("once ")
+        print("nix-copy-closure (Nix) 2.34.8")
+        raise SystemExit({status})
+    """
+    return fakes.write_program(directory / "nix-copy-closure", dedent(script))
+
+
+def ask(program: Path) -> tuple[int, ...]:
+    nix = Nix(False, {}, {"PATH": ""})
+    return program_version(str(program), nix, SlotDirectory(str(program.parent)))
+
+
+def asked(directory: Path) -> int:
+    return len((directory / "asked").read_text(encoding="utf-8").split())
+
+
+def test_a_program_is_asked_for_its_version_once(tmp_path: Path) -> None:
+    program = version_asker(tmp_path)
+    assert [ask(program) for _ in range(3)] == [(2, 34, 8)] * 3
+    assert asked(tmp_path) == 1
+
+
+def test_a_changed_program_is_asked_for_its_version_again(tmp_path: Path) -> None:
+    program = version_asker(tmp_path)
+    ask(program)
+    os.utime(program, (1, 1))
+    ask(program)
+    assert asked(tmp_path) == 2
+
+
+def test_the_version_of_a_program_that_failed_is_not_kept(tmp_path: Path) -> None:
+    program = version_asker(tmp_path, status=1)
+    ask(program)
+    ask(program)
+    assert asked(tmp_path) == 2
 
 
 @pytest.mark.parametrize(

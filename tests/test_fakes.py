@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,18 +42,24 @@ AFTER_ACCEPT = {
 
 
 @pytest.fixture
-def new(tmp_path: Path) -> Client:
-    return Client(tmp_path / "2.x", old=False)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a name that is short enough for control sockets to be in it."""
+    return tmp_path_factory.mktemp("nix")
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Client:
-    return Client(tmp_path / "1.x", old=True)
+def new(root: Path) -> Client:
+    return Client(root, old=False)
+
+
+@pytest.fixture
+def old(root: Path) -> Client:
+    return Client(root, old=True)
 
 
 @pytest.fixture(params=["1.x", "2.x"])
-def client(request: pytest.FixtureRequest, tmp_path: Path) -> Client:
-    return Client(tmp_path / request.param, old=request.param == "1.x")
+def client(request: pytest.FixtureRequest, root: Path) -> Client:
+    return Client(root, old=request.param == "1.x")
 
 
 def misbehave(client: Client, manners: str) -> Client:
@@ -155,7 +162,7 @@ def test_output_locks_are_retired_from_2_29(
 
 def test_ssh_is_asked_for_one_session(client: Client) -> None:
     client.build()
-    (call,) = (call for call in client.calls() if call.program == "ssh")
+    (call,) = client.sessions()
     assert call.arguments[-5:] == ["--", "root@b1", "nix-store", "--serve", "--write"]
 
 
@@ -170,7 +177,8 @@ def test_slot_files_are_those_of_the_stock_hook(client: Client) -> None:
     host = "root@b1" if client.old else "ssh:__root@b1"
     slot = f"x86_64-linux-{host}" if client.old else host
     names = {f"{slot}-0", f"{slot}-1", f"{host}.upload-lock", "main-lock"}
-    assert set(os.listdir(client.slots)) == names
+    found = {path.name for path in client.slots.iterdir() if path.is_file()}
+    assert {name for name in found if not name.startswith("line-")} == names
 
 
 def test_a_slot_is_empty_and_free_afterwards(client: Client) -> None:
@@ -299,7 +307,9 @@ class TestAMachineThatFailsBeforeAccept:
         assert refused.answer.replies == ["decline"] * 3
 
     def test_is_tried_once(self, refused: Failed) -> None:
-        assert len(refused.client.calls()) == 1
+        """With one master and, if that does not fail, with one session."""
+        kinds = [call.is_master for call in refused.client.calls()]
+        assert kinds in ([True], [True, False])
 
     def test_is_named(self, refused: Failed) -> None:
         assert "root@b1" in refused.answer.messages
@@ -344,21 +354,163 @@ class TestAMachineThatFailsAfterAccept:
 def test_the_next_machine_is_tried(client: Client) -> None:
     machines = "root@b1 x86_64-linux - 1 2\nroot@b2 x86_64-linux\n"
     client.machines.write_text(machines, encoding="utf-8")
-    misbehave(client, "refuse").run(client.request())
-    assert [call.arguments[-4] for call in client.calls()] == ["root@b1", "root@b2"]
+    client.environ["FAKE_HOST"] = "b1"
+    misbehave(client, "refuse").build()
+    assert [call.destination for call in client.sessions()] == ["root@b2"]
+
+
+# -- Early replies --------------------------------------------------------------------
+
+
+def connected(client: Client) -> Client:
+    """Its machines have live connections, over which it has built something."""
+    misbehave(client, "share").build()
+    return client
+
+
+TWO = "root@b1 x86_64-linux - 1 2\nroot@b2 x86_64-linux\n"
+
+
+def test_a_live_connection_gets_an_accept_without_a_session(client: Client) -> None:
+    misbehave(connected(client), "refuse").run(client.request())
+    assert len(client.sessions()) == 1
+
+
+def test_a_machine_that_is_lost_after_an_early_accept_is_reached_once_more(
+    client: Client,
+) -> None:
+    misbehave(connected(client), "refuse").build()
+    assert len(client.sessions()) == 3
+
+
+def test_another_machine_builds_what_one_lost_after_an_early_accept(
+    client: Client,
+) -> None:
+    client.machines.write_text(TWO, encoding="utf-8")
+    client.environ["FAKE_HOST"] = "b1"
+    answer = misbehave(connected(client), "refuse").build()
+    hosts = [call.destination[-2:] for call in client.sessions()]
+    assert (answer.status, hosts) == (0, ["b1", "b1", "b1", "b2"])
+
+
+def test_a_loss_after_an_early_accept_is_told_with_its_words(client: Client) -> None:
+    client.machines.write_text(TWO, encoding="utf-8")
+    client.environ["FAKE_HOST"] = "b1"
+    messages = misbehave(connected(client), "refuse").build().messages
+    assert "root@b1" in messages and BEFORE_ACCEPT["refuse"] in messages
+
+
+def test_a_build_that_fails_is_not_tried_again(client: Client) -> None:
+    client.machines.write_text(TWO, encoding="utf-8")
+    client.environ["FAKE_STATUS"] = "3"
+    client.build()
+    assert len(client.sessions()) == 1
+
+
+def test_a_machine_without_a_live_connection_is_asked_before_the_reply(
+    client: Client,
+) -> None:
+    client.run(client.request())
+    assert len(client.sessions()) == 1
+
+
+def test_the_likeliest_machines_are_connected_at_the_same_time(client: Client) -> None:
+    client.machines.write_text(TWO, encoding="utf-8")
+    misbehave(client, "share").build()
+    masters = {call.destination for call in client.calls() if call.is_master}
+    assert masters == {"root@b1", "root@b2"}
+
+
+# -- Waiting --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def busy(client: Client, *, waiting: bool = False) -> Iterator[None]:
+    """The only slot is taken; and so is, if somebody is `waiting`, the only place."""
+    client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
+    client.build()
+    with contextlib.ExitStack() as held:
+        for pattern in ("*b1-0", *["line-*.0"] * waiting):
+            (path,) = client.slots.glob(pattern)
+            fcntl.flock(held.enter_context(path.open("r+b")), fcntl.LOCK_EX)
+        yield
+
+
+def unable(client: Client) -> Client:
+    """It can never build anything itself."""
+    if client.old:
+        client.arguments[0] = "i686-linux"
+    client.settings["max-jobs"] = "0"
+    return client
+
+
+def test_what_nix_can_never_build_waits_in_line(client: Client) -> None:
+    with busy(unable(client)):
+        assert client.run(client.request(willing=False)).replies == ["accept"]
+
+
+def test_new_nix_is_told_that_it_waits_for_a_builder(new: Client) -> None:
+    with busy(unable(new)):
+        answer = new.run(new.request(willing=False))
+        assert answer.after_accept[0] == "waiting for a builder"
+
+
+def test_when_the_line_is_full_the_answer_is_postpone(client: Client) -> None:
+    with busy(unable(client), waiting=True):
+        assert client.run(client.request(willing=False)).replies == ["postpone"]
+
+
+def test_no_newcomer_takes_a_slot_while_somebody_waits(client: Client) -> None:
+    unable(client)
+    client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
+    client.build()
+    (place,) = client.slots.glob("line-*.0")
+    with place.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        client.run(client.request(willing=False))
+    assert len(client.sessions()) == 1
 
 
 # -- What breaks here -----------------------------------------------------------------
 
 
+def with_a_bug(client: Client) -> Client:
+    source = client.hook.read_text(encoding="utf-8")
+    client.hook.unlink()
+    start, end = source.rsplit('\nif __name__ == "__main__":', 1)
+    bug = f'{start}\nrank = None\nif __name__ == "__main__":{end}'
+    client.hook.write_text(bug, encoding="utf-8")
+    return client
+
+
 def test_a_bug_before_the_reply_still_gives_a_decline(client: Client) -> None:
-    (client.slots / "main-lock").mkdir(parents=True)
-    assert client.run(client.request() * 2).replies == ["decline"] * 2
+    assert with_a_bug(client).run(client.request() * 2).replies == ["decline"] * 2
 
 
 def test_a_bug_shows_its_traceback(client: Client) -> None:
+    assert "Traceback" in with_a_bug(client).run(client.request()).messages
+
+
+def test_a_lock_that_cannot_be_opened_gives_a_decline_that_names_it(
+    client: Client,
+) -> None:
     (client.slots / "main-lock").mkdir(parents=True)
-    assert "Traceback" in client.run(client.request()).messages
+    answer = client.run(client.request() * 2)
+    assert answer.replies == ["decline"] * 2
+    assert f"{client.slots}/main-lock" in answer.messages
+    assert "Traceback" not in answer.messages
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_what_is_no_private_directory_gives_a_decline_that_names_it(
+    kind: str, client: Client
+) -> None:
+    client.slots.mkdir()
+    ssh = client.slots / "ssh"
+    ssh.touch() if kind == "file" else ssh.symlink_to("nowhere")
+    answer = client.run(client.request())
+    assert answer.replies == ["decline"]
+    assert str(ssh) in answer.messages and "Traceback" not in answer.messages
 
 
 def test_a_program_that_cannot_be_started_gives_one_decline(client: Client) -> None:
@@ -415,7 +567,7 @@ def test_nix_remote_systems_may_name_any_file(name: str, old: Client) -> None:
     path = old.machines.rename(old.root / name)
     old.environ["NIX_REMOTE_SYSTEMS"] = str(path)
     old.build()
-    assert [call.arguments[-4] for call in old.calls()[:1]] == ["root@b1"]
+    assert [call.destination for call in old.sessions()] == ["root@b1"]
 
 
 def test_without_machines_new_nix_is_told_for_good(new: Client) -> None:

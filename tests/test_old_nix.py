@@ -23,7 +23,7 @@ MACHINES = "/etc/old/machines"
 SLOTS = "/run/slots"
 ENVIRON = {"NIX_REMOTE_SYSTEMS": MACHINES, "NIX_CURRENT_LOAD": SLOTS}
 TIMEOUT_S = 60
-SSH = "/usr/bin/ssh"
+SESSION = "nix-store --serve"
 
 every_version = pytest.mark.parametrize("version", ["1.0", "1.2", "1.11"])
 numbers = itertools.count()
@@ -128,7 +128,8 @@ class OldNix(NamedTuple):
         return self.client.popen(*command, env=ENVIRON, stdout=subprocess.PIPE)
 
     def slot_files(self, directory: str = SLOTS) -> set[str]:
-        return {path.name for path in self.client.path(directory).iterdir()}
+        found = (p.name for p in self.client.path(directory).iterdir() if p.is_file())
+        return {name for name in found if not name.startswith("line-")}
 
     def take_slot(self, name: str) -> int:
         """Hold a slot, as another hook would; close it to let go."""
@@ -235,7 +236,7 @@ def build_while_nix_is_busy(nix: OldNix, expression: str) -> Conversation:
     pid = int(poll(lambda: building(nix), "the build")[0])
     running.send_signal(signal.SIGSTOP)
     nix.builder.write("/tmp/go", "")
-    poll(lambda: not runs(nix.client, SSH), "the end of ssh", timeout=TIMEOUT_S)
+    poll(lambda: not runs(nix.client, SESSION), "the end of ssh", timeout=TIMEOUT_S)
     with contextlib.suppress(FarmError):  # a hook that waits for Nix does not end now
         poll(lambda: has_ended(nix.client, pid), "the hook's end", timeout=1)
     running.send_signal(signal.SIGCONT)
@@ -248,7 +249,7 @@ def has_ended(host: Host, pid: int) -> bool:
 
 
 def runs(host: Host, command: str) -> bool:
-    return any(process.cmdline.startswith(command) for process in host.processes())
+    return any(command in process.cmdline for process in host.processes())
 
 
 @pytest.mark.engines
@@ -377,9 +378,6 @@ OTHER_SYSTEM = '{ system = "riscv64-linux"; }'
     [
         pytest.param("{}", [], "postpone", id="Nix has no slot either"),
         pytest.param("{}", ["--max-jobs", "1"], "decline", id="Nix can build it"),
-        pytest.param(
-            OTHER_SYSTEM, ["--max-jobs", "1"], "postpone", id="not of Nix's system"
-        ),
     ],
 )
 def test_the_reply_when_all_slots_are_taken(
@@ -524,4 +522,4 @@ def test_the_users_ssh_config_is_honoured(nix: OldNix) -> None:
     outcome = nix.build('mk "far" "hostname > $out" {}')
     nix.client.run("rm", "/root/.ssh/config")
     assert nix.client.read(outcome.output) == "b1\n"
-    assert len(nix.client.read("/tmp/proxied")) > 1
+    assert nix.client.read("/tmp/proxied")

@@ -154,6 +154,21 @@ def test_it_runs_under_any_name(running: Scene) -> None:
     build_seen(running, name, "--option", "build-hook", name)
 
 
+def test_in_a_nix_store_it_leaves_its_path_as_it_is(running: Scene) -> None:
+    """Python would keep the compiled program there, and anybody's build replace it."""
+    running.client.run("mkdir", "/tmp/package")
+    running.client.copy(HOOK, "/tmp/package/hook")
+    path = running.client.run("nix-store", "--add", "/tmp/package").stdout.strip()
+    build_seen(running, f"{path}/hook", "--option", "build-hook", f"{path}/hook")
+    assert valid(running.client, path)
+
+
+def test_it_keeps_no_compiled_program_where_others_may_write(running: Scene) -> None:
+    running.client.copy(HOOK, "/tmp/hook")
+    build_seen(running, "/tmp/hook", "--option", "build-hook", "/tmp/hook")
+    assert not running.client.path("/tmp/__pycache__").exists()
+
+
 def test_it_may_be_an_argument_of_python(
     client_engine: str, pytestconfig: pytest.Config
 ) -> None:

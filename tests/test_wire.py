@@ -285,15 +285,20 @@ def log_to(path: Path) -> Iterator[None]:
             os.close(before)
 
 
+def ask(session: Session, path: str) -> set[str]:
+    session.ask_valid([path], False)
+    return session.valid()
+
+
 def replay(version: str, directory: Path) -> Replay:
     sent = fakes.fake_player(directory, version)
     machine = Machine.parse("machines:1", "b1", "x86_64-linux")
     nix = Nix(False, {}, {"PATH": str(directory)})
-    session = Session(Link.make(machine, nix, str(directory)))
+    session = Session(Link(machine, nix, str(directory / "slots")))
     try:
         with log_to(directory / "log"):
             session.greet()
-            valid = session.query_valid([f"/nix/store/{'0' * 32}-nothing"], False)
+            valid = ask(session, f"/nix/store/{'0' * 32}-nothing")
             results = [
                 session.build_derivation(
                     build.path,

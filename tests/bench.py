@@ -1,0 +1,412 @@
+"""How fast the hook is, beside Nix's own hook in the same run.
+
+    tests/bench [--engines 2.8,2.34] [--runs 3] [ROW...]
+    tests/bench --machines FILE [--runs 3]
+
+The first form brings up a farm (as root; `tests/engines` makes the engines) and prints
+one table; rows are chosen by the words they begin with. The second needs neither: it
+builds trivial derivations with the Nix of this machine on the builders that FILE lists,
+which must let you in. Runs alternate between the two hooks; a ratio is that of the
+medians, above 1 where ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from farm import Host, Lab, connect, engine
+
+HERE = Path(__file__).resolve().parent
+HOOK = HERE.parent / "nix_build_remote.py"
+INSIDE = "/usr/local/lib/nix_build_remote.py"
+SYSTEM = "x86_64-linux"
+
+TRIVIAL = """
+builtins.genList (n: derivation {
+  name = "job-%(tag)s-${toString n}"; system = "%(system)s"; builder = "/bin/sh";
+  PATH = "/usr/bin:/bin"; args = [ "-c" "sleep %(sleep)s; echo > $out" ];
+}) %(count)s
+"""
+CHAIN = """
+let make = n: derivation {
+  name = "link-%(tag)s-${toString n}"; system = "%(system)s"; builder = "/bin/sh";
+  PATH = "/usr/bin:/bin"; args = [ "-c" "echo > $out" ];
+  before = if n == 0 then "" else make (n - 1);
+};
+in make (%(count)s - 1)
+"""
+
+
+class Row(NamedTuple):
+    name: str
+    ours: float
+    stock: float
+    note: str = ""
+
+    def text(self) -> str:
+        ratio = f"{self.stock / self.ours:5.2f}" if self.stock else "    -"
+        stock = f"{self.stock:8.3f}" if self.stock else "       -"
+        return f"| {self.name:58} | {self.ours:8.3f} | {stock} | {ratio} | {self.note} |"
+
+
+class Site:
+    """A client and its builders on the farm, with one engine."""
+
+    def __init__(self, lab: Lab, name: str, builders: int, delay_ms: int) -> None:
+        self.count = 0
+        self.name, self.delay_ms = name, delay_ms
+        self.builders = [lab.host(f"b{n}", engine(name)) for n in range(builders)]
+        self.client = lab.host("client", engine(name))
+        for builder in self.builders:
+            connect(self.client, builder)
+        self.client.copy(HOOK, INSIDE)
+        if delay_ms:
+            self.client.copy(HERE / "delay.py", "/usr/local/lib/delay.py")
+            command = f"/usr/bin/python3 /usr/local/lib/delay.py %h %p {delay_ms}"
+            config = f"Host b*\n  ProxyCommand {command}\n"
+            self.client.write("/root/.ssh/config", config, mode=0o600)
+
+    def machines(self, slots: int) -> None:
+        lines = [f"b{n} {SYSTEM} - {slots}\n" for n in range(len(self.builders))]
+        self.client.write("/etc/nix/machines", "".join(lines))
+
+    def build(self, expression: str, ours: bool, **values: object) -> float:
+        """Seconds that one nix-build takes, of something that was never built."""
+        self.count += 1
+        whole = {"system": SYSTEM, "tag": self.count, "sleep": 0, **values}
+        self.client.write("/tmp/bench.nix", expression % whole)
+        jobs = str(values.get("jobs", 0))
+        command = ["nix-build", "/tmp/bench.nix", "--no-out-link", "--max-jobs", jobs]
+        if ours:
+            command += ["--option", "build-hook", INSIDE]
+        start = time.monotonic()
+        self.client.run(*command, timeout=600)
+        return time.monotonic() - start
+
+    def forget_connections(self) -> None:
+        """End all masters, so that the next build starts cold."""
+        for process in self.client.processes():
+            if "[mux]" in process.cmdline or "ControlMaster=yes" in process.cmdline:
+                self.client.signal(15, process.pid)
+
+    def compare(self, runs: int, measure: Callable[[bool], float]) -> tuple[float, float]:
+        """Medians of ours and stock, in turn."""
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(runs):
+            for ours in (True, False):
+                times[ours].append(measure(ours))
+        return statistics.median(times[True]), statistics.median(times[False])
+
+
+@contextlib.contextmanager
+def site(name: str, builders: int, delay_ms: int = 0) -> Iterator[Site]:
+    with Lab() as lab:
+        yield Site(lab, name, builders, delay_ms)
+
+
+# -- Rows -----------------------------------------------------------------------------
+
+
+def trivial(name: str, runs: int) -> Iterator[Row]:
+    for delay_ms in (0, 50, 200):
+        with site(name, 4, delay_ms) as where:
+            where.machines(2)
+            what = f"24 trivial, 4 builders x 2 slots, {delay_ms} ms"
+
+            def measure(ours: bool, cold: bool = False) -> float:
+                if cold:
+                    where.forget_connections()
+                return where.build(TRIVIAL, ours, count=24)
+
+            cold = where.compare(runs, lambda ours: measure(ours, cold=True))
+            yield Row(f"{what}, cold", *cold)
+            yield Row(f"{what}, warm", *where.compare(runs, measure))
+
+
+def chain(name: str, runs: int) -> Iterator[Row]:
+    with site(name, 4, 50) as where:
+        where.machines(2)
+        times = where.compare(runs, lambda ours: where.build(CHAIN, ours, count=10))
+        yield Row("chain of 10, 50 ms", *times)
+
+
+def local(name: str, runs: int) -> Iterator[Row]:
+    with site(name, 4) as where:
+        where.machines(2)
+        for seconds in (0, 0.3):
+
+            def measure(ours: bool, seconds: float = seconds) -> float:
+                return where.build(TRIVIAL, ours, count=40, jobs=2, sleep=seconds)
+
+            what = f"40 derivations of {seconds} s, and 2 local slots"
+            yield Row(what, *where.compare(runs, measure))
+
+
+def utilisation(name: str, runs: int) -> Iterator[Row]:
+    """96 derivations of 5 s over 32 slots: 15 s if no slot ever were idle."""
+    with site(name, 4, 50) as where:
+        where.machines(8)
+        shares: dict[bool, float] = {}
+
+        def measure(ours: bool) -> float:
+            with held_slots(where.client) as samples:
+                seconds = where.build(TRIVIAL, ours, count=96, sleep=5)
+            # From the first start to the last: the last 5 s hold only what was begun.
+            busy = samples[next(i for i, n in enumerate(samples) if n) : -50]
+            shares[ours] = 100 * sum(busy) / (32 * max(1, len(busy)))
+            return seconds
+
+        times = where.compare(1, measure)
+        note = f"slots held {shares[True]:.0f} %, stock {shares[False]:.0f} %"
+        yield Row("96 derivations of 5 s, 4 builders x 8 slots, 50 ms", *times, note)
+
+
+@contextlib.contextmanager
+def held_slots(client: Host) -> Iterator[list[int]]:
+    """How many slot locks were held, sampled every 0.1 s, from the kernel's own list."""
+    import threading
+
+    samples: list[int] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        directory = client.path("/nix/var/nix/current-load")
+        while not done.wait(0.1):
+            slots = {p.stat().st_ino for p in directory.glob("ssh:__b*-[0-9]*")}
+            locks = Path("/proc/locks").read_text().splitlines()
+            held = {int(line.split()[5].split(":")[2]) for line in locks if "->" not in line}
+            samples.append(len(slots & held))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+def big(name: str, runs: int) -> Iterator[Row]:
+    """1 GiB there and 1 GiB back, beside plain nix-copy-closure of as much."""
+    with site(name, 1) as where:
+        where.machines(1)
+        client, builder = where.client, where.builders[0]
+        size = "1073741824"
+        client.run("sh", "-c", f"head -c {size} /dev/urandom > /tmp/big")
+        source = client.run("nix-store", "--add", "/tmp/big").stdout.strip()
+        expression = """
+        derivation { name = "out-%(tag)s"; system = "%(system)s"; builder = "/bin/sh";
+          PATH = "/usr/bin:/bin"; args = [ "-c" "cat ${builtins.storePath SOURCE} > $out" ]; }
+        """.replace("SOURCE", source)
+
+        def measure(ours: bool) -> float:
+            builder.run("nix-store", "--delete", "--ignore-liveness", source, check=False)
+            if ours:
+                return where.build(expression, True)
+            start = time.monotonic()
+            client.run("nix-copy-closure", "--to", "b0", source, timeout=600)
+            back = builder.run("nix-store", "--add", source, timeout=600).stdout.strip()
+            copied = time.monotonic() - start
+            client.run("nix-store", "--delete", back, check=False)
+            start = time.monotonic()
+            client.run("nix-copy-closure", "--from", "b0", back, timeout=600)
+            return copied + time.monotonic() - start
+
+        yield Row("1 GiB input, 1 GiB output; plain nix-copy-closure", *where.compare(runs, measure))
+
+
+# Runs inside a client: how long a hook takes to answer its first and its next request,
+# and its memory then.  Its arguments: a file of settings, a derivation, a system.
+ASK = """
+import os, re, struct, subprocess, sys, time
+program, settings, derivation, system = sys.argv[1].split(), *sys.argv[2:]
+def integer(n): return struct.pack("<Q", n)
+def string(t): return integer(len(t)) + t.encode() + bytes(-len(t) % 8)
+pairs = (line.split(" = ", 1) for line in open(settings).read().splitlines())
+head = b"".join(integer(1) + string(k) + string(v) for k, v in pairs) + integer(0)
+request = string("try") + integer(1) + string(system) + string(derivation) + integer(0)
+pipe = subprocess.PIPE
+log = open("/dev/null", "wb"); os.dup2(log.fileno(), 4)
+start = time.monotonic()
+hook = subprocess.Popen(program, stdin=pipe, stderr=pipe, bufsize=0, close_fds=False)
+times = []
+for data in (head + request, request):
+    start = time.monotonic() if times else start
+    hook.stdin.write(data)
+    while not (line := hook.stderr.readline()).startswith(b"# "): assert line
+    times.append(time.monotonic() - start)
+    if line.startswith(b"# accept"): break
+status = open(f"/proc/{hook.pid}/status").read()
+print(*times, int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]) / 1024, line.decode())
+hook.kill()
+"""
+
+
+def ask(where: Site, ours: bool, derivation: str) -> list[float]:
+    """Seconds to the first and to the next reply, if there are two, and MiB."""
+    stock = "/usr/libexec/nix/build-remote" if where.name < "2.1" else "nix __build-remote"
+    program = f"{INSIDE if ours else stock} 3"
+    where.client.write("/tmp/ask.py", ASK.replace("\\\\", "\\"))
+    arguments = ("/tmp/settings", derivation, SYSTEM)
+    done = where.client.run("python3", "/tmp/ask.py", program, *arguments)
+    return [float(word) for word in done.stdout.split("#")[0].split()]
+
+
+def settings(where: Site, **more: str) -> None:
+    """What a Nix of that age would send, as far as either hook looks at it."""
+    values = {"builders": "@/etc/nix/machines", "system": SYSTEM, "max-jobs": "1",
+              "experimental-features": "", "store": "auto", "extra-platforms": "",
+              "system-features": "", "substituters": "", **more}  # fmt: skip
+    text = "".join(f"{name} = {value}\n" for name, value in values.items())
+    where.client.write("/tmp/settings", text)
+
+
+def replies(name: str, runs: int) -> Iterator[Row]:
+    with site(name, 1) as where:
+        where.machines(4)
+        where.build(TRIVIAL, True, count=1)
+        expression = TRIVIAL % {"tag": "ask", "count": 1, "sleep": 0, "system": SYSTEM}
+        where.client.write("/tmp/ask.nix", expression)
+        derivation = where.client.run("nix-instantiate", "/tmp/ask.nix").stdout.strip()
+        settings(where)
+        where.forget_connections()
+        ask(where, True, derivation)
+        times = where.compare(2 * runs + 1, lambda ours: ask(where, ours, derivation)[0])
+        yield Row("from start to accept, connection live", *times)
+        lines = [f"builder{n:04} {SYSTEM} - 16\n" for n in range(1000)]
+        where.client.write("/etc/nix/machines", "".join(lines))
+        directory = where.client.path("/nix/var/nix/current-load")
+        with all_slots_taken(directory, 1000, 16):
+            found = {ours: [ask(where, ours, derivation) for _ in range(runs)]
+                     for ours in (True, False)}  # fmt: skip
+        for position, what in enumerate(("first reply, s", "next reply, s", "memory, MiB")):
+            ours, stock = (statistics.median(run[position] for run in found[kind])
+                           for kind in (True, False))  # fmt: skip
+            yield Row(f"1000 machines x 16 slots, all busy: {what}", ours, stock)
+
+
+@contextlib.contextmanager
+def all_slots_taken(directory: Path, machines: int, slots: int) -> Iterator[None]:
+    import resource
+
+    wanted = machines * slots + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(hard, wanted)))
+    taken = []
+    for machine in range(machines):
+        for slot in range(slots):
+            path = directory / f"ssh:__builder{machine:04}-{slot}"
+            taken.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            fcntl.flock(taken[-1], fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+def waiting(name: str, runs: int) -> Iterator[Row]:
+    """Processor time of 64 hooks that wait in line, in per cent of one core."""
+    with site(name, 1) as where:
+        where.client.write("/etc/nix/machines", f"builder0000 {SYSTEM} - 64\n")
+        directory = where.client.path("/nix/var/nix/current-load")
+        directory.mkdir(mode=0o700, parents=True)
+        with all_slots_taken(directory, 1, 64):
+            values = {"tag": "wait", "count": 64, "sleep": 0, "system": SYSTEM}
+            where.client.write("/tmp/bench.nix", TRIVIAL % values)
+            command = ["nix-build", "/tmp/bench.nix", "--no-out-link", "--max-jobs", "0",
+                       "--option", "build-hook", INSIDE]  # fmt: skip
+            process = where.client.popen(*command)
+            while len(hooks(where.client)) < 64:
+                time.sleep(0.2)
+            time.sleep(2)
+            before, start = processor_time(where.client), time.monotonic()
+            time.sleep(5)
+            used = processor_time(where.client) - before
+            yield Row("64 hooks in line: per cent of one core",
+                      100 * used / (time.monotonic() - start), 0.0)  # fmt: skip
+            process.kill()
+
+
+def hooks(client: Host) -> list[int]:
+    return [p.pid for p in client.processes() if INSIDE in p.cmdline and "SourceFile" in p.cmdline]
+
+
+def processor_time(client: Host) -> float:
+    ticks = 0
+    for pid in hooks(client):
+        fields = client.read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+ROWS = {
+    "trivial": trivial,
+    "chain": chain,
+    "local": local,
+    "utilisation": utilisation,
+    "big": big,
+    "replies": replies,
+    "waiting": waiting,
+}
+
+
+def elsewhere(machines: Path, runs: int) -> Iterator[Row]:
+    """On builders that the reader names, with this machine's Nix."""
+    with tempfile.TemporaryDirectory() as directory:
+        expression = Path(directory, "bench.nix")
+
+        def measure(ours: bool) -> float:
+            tag = f"{os.getpid()}-{time.time_ns()}"
+            values = {"tag": tag, "count": 24, "sleep": 0, "system": SYSTEM}
+            expression.write_text(TRIVIAL % values)
+            command = ["nix-build", str(expression), "--no-out-link", "--max-jobs", "0",
+                       "--option", "builders", f"@{machines.resolve()}"]  # fmt: skip
+            command += ["--option", "build-hook", str(HOOK)] * ours
+            start = time.monotonic()
+            subprocess.run(command, check=True, capture_output=True)
+            return time.monotonic() - start
+
+        times = {True: [measure(True)], False: [measure(False)]}
+        for _ in range(runs):
+            for ours in (True, False):
+                times[ours].append(measure(ours))
+        mine, stock = (statistics.median(times[kind][1:]) for kind in (True, False))
+        yield Row("24 trivial derivations, warm", mine, stock)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", default="2.8,2.34")
+    parser.add_argument("--machines", type=Path)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("rows", nargs="*")
+    options = parser.parse_args()
+    print(f"| {'seconds, medians of ' + str(options.runs):58} |     ours |    stock | ratio | |")
+    print("|---|--:|--:|--:|---|")
+    if options.machines:
+        for row in elsewhere(options.machines, options.runs):
+            print(row.text(), flush=True)
+        return 0
+    for name in options.engines.split(","):
+        for title, rows in ROWS.items():
+            if not options.rows or title in options.rows:
+                for row in rows(name, options.runs):
+                    print(row._replace(name=f"{name}: {row.name}").text(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
