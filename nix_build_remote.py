@@ -1370,8 +1370,9 @@ class Link:
 
     def copy_environ(self) -> dict[str, str]:
         """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
-        that the user's part goes on as it came."""
-        own = ["-oControlMaster=no", f"-oControlPath={self.socket}", *self.own]
+        that the user's part goes on as it came.  If it must have an ssh of its own, that
+        needs a connection of its own: on ours, sshd may refuse a second session."""
+        own = ["-oControlMaster=no", "-oControlPath=none", *self.own]
         if alias(self.machine) != self.machine.destination:
             own.append(f"-oHostName={self.machine.host.replace('%', '%%')}")
         text = " ".join([*own, self.user_text, *SSH_DEFAULTS])
@@ -1574,8 +1575,10 @@ PASSED_SETTINGS = (
 # The ssh that nix-copy-closure finds first in its PATH.  It gives it our own session, on
 # descriptors 8 and 9, and answers the greeting, which our session has had.  That saves
 # an ssh, a nix-store on the builder and several round trips for each copy.  When done,
-# nix-copy-closure kills it (all 2.x), between an answer and the next question.
+# nix-copy-closure kills it (all 2.x), between an answer and the next question.  It may
+# outlive a nix-copy-closure that is killed, so it must not hold our pipe.
 SHIM = """#!/bin/sh
+exec 2> /dev/null
 case "$*" in *"-O check"*) exit 0;; esac
 PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
 printf "$NIX_BUILD_REMOTE_STARTED"
@@ -1668,6 +1671,8 @@ class Copier:
             os.set_blocking(self.session.stdin, False)
         if status == 0:
             return ""
+        if status is not None and status < 0:  # and the session is in the middle of it
+            raise SessionLost(f"nix-copy-closure was killed by signal {-status}")
         return f"{problem or 'it gave no reason'} (nix-copy-closure, status {status})"
 
     def relay(self, stderr: int, shared: bool) -> str:
@@ -2130,6 +2135,7 @@ class Hook:
         first, so that one that cannot be used costs no build a move.
         """
         if not machines:
+            self.talk.say(DEBUG, "no machines are listed")
             self.talk.reply("decline" if self.nix.old else "decline-permanently")
             return None
         fit = self.eligible(request, machines)

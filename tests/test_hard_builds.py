@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -93,6 +94,16 @@ def test_a_build_succeeds_after_a_broken_import(running: Scene) -> None:
     running.builder.restart_sshd(sessions=True)
     run.end()
     assert valid(running.client, running.build(expression).output)
+
+
+def test_a_copy_that_is_killed_is_made_again(running: Scene) -> None:
+    expression = 'mk "killed" "head -c 600000000 /dev/zero > $out" {}'
+    run = start_arriving(running, expression)
+    copies = [p.pid for p in running.client.processes() if " --from " in p.cmdline]
+    running.client.signal(signal.SIGKILL, *copies)
+    outcome = run.end()
+    assert copies
+    assert valid(running.client, outcome.output)
 
 
 def test_nothing_is_registered_if_the_store_is_full(running: Scene) -> None:
