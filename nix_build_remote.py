@@ -101,6 +101,7 @@ CONNECTIONS = 16  # to one machine
 SOCKET_LIMIT_BYTES = 86  # of a control socket's name: Linux 90, macOS 86
 WARM_AT_ONCE = 6  # connections begun at the same time
 LOSSES = 5  # of a builder, before a build is given up
+LOSS_PAUSE_S = 0.25  # doubled with each: 15 s in all, for a machine that restarts its sshd
 WAIT_S = 0.02  # between two looks for a free slot
 LINE = 64  # hooks that wait for one set of machines
 PATIENCE_S, IMPATIENCE_S = 1.0, 4.0  # wait that long for a slot; then not for so long
@@ -613,9 +614,12 @@ def rank(machine: Machine, load: int) -> tuple[int, float, int]:
 
 
 def open_lock(path: str) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, flags, 0o600)
+        # To ask for a file to be made is dear even if it is there, and it mostly is.
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, flags)
+        return os.open(path, flags | os.O_CREAT, 0o600)
     except OSError as error:
         raise Error(f"cannot open {path}: {error.strerror}") from None
 
@@ -794,19 +798,19 @@ class Line:
                 self.leave()
                 return slot
             # Looking at many slots takes long; it must not be what we do all the time.
-            wait_readable([], max(WAIT_S, 20 * (time.monotonic() - start)))
+            wait_readable([], max(WAIT_S, 50 * (time.monotonic() - start)))
 
 
 @contextlib.contextmanager
 def alarms() -> Iterator[None]:
-    """Look once a second whether Nix has gone, also while we wait for a lock."""
+    """Look every two seconds whether Nix has gone, also while we wait for a lock."""
 
     def look(number: int, frame: object) -> None:
         if nix_has_gone():
             raise NixGone
 
     signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    signal.setitimer(signal.ITIMER_REAL, 2, 2)
     try:
         yield
     finally:
@@ -1267,6 +1271,7 @@ class Link:
         self.user_text = nix.environ.get("NIX_SSHOPTS", "")
         self.directory = private_directory(f"{slot_directory}/ssh")
         self.socket, self.seat, self.number = "none", -1, 0
+        self.master = 0  # the process id of one we have started
 
     def base(self) -> str:
         """What the names of this machine's sockets begin with: whoever would connect in
@@ -1316,11 +1321,14 @@ class Link:
         descriptor = open_lock(f"{name}.start")
         if try_lock(descriptor) and not answers(name):
             os.ftruncate(descriptor, 0)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{name}.proved")
-            command = [self.ssh, "-N", "-oControlMaster=yes", *self.options(name)]
-            command += [f"-oControlPersist={IDLE_S}", "--", self.machine.destination]
-            spawn(command, self.environ, {2: descriptor}, detached=True)
+            # What a killed master has left: ssh would share nothing if it found that.
+            for stale in (f"{name}.proved", name):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(stale)
+            command = [self.ssh, "-N", "-oControlMaster=yes"]
+            command += [f"-oControlPersist={IDLE_S}", *self.options(name)]
+            command += ["--", self.machine.destination]
+            self.master = spawn(command, self.environ, {2: descriptor}, detached=True)
         os.close(descriptor)
 
     def connect(self) -> None:
@@ -1333,8 +1341,15 @@ class Link:
         descriptor = open_lock(f"{self.socket}.start")
         try:
             while not self.live():
-                if try_lock(descriptor) and not self.live():
-                    self.complain(os.pread(descriptor, TAIL_BYTES, 0))
+                ended = try_lock(descriptor)
+                words = os.pread(descriptor, TAIL_BYTES, 0)
+                if b"disabling multiplexing" in words:  # it would stay, of no use
+                    self.socket = "none"
+                    if self.master and not ended:
+                        os.kill(self.master, signal.SIGTERM)
+                    return
+                if ended and not self.live():
+                    self.complain(words)
                     self.socket = "none"
                     return
                 if time.monotonic() > deadline:
@@ -1361,7 +1376,9 @@ class Link:
             os.close(open_lock(f"{self.socket}.proved"))
 
     def options(self, name: str) -> list[str]:
-        return [f"-oControlPath={name}", *self.own, *self.user, *SSH_DEFAULTS]
+        # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
+        sharing = [f"-oControlPath={name}", *self.own, *self.user, "-S", name]
+        return [*sharing, *SSH_DEFAULTS]
 
     def command(self, *remote: str) -> list[str]:
         options = ["-oControlMaster=no", *self.options(self.socket), "-T"]
@@ -1375,7 +1392,7 @@ class Link:
         own = ["-oControlMaster=no", "-oControlPath=none", *self.own]
         if alias(self.machine) != self.machine.destination:
             own.append(f"-oHostName={self.machine.host.replace('%', '%%')}")
-        text = " ".join([*own, self.user_text, *SSH_DEFAULTS])
+        text = " ".join([*own, self.user_text, "-S none", *SSH_DEFAULTS])
         return {**self.environ, "NIX_SSHOPTS": text}
 
 
@@ -1483,8 +1500,9 @@ class Session:
         self.drain()
         status = self.child.wait()
         lines = decode(self.tail).split("\n")
-        # After the greeting all but the last is the build's log, which Nix has got.
-        words = " ".join(" ".join(lines if not self.version else lines[-2:]).split())
+        if self.version:  # the rest is the build's log, which Nix has got
+            lines = ["the connection was lost:" * (status == 255), *lines[-2:]]
+        words = " ".join(" ".join(lines).split())
         return f"{words or 'the session ended'} (ssh's exit status {status})"
 
     def finish(self) -> None:
@@ -1887,12 +1905,11 @@ class Build:
         self.losses += 1
         if self.losses > LOSSES:
             raise Error(f"{self.failure()}: {error}")
-        if self.slot.machine in self.lost:
+        if self.slot.machine in self.lost and len(self.fit) > 1:
             self.fit = [m for m in self.fit if m != self.slot.machine]
         self.lost.add(self.slot.machine)
-        if not self.fit:
-            raise Error(f"{self.failure()}: {error}; no other machine can")
         self.talk.say(WARN, f"{self.failure()}: {error}; trying again")
+        wait_readable([], LOSS_PAUSE_S * 2**self.losses)
         line = Line(self.hook.slots, self.fit, self.nix)
         line.join()
         return line.wait()

@@ -328,7 +328,7 @@ def waiting(name: str, runs: int) -> Iterator[Row]:
             where.client.write("/tmp/bench.nix", TRIVIAL % values)
             command = ["nix-build", "/tmp/bench.nix", "--no-out-link", "--max-jobs", "0",
                        "--option", "build-hook", INSIDE]  # fmt: skip
-            process = where.client.popen(*command)
+            process = where.client.popen(*command, stderr=subprocess.DEVNULL)
             while len(hooks(where.client)) < 64:
                 time.sleep(0.2)
             time.sleep(2)

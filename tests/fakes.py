@@ -104,9 +104,9 @@ sent.close()
 """
 
 # A builder. It has the paths that the file `have` names, and writes down each call.
-# Manners are those of the host that FAKE_HOST names, if it names one. As a master (-N) it
-# shares nothing, as an ssh may that was built without that; with the manners "share" it
-# listens as a master does, for a while, and no session goes through it.
+# Manners are those of the host that FAKE_HOST names, if it names one. As a master (-N)
+# it shares nothing, as an ssh may that was built without that; with the manners "share"
+# it listens as a master does, for a while, and no session goes through it.
 SSH = """
 import os, signal, socket, struct, sys
 

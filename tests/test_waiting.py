@@ -1,0 +1,299 @@
+"""Waiting in line: who waits, in which order, and at what cost."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from farm import poll
+from scene import HOOK, INSTALLED, Run, Scene, other, scene
+
+TESTS = Path(__file__).resolve().parent
+DRIVER = "/usr/local/lib/old_nix.py"
+SLOTS = "/nix/var/nix/current-load"
+WAITING = "waiting for a builder"
+SOON_S = 20
+LONG_S = 120
+# With this, whoever must be asked for again is asked for too late for these tests.
+NEVER_POLL = ("--option", "build-poll-interval", "600")
+
+numbers = itertools.count()
+
+# Notes down on the builder what is built there, and how many builds run as it begins.
+COUNTED = """
+  mkdir -p /tmp/running
+  touch /tmp/running/$name
+  ls /tmp/running | wc -l >> /tmp/counts
+  echo $name >> /tmp/order
+  sleep 0.3
+  rm /tmp/running/$name
+  echo > $out
+"""
+# Builds until it, or everything, is told to go on.
+HELD = """
+  touch /tmp/held-$name
+  while ! [ -e /tmp/go ] && ! [ -e /tmp/go-held-$name ]; do sleep 0.02; done
+  echo > $out
+"""
+
+
+def many(count: int, label: str = "many", script: str = COUNTED) -> str:
+    """Derivations that no other test has."""
+    name = f'"{label}-${{toString n}}-{next(numbers)}"'
+    return f"builtins.genList (n: mk {name} ''{script}'' {{}}) {count}"
+
+
+def lines(nix: Scene, path: str) -> list[str]:
+    return nix.builder.read(path).split()
+
+
+def held(nix: Scene, count: int = 1) -> None:
+    def at_work() -> int:
+        return len(list(nix.builder.path("/tmp").glob("held-*")))
+
+    poll(lambda: at_work() == count, f"{count} builds", timeout=SOON_S)
+
+
+def places(nix: Scene) -> int:
+    """How many hooks stand in line."""
+    directory = nix.client.path(SLOTS)
+    return sum(is_taken(place) for place in directory.glob("line-*"))
+
+
+def is_taken(path: Path) -> bool:
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def stand(nix: Scene, count: int) -> None:
+    poll(lambda: places(nix) == count, f"{count} in line", timeout=SOON_S)
+
+
+def waiting(nix: Scene) -> list[int]:
+    """The hooks that hold no slot."""
+    said = [path.read_text().split() for path in nix.client.path(SLOTS).glob("ssh:*-?")]
+    at_work = {int(words[0]) for words in said if words}
+    return [pid for pid in nix.hooks() if pid not in at_work]
+
+
+def start_and_wait(nix: Scene, count: int, slots: int) -> Run:
+    """A nix-build that holds all slots, while the rest of its builds stand in line."""
+    run = nix.start(many(count, "held", HELD), *NEVER_POLL)
+    held(nix, slots)
+    stand(nix, count - slots)
+    return run
+
+
+@pytest.fixture(scope="module")
+def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
+    with scene(client_engine, other(pytestconfig, client_engine)) as running:
+        running.client.copy(TESTS / "old_nix.py", DRIVER)
+        yield running
+
+
+@pytest.fixture
+def nix(hosts: Scene) -> Iterator[Scene]:
+    """One builder with one slot."""
+    clean = "rm -rf /tmp/go* /tmp/held-* /tmp/running /tmp/counts /tmp/order"
+    hosts.builder.run("sh", "-c", clean)
+    hosts.client.copy(HOOK, INSTALLED)
+    hosts.machines("b1 - - 1\n")
+    yield hosts
+    hosts.builder.write("/tmp/go", "")
+    for process in hosts.client.processes():
+        if re.search("nix-build |old_nix", process.cmdline):
+            hosts.client.signal(signal.SIGKILL, process.pid)
+    hosts.settle()
+
+
+def let_eight_wait(nix: Scene) -> None:
+    """A line is no longer than there are slots: let one slot have eight places."""
+    source = HOOK.read_text(encoding="utf-8")
+    wanted = "sum(machine.max_jobs for machine in machines)"
+    assert source.count(wanted) == 1
+    nix.client.write(INSTALLED, source.replace(wanted, "8"), 0o755)
+
+
+# -- What it brings -------------------------------------------------------------------
+
+
+@pytest.mark.engines
+def test_all_builds_succeed_one_at_a_time_on_one_slot(nix: Scene) -> None:
+    outcome = nix.build(many(6), timeout=LONG_S)
+    assert len(outcome.outputs) == 6
+    assert set(lines(nix, "/tmp/counts")) == {"1"}
+
+
+@pytest.mark.engines
+def test_what_waits_in_line_is_not_asked_for_again(nix: Scene) -> None:
+    let_eight_wait(nix)
+    outcome = nix.build(many(6), *NEVER_POLL, timeout=LONG_S)
+    assert len(outcome.outputs) == 6
+
+
+@pytest.mark.engines
+def test_nix_is_told_that_a_build_waits(nix: Scene) -> None:
+    run = start_and_wait(nix, 2, 1)
+    nix.builder.write("/tmp/go", "")
+    outcome = run.end()
+    assert outcome.status == 0 and f"on '{WAITING}'" in outcome.log
+
+
+def test_a_line_is_as_long_as_there_are_slots(nix: Scene) -> None:
+    nix.machines("b1 - - 2\n")
+    nix.start(many(6, "held", HELD))
+    held(nix, 2)
+    stand(nix, 2)
+
+
+def test_whatever_slot_is_free_first_is_taken(nix: Scene) -> None:
+    nix.machines("b1 - - 2\n")
+    run = start_and_wait(nix, 3, 2)
+    first = next(iter(nix.builder.path("/tmp").glob("held-*")))
+    nix.builder.write(f"/tmp/go-{first.name}", "")
+    held(nix, 3)
+    nix.builder.write("/tmp/go", "")
+    assert run.end().status == 0
+
+
+# -- In which order -------------------------------------------------------------------
+
+
+def test_those_who_wait_come_before_newcomers(nix: Scene) -> None:
+    let_eight_wait(nix)
+    nix.machines("b1 - - 1\n")
+    first = nix.start(many(1, "held", HELD), *NEVER_POLL)
+    held(nix)
+    earlier = nix.start(many(3, "earlier"), *NEVER_POLL)
+    stand(nix, 3)
+    later = nix.start(many(3, "later"), *NEVER_POLL)
+    stand(nix, 6)
+    nix.builder.write("/tmp/go", "")
+    assert [run.end().status for run in (first, earlier, later)] == [0, 0, 0]
+    labels = [name.partition("-")[0] for name in lines(nix, "/tmp/order")]
+    assert labels == ["earlier"] * 3 + ["later"] * 3
+
+
+# -- What may happen to those who wait ------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2], ids=["first", "middle", "last"])
+def test_a_killed_hook_leaves_the_line_working(nix: Scene, victim: int) -> None:
+    let_eight_wait(nix)
+    first = nix.start(many(1, "held", HELD), *NEVER_POLL)
+    held(nix)
+    runs = []
+    for number in range(3):
+        runs.append(nix.start(many(1, "waits"), *NEVER_POLL))
+        stand(nix, number + 1)
+    old = sorted(waiting(nix))[victim]
+    nix.client.signal(signal.SIGKILL, old)
+    poll(lambda: old not in nix.hooks(), "the end of the hook", timeout=SOON_S)
+    nix.builder.write("/tmp/go", "")
+    assert first.end().status == 0
+    statuses = [run.end().status for run in runs]
+    assert [status == 0 for status in statuses] == [n != victim for n in range(3)]
+
+
+@pytest.mark.engines
+def test_when_nix_is_killed_its_hooks_leave_the_line(nix: Scene) -> None:
+    let_eight_wait(nix)
+    run = start_and_wait(nix, 5, 1)
+    run.process.kill()
+    poll(lambda: not nix.hooks(), "the end of the hooks", timeout=SOON_S)
+
+
+@pytest.mark.engines
+def test_when_nix_is_interrupted_its_hooks_leave_the_line(nix: Scene) -> None:
+    let_eight_wait(nix)
+    run = start_and_wait(nix, 5, 1)
+    run.process.send_signal(signal.SIGINT)
+    poll(lambda: not nix.hooks(), "the end of the hooks", timeout=SOON_S)
+
+
+def test_waiting_takes_next_to_no_processor_time(nix: Scene) -> None:
+    """For the first in line, who looks; and none at all for those behind."""
+    let_eight_wait(nix)
+    start_and_wait(nix, 6, 1)
+    hooks = waiting(nix)
+    assert len(hooks) == 5
+    before = [ticks(nix, pid) for pid in hooks]
+    begin = clock(nix)
+    poll(lambda: clock(nix) > begin + 2, "two seconds")
+    spent = sorted(ticks(nix, pid) - was for pid, was in zip(hooks, before))
+    hertz = os.sysconf("SC_CLK_TCK")
+    assert spent[-1] < 0.5 * hertz and sum(spent[:-1]) < 0.2 * hertz
+
+
+def clock(nix: Scene) -> float:
+    return float(nix.client.read("/proc/uptime").split()[0])
+
+
+def ticks(nix: Scene, pid: int) -> int:
+    """The processor time of a process, of its own and of the kernel for it."""
+    fields = nix.client.read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+# -- What does not wait ---------------------------------------------------------------
+
+
+@pytest.mark.engines
+def test_what_nix_can_build_itself_is_left_to_it(nix: Scene) -> None:
+    run = nix.start(many(1, "held", HELD), *NEVER_POLL)
+    held(nix)
+    outcome = nix.build(many(2, "local", "hostname > $out"), "-j2", *NEVER_POLL)
+    assert {nix.client.read(path) for path in outcome.outputs} == {"client\n"}
+    assert not run.ended and places(nix) == 0
+
+
+def test_what_nix_might_build_later_does_not_wait_in_line(nix: Scene) -> None:
+    nix.start(many(1, "held", HELD), *NEVER_POLL)
+    held(nix)
+    local = "touch /tmp/held-$name; while ! [ -e /tmp/go ]; do sleep 0.02; done"
+    run = nix.start(many(3, "local", f"{local}; hostname > $out"), "-j1")
+    there = nix.client.path("/tmp")
+    poll(lambda: list(there.glob("held-local-*")), "a local build", timeout=SOON_S)
+    nix.client.write("/tmp/go", "")
+    outcome = run.end()
+    nix.client.run("sh", "-c", "rm /tmp/go /tmp/held-*")
+    assert {nix.client.read(path) for path in outcome.outputs} == {"client\n"}
+    assert WAITING not in outcome.log
+
+
+# -- Nix 1.x --------------------------------------------------------------------------
+
+
+def by_old_nix(nix: Scene, expression: str, *options: str) -> list[str]:
+    """Write an expression down; returns the driver's command for it."""
+    done = nix.client.run("nix-instantiate", nix.nix_build(expression)[1])
+    driver = ["python3", DRIVER, "--hook", INSTALLED, "--poll-interval", "600"]
+    return [*driver, *options, *done.stdout.split()]
+
+
+@pytest.mark.engines
+def test_with_nix_1_too_another_systems_builds_wait_in_line(nix: Scene) -> None:
+    system = nix.client.run(
+        "nix-instantiate", "--eval", "-E", "builtins.currentSystem"
+    ).stdout.strip('"\n')
+    nix.client.write("/etc/old/machines", f"b1 {system} - 1\n")
+    let_eight_wait(nix)
+    command = by_old_nix(nix, many(6), "--system", "riscv64-linux")
+    env = {"NIX_REMOTE_SYSTEMS": "/etc/old/machines", "NIX_CURRENT_LOAD": SLOTS}
+    done = nix.client.run(*command, env=env, timeout=LONG_S)
+    account = json.loads(done.stdout)
+    results = {found["result"] for found in account["derivations"].values()}
+    replies = {reply for hook in account["hooks"] for _, reply in hook["replies"]}
+    assert (results, replies) == ({"built"}, {"accept"})
+    assert set(lines(nix, "/tmp/counts")) == {"1"}
