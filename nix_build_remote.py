@@ -1,8 +1,8 @@
 #!/bin/sh
 # For sh, these lines start Python in a way that keeps the compiled program beside this
-# file: else it would be compiled at every start, which takes 10 ms and 5 MB.  (Not where
-# others may put files, nor in a Nix store, where all is of 1970.)  They also find Python
-# where a daemon's PATH does not.  For Python, they are a string.
+# file: else it would be compiled at every start, which takes 10 ms and 5 MB.  (Not
+# where others may put files, nor in a Nix store, where all is of 1970.)  They also find
+# Python where a daemon's PATH does not.  For Python, they are a string.
 ''':'
 PATH=${PATH:+$PATH:}/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin
 PATH=$PATH:/usr/local/bin:/usr/bin:/bin:/opt/homebrew/bin exec python3 -IS -c '
@@ -100,8 +100,9 @@ SEATS = 8  # hooks on one: sshd allows it 10 sessions, and a hook has one
 CONNECTIONS = 16  # to one machine
 SOCKET_LIMIT_BYTES = 86  # of a control socket's name: Linux 90, macOS 86
 WARM_AT_ONCE = 6  # connections begun at the same time
-LOSSES = 5  # of a builder, before a build is given up
-LOSS_PAUSE_S = 0.25  # doubled with each: 15 s in all, for a machine that restarts its sshd
+LOSSES = 5  # of a session with a builder, before a build is given up
+PAUSE_S, PAUSE_LIMIT_S = 0.25, 30  # a machine that failed again is left alone, longer
+AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 WAIT_S = 0.02  # between two looks for a free slot
 LINE = 64  # hooks that wait for one set of machines
 PATIENCE_S, IMPATIENCE_S = 1.0, 4.0  # wait that long for a slot; then not for so long
@@ -1387,8 +1388,8 @@ class Link:
 
     def copy_environ(self) -> dict[str, str]:
         """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
-        that the user's part goes on as it came.  If it must have an ssh of its own, that
-        needs a connection of its own: on ours, sshd may refuse a second session."""
+        that the user's part goes on as it came.  If it must have an ssh of its own,
+        that has its own connection: on ours, sshd may refuse a second session."""
         own = ["-oControlMaster=no", "-oControlPath=none", *self.own]
         if alias(self.machine) != self.machine.destination:
             own.append(f"-oHostName={self.machine.host.replace('%', '%%')}")
@@ -1425,20 +1426,17 @@ class Session:
         self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
 
     def greet(self) -> None:
-        """Read the answer to our hello; Unreachable, with ssh's own words, if it fails.
+        """Read the answer to our hello; SessionLost, with ssh's own words, if it fails.
         Questions may be asked before: it saves a round trip."""
         deadline = time.monotonic() + GREETING_TIMEOUT_S
-        try:
-            magic = self.read(8, deadline)
-            if magic != integer(SERVE_REPLY):
-                raise SessionLost(f"it sent {magic!r} before nix-store's own words "
-                                  "(does a start-up file of the shell print that?)")
-            version = read_integer(lambda count: self.read(count, deadline))
-            if version >> 8 != 2:
-                raise SessionLost("its Nix is older than 1.8, or no Nix (serve "
-                                  f"protocol {version >> 8}.{version & 255})")
-        except SessionLost as error:
-            raise Unreachable(str(error)) from None
+        magic = self.read(8, deadline)
+        if magic != integer(SERVE_REPLY):
+            raise SessionLost(f"it sent {magic!r} before nix-store's own words (does a "
+                              "start-up file of the shell print that?)")  # fmt: skip
+        version = read_integer(lambda count: self.read(count, deadline))
+        if version >> 8 != 2:
+            raise SessionLost("its Nix is older than 1.8, or no Nix (serve protocol "
+                              f"{version >> 8}.{version & 255})")  # fmt: skip
         self.version = min(SERVE_VERSION, version)
         if b"refused by peer" in self.tail:  # ssh then made a connection of its own
             self.link.lose_seat()
@@ -1591,7 +1589,7 @@ PASSED_SETTINGS = (
 
 
 # The ssh that nix-copy-closure finds first in its PATH.  It gives it our own session, on
-# descriptors 8 and 9, and answers the greeting, which our session has had.  That saves
+# descriptors 8 and 9, and answers the greeting, which our session has had.  This saves
 # an ssh, a nix-store on the builder and several round trips for each copy.  When done,
 # nix-copy-closure kills it (all 2.x), between an answer and the next question.  It may
 # outlive a nix-copy-closure that is killed, so it must not hold our pipe.
@@ -1689,7 +1687,7 @@ class Copier:
             os.set_blocking(self.session.stdin, False)
         if status == 0:
             return ""
-        if status is not None and status < 0:  # and the session is in the middle of it
+        if status is not None and status < 0:  # the session is in the middle of it
             raise SessionLost(f"nix-copy-closure was killed by signal {-status}")
         return f"{problem or 'it gave no reason'} (nix-copy-closure, status {status})"
 
@@ -1751,6 +1749,8 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 def error_text(line: str) -> str:
     """The error in a line of nix-copy-closure's stderr, of either format, or ""."""
+    if "error (ignored)" in line:
+        return ""
     if line.startswith("@nix ") and '"level":0' in line:
         import json
 
@@ -1838,8 +1838,8 @@ class Build:
         self.task = ("reach a machine for", "")  # verb and preposition, for messages
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.fit = fit
-        self.lost: set[Machine] = set()
-        self.losses = 0
+        self.failed: dict[Machine, tuple[int, float]] = {}  # times; apart until
+        self.losses, self.away_since = 0, 0.0
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
         """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
@@ -1878,6 +1878,7 @@ class Build:
             self.session.ask_valid(self.inputs, self.substitute)
             if not self.session.version:
                 self.session.greet()
+            self.away_since = 0.0
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
             self.send_inputs()
@@ -1899,20 +1900,29 @@ class Build:
         return Session(self.link)
 
     def move(self, error: Error) -> Slot:
-        """A slot for the next attempt: at first on the same machine, whose connection
-        may have been an old one, then on any other."""
+        """A slot for the next attempt: at once on the same machine, whose connection
+        may have been an old one; after that, machines that failed are left alone for a
+        time that doubles, and others are used meanwhile."""
         self.slot.free()
-        self.losses += 1
-        if self.losses > LOSSES:
+        now, machine = time.monotonic(), self.slot.machine
+        self.losses += isinstance(error, SessionLost)
+        self.away_since = self.away_since or now
+        if self.losses > LOSSES or now > self.away_since + AWAY_TIMEOUT_S:
             raise Error(f"{self.failure()}: {error}")
-        if self.slot.machine in self.lost and len(self.fit) > 1:
-            self.fit = [m for m in self.fit if m != self.slot.machine]
-        self.lost.add(self.slot.machine)
+        failures, _ = self.failed.get(machine, (0, now))
+        pause = min(PAUSE_S * 2**failures, PAUSE_LIMIT_S) if failures else 0.0
+        self.failed[machine] = failures + 1, now + pause
         self.talk.say(WARN, f"{self.failure()}: {error}; trying again")
-        wait_readable([], LOSS_PAUSE_S * 2**self.losses)
-        line = Line(self.hook.slots, self.fit, self.nix)
+        fit = [] if failures else [machine]  # which may have the outputs already
+        while not fit:
+            wait_readable([], LOCK_POLL_S)
+            fit = [m for m in self.fit if self.ready(m)]
+        line = Line(self.hook.slots, fit, self.nix)
         line.join()
         return line.wait()
+
+    def ready(self, machine: Machine) -> bool:
+        return self.failed.get(machine, (0, 0.0))[1] <= time.monotonic()
 
     def begin(self, phase: str, verb: str, preposition: str) -> None:
         self.task = verb, preposition

@@ -57,7 +57,9 @@ class Row(NamedTuple):
     def text(self) -> str:
         ratio = f"{self.stock / self.ours:5.2f}" if self.stock else "    -"
         stock = f"{self.stock:8.3f}" if self.stock else "       -"
-        return f"| {self.name:58} | {self.ours:8.3f} | {stock} | {ratio} | {self.note} |"
+        return (
+            f"| {self.name:58} | {self.ours:8.3f} | {stock} | {ratio} | {self.note} |"
+        )
 
 
 class Site:
@@ -100,7 +102,9 @@ class Site:
             if "[mux]" in process.cmdline or "ControlMaster=yes" in process.cmdline:
                 self.client.signal(15, process.pid)
 
-    def compare(self, runs: int, measure: Callable[[bool], float]) -> tuple[float, float]:
+    def compare(
+        self, runs: int, measure: Callable[[bool], float]
+    ) -> tuple[float, float]:
         """Medians of ours and stock, in turn."""
         times: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(runs):
@@ -185,7 +189,9 @@ def held_slots(client: Host) -> Iterator[list[int]]:
         while not done.wait(0.1):
             slots = {p.stat().st_ino for p in directory.glob("ssh:__b*-[0-9]*")}
             locks = Path("/proc/locks").read_text().splitlines()
-            held = {int(line.split()[5].split(":")[2]) for line in locks if "->" not in line}
+            held = {
+                int(line.split()[5].split(":")[2]) for line in locks if "->" not in line
+            }
             samples.append(len(slots & held))
 
     thread = threading.Thread(target=sample)
@@ -211,7 +217,9 @@ def big(name: str, runs: int) -> Iterator[Row]:
         """.replace("SOURCE", source)
 
         def measure(ours: bool) -> float:
-            builder.run("nix-store", "--delete", "--ignore-liveness", source, check=False)
+            builder.run(
+                "nix-store", "--delete", "--ignore-liveness", source, check=False
+            )
             if ours:
                 return where.build(expression, True)
             start = time.monotonic()
@@ -223,7 +231,10 @@ def big(name: str, runs: int) -> Iterator[Row]:
             client.run("nix-copy-closure", "--from", "b0", back, timeout=600)
             return copied + time.monotonic() - start
 
-        yield Row("1 GiB input, 1 GiB output; plain nix-copy-closure", *where.compare(runs, measure))
+        yield Row(
+            "1 GiB input, 1 GiB output; plain nix-copy-closure",
+            *where.compare(runs, measure),
+        )
 
 
 # Runs inside a client: how long a hook takes to answer its first and its next request,
@@ -255,7 +266,9 @@ hook.kill()
 
 def ask(where: Site, ours: bool, derivation: str) -> list[float]:
     """Seconds to the first and to the next reply, if there are two, and MiB."""
-    stock = "/usr/libexec/nix/build-remote" if where.name < "2.1" else "nix __build-remote"
+    stock = (
+        "/usr/libexec/nix/build-remote" if where.name < "2.1" else "nix __build-remote"
+    )
     program = f"{INSIDE if ours else stock} 3"
     where.client.write("/tmp/ask.py", ASK.replace("\\\\", "\\"))
     arguments = ("/tmp/settings", derivation, SYSTEM)
@@ -282,7 +295,9 @@ def replies(name: str, runs: int) -> Iterator[Row]:
         settings(where)
         where.forget_connections()
         ask(where, True, derivation)
-        times = where.compare(2 * runs + 1, lambda ours: ask(where, ours, derivation)[0])
+        times = where.compare(
+            2 * runs + 1, lambda ours: ask(where, ours, derivation)[0]
+        )
         yield Row("from start to accept, connection live", *times)
         lines = [f"builder{n:04} {SYSTEM} - 16\n" for n in range(1000)]
         where.client.write("/etc/nix/machines", "".join(lines))
@@ -290,7 +305,9 @@ def replies(name: str, runs: int) -> Iterator[Row]:
         with all_slots_taken(directory, 1000, 16):
             found = {ours: [ask(where, ours, derivation) for _ in range(runs)]
                      for ours in (True, False)}  # fmt: skip
-        for position, what in enumerate(("first reply, s", "next reply, s", "memory, MiB")):
+        for position, what in enumerate(
+            ("first reply, s", "next reply, s", "memory, MiB")
+        ):
             ours, stock = (statistics.median(run[position] for run in found[kind])
                            for kind in (True, False))  # fmt: skip
             yield Row(f"1000 machines x 16 slots, all busy: {what}", ours, stock)
@@ -341,7 +358,11 @@ def waiting(name: str, runs: int) -> Iterator[Row]:
 
 
 def hooks(client: Host) -> list[int]:
-    return [p.pid for p in client.processes() if INSIDE in p.cmdline and "SourceFile" in p.cmdline]
+    return [
+        p.pid
+        for p in client.processes()
+        if INSIDE in p.cmdline and "SourceFile" in p.cmdline
+    ]
 
 
 def processor_time(client: Host) -> float:
@@ -394,7 +415,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("rows", nargs="*")
     options = parser.parse_args()
-    print(f"| {'seconds, medians of ' + str(options.runs):58} |     ours |    stock | ratio | |")
+    print(
+        f"| {'seconds, medians of ' + str(options.runs):58} |     ours |    stock | ratio | |"
+    )
     print("|---|--:|--:|--:|---|")
     if options.machines:
         for row in elsewhere(options.machines, options.runs):

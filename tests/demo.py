@@ -59,7 +59,9 @@ def build(client: Host) -> int:
     print(done.stderr)
     if done.returncode:
         return done.returncode
-    built = dict(line.split(": ") for line in client.read(done.stdout.strip()).splitlines())
+    built = dict(
+        line.split(": ") for line in client.read(done.stdout.strip()).splitlines()
+    )
     for name, host in built.items():
         print(f"{name:10} was built on {host}")
     print(f"\n{len(built)} derivations of 1 s each in {seconds:.1f} s")
@@ -68,7 +70,9 @@ def build(client: Host) -> int:
 
 def system(client: Host) -> str:
     expression = "builtins.currentSystem"
-    return client.run("nix-instantiate", "--eval", "-E", expression).stdout.strip(' "\n')
+    return client.run("nix-instantiate", "--eval", "-E", expression).stdout.strip(
+        ' "\n'
+    )
 
 
 if __name__ == "__main__":

@@ -376,11 +376,11 @@ def test_a_live_connection_gets_an_accept_without_a_session(client: Client) -> N
     assert len(client.sessions()) == 1
 
 
-def test_a_machine_that_is_lost_after_an_early_accept_is_reached_once_more(
+def test_the_only_machine_is_tried_again_and_again_after_an_early_accept(
     client: Client,
 ) -> None:
     misbehave(connected(client), "refuse").build()
-    assert len(client.sessions()) == 3
+    assert len(client.sessions()) > 3
 
 
 def test_another_machine_builds_what_one_lost_after_an_early_accept(
