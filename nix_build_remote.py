@@ -1628,11 +1628,12 @@ class Copier:
         if self.version < (2,):  # a Perl script of another protocol
             return {}
         if not os.path.exists(shim):
-            os.makedirs(os.path.dirname(shim), 0o700, exist_ok=True)
-            with open(open_private(f"{shim}.{os.getpid()}", 0o700), "w") as file:
-                file.write(SHIM)
-            os.rename(f"{shim}.{os.getpid()}", shim)
-        if not os.access(shim, os.X_OK):  # where nothing may be executed
+            with contextlib.suppress(OSError):  # a full disk
+                os.makedirs(os.path.dirname(shim), 0o700, exist_ok=True)
+                with open(open_private(f"{shim}.{os.getpid()}", 0o700), "w") as file:
+                    file.write(SHIM)
+                os.rename(f"{shim}.{os.getpid()}", shim)
+        if not os.access(shim, os.X_OK):  # or where nothing may be executed
             return {}
         greeting = integer(SERVE_REPLY) + integer(self.session.version)
         text = "".join(f"\\{byte:03o}" for byte in greeting)

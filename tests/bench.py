@@ -267,7 +267,7 @@ hook.kill()
 def ask(where: Site, ours: bool, derivation: str) -> list[float]:
     """Seconds to the first and to the next reply, if there are two, and MiB."""
     stock = (
-        "/usr/libexec/nix/build-remote" if where.name < "2.1" else "nix __build-remote"
+        "/usr/libexec/nix/build-remote" if where.name in ("2.3", "2.8") else "nix __build-remote"
     )
     program = f"{INSIDE if ours else stock} 3"
     where.client.write("/tmp/ask.py", ASK.replace("\\\\", "\\"))
