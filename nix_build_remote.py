@@ -1915,9 +1915,8 @@ class Build:
         self.failed[machine] = failures + 1, now + pause
         self.talk.say(WARN, f"{self.failure()}: {error}; trying again")
         fit = [] if failures else [machine]  # which may have the outputs already
-        while not fit:
+        while not (fit := fit or [m for m in self.fit if self.ready(m)]):
             wait_readable([], LOCK_POLL_S)
-            fit = [m for m in self.fit if self.ready(m)]
         line = Line(self.hook.slots, fit, self.nix)
         line.join()
         return line.wait()
