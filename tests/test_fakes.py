@@ -359,6 +359,28 @@ def test_the_next_machine_is_tried(client: Client) -> None:
     assert [call.destination for call in client.sessions()] == ["root@b2"]
 
 
+# -- Settings -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("build-users-group", "builders"), ("min-free", "7")]
+)
+def test_a_setting_that_matters_reaches_the_copying_program(
+    new: Client, name: str, value: str
+) -> None:
+    new.settings[name] = value
+    new.build()
+    copies = [call.arguments for call in new.calls() if "--from" in call.arguments]
+    assert f"--option {name} {value}" in " ".join(copies[0])
+
+
+def test_other_settings_do_not_reach_the_copying_program(new: Client) -> None:
+    new.settings["post-build-hook"] = "/somebody/elses"
+    new.build()
+    copies = [call.arguments for call in new.calls() if "--from" in call.arguments]
+    assert "post-build-hook" not in copies[0]
+
+
 # -- Early replies --------------------------------------------------------------------
 
 
