@@ -1230,10 +1230,13 @@ def private_directory(wanted: str) -> str:
     return path
 
 
-def open_private(path: str, mode: int) -> int:
-    """A new file of ours to write to, in a private directory."""
+def write_private(path: str, text: str, mode: int = 0o600) -> None:
+    """Make or replace a file in a private directory, all at once."""
+    temporary = f"{path}.{os.getpid()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    return os.open(path, flags, mode)
+    with open(os.open(temporary, flags, mode), "wb") as file:
+        file.write(encode(text))
+    os.rename(temporary, path)
 
 
 def pin_host_key(machine: Machine, slot_directory: str) -> str:
@@ -1245,10 +1248,7 @@ def pin_host_key(machine: Machine, slot_directory: str) -> str:
     directory = private_directory(f"{slot_directory}/ssh")
     digest = hashlib.sha256(machine.host_key.encode()).hexdigest()
     path = f"{directory}/known_hosts-{digest[:32]}"
-    temporary = f"{path}.{os.getpid()}"
-    with open(open_private(temporary, 0o600), "w", encoding="ascii") as file:
-        file.write(f"* {machine.host_key}\n")
-    os.rename(temporary, path)
+    write_private(path, f"* {machine.host_key}\n")
     return path
 
 
@@ -1310,8 +1310,7 @@ class Link:
 
     def lose_seat(self) -> None:
         """sshd has refused us a session: remember how many it allows."""
-        with open(open_private(f"{self.base()}.seats", 0o600), "w") as file:
-            file.write(str(max(1, self.number)))
+        write_private(f"{self.base()}.seats", str(max(1, self.number)))
 
     def live(self) -> bool:
         """Whether a master answers at our socket; that says nothing of the network."""
@@ -1617,7 +1616,6 @@ class Copier:
         self.environ = session.link.copy_environ()
         if self.nix.store.remote:
             self.environ["NIX_REMOTE"] = self.nix.store.remote
-        self.version = version
 
     def share_session(self) -> dict[int, int]:
         """Let it have our session as its ssh, if that can be; returns descriptors."""
@@ -1630,9 +1628,7 @@ class Copier:
         if not os.path.exists(shim):
             with contextlib.suppress(OSError):  # a full disk
                 os.makedirs(os.path.dirname(shim), 0o700, exist_ok=True)
-                with open(open_private(f"{shim}.{os.getpid()}", 0o700), "w") as file:
-                    file.write(SHIM)
-                os.rename(f"{shim}.{os.getpid()}", shim)
+                write_private(shim, SHIM, 0o700)
         if not os.access(shim, os.X_OK):  # or where nothing may be executed
             return {}
         greeting = integer(SERVE_REPLY) + integer(self.session.version)
@@ -1733,9 +1729,7 @@ def program_version(program: str, nix: Nix, slots: SlotDirectory) -> tuple[int, 
     child.kill()
     if status == 0:
         with contextlib.suppress(OSError):
-            with open(open_private(f"{path}.{os.getpid()}", 0o600), "wb") as file:
-                file.write(answer)
-            os.rename(f"{path}.{os.getpid()}", path)
+            write_private(path, decode(answer))
     return parse_version(decode(answer))
 
 
@@ -2191,7 +2185,7 @@ class Hook:
         """A slot if one is free and nobody waits; else stand in the line if Nix could
         never build this itself; else wait for a slot, but for no more than a moment."""
         might = might_build_itself(self.nix, request)
-        deadline = max(time.monotonic(), self.patient_from) + PATIENCE_S
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             if line.empty():
                 slot = self.slots.take(line.machines, self.nix)
