@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +78,17 @@ class Run(NamedTuple):
     @property
     def ended(self) -> bool:
         return self.process.poll() is not None
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C, and again if need be: a Nix that is just about to wait for its
+        children may have noted the first, and wait all the same (seen with 2.8)."""
+
+        def gone() -> bool:
+            self.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            return self.ended
+
+        poll(gone, "the end of nix-build", timeout=30)
 
     def end(self, timeout: float = 60) -> Outcome:
         out, _ = self.process.communicate(timeout=timeout)

@@ -416,8 +416,7 @@ def test_a_connection_outlives_the_end_of_all_that_began_it(nix: Scene) -> None:
     run = nix.start(one(HELD))
     held(nix, 1)
     before = masters(nix)
-    run.process.send_signal(signal.SIGINT)
-    run.process.wait(SOON_S)
+    run.interrupt()
     nix.settle()
     assert masters(nix) == before != []
 
@@ -535,8 +534,7 @@ def test_a_connection_through_a_proxy_outlives_its_hook(proxied: Scene) -> None:
 def test_a_connection_through_a_proxy_outlives_an_interrupt(proxied: Scene) -> None:
     run = proxied.start(one(HELD))
     held(proxied, 1)
-    run.process.send_signal(signal.SIGINT)
-    run.process.wait(SOON_S)
+    run.interrupt()
     release(proxied)
     proxied.build(one())
     assert logins(proxied) == 1

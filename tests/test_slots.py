@@ -320,6 +320,6 @@ def test_when_nix_is_interrupted_hook_and_build_end(nix: Scene) -> None:
     nix.machines("b1\n")
     run = nix.start(HELD)
     hook = building(nix)
-    run.process.send_signal(signal.SIGINT)
+    run.interrupt()
     ended(nix.client, hook.pid)
     gone(nix.builder, "sleep 600")

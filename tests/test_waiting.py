@@ -218,7 +218,7 @@ def test_when_nix_is_killed_its_hooks_leave_the_line(nix: Scene) -> None:
 def test_when_nix_is_interrupted_its_hooks_leave_the_line(nix: Scene) -> None:
     let_eight_wait(nix)
     run = start_and_wait(nix, 5, 1)
-    run.process.send_signal(signal.SIGINT)
+    run.interrupt()
     poll(lambda: not nix.hooks(), "the end of the hooks", timeout=SOON_S)
 
 
