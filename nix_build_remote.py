@@ -7,7 +7,7 @@
 PATH=${PATH:+$PATH:}/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin
 PATH=$PATH:/usr/local/bin:/usr/bin:/bin:/opt/homebrew/bin exec python3 -IS -c '
 import os, sys
-from importlib.machinery import SourceFileLoader
+from _frozen_importlib_external import SourceFileLoader
 del sys.argv[0]
 __file__ = sys.argv[0]
 source = os.path.realpath(__file__)
@@ -75,19 +75,44 @@ Command line, for people:
 
 from __future__ import annotations
 
-import contextlib
+# One process for each build: what re, typing, contextlib and enum would bring is not
+# worth the 12 ms that importing them takes, more than half of the whole start.
 import fcntl
 import math
 import os
-import re
 import select
-import signal
 import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import NamedTuple
+
+    Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
+else:
+    import _signal as signal
+
+    class NamedTuple(tuple):
+        """typing's, as far as it is used here."""
+
+        def __init_subclass__(cls):
+            fields = cls.fields = tuple(cls.__annotations__)
+            cls.defaults = {n: vars(cls)[n] for n in fields if n in vars(cls)}
+            for number, name in enumerate(fields):
+                setattr(cls, name, property(lambda self, number=number: self[number]))
+
+        def __new__(cls, *values, **named):
+            if len(values) != len(cls.fields):
+                given = {**cls.defaults, **dict(zip(cls.fields, values)), **named}
+                if len(given) != len(cls.fields) or len(values) > len(cls.fields):
+                    raise TypeError(cls)
+                values = [given[name] for name in cls.fields]
+            return tuple.__new__(cls, values)
+
 
 VERSION = "0.1"
 
@@ -106,6 +131,7 @@ AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 WAIT_S = 0.02  # between two looks for a free slot
 LINE = 64  # hooks that wait for one set of machines
 PATIENCE_S, IMPATIENCE_S = 1.0, 4.0  # wait that long for a slot; then not for so long
+SENDERS = 4  # of different things to one machine at the same time
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
 LOCK_POLL_S = 0.05
 DRAIN_TIMEOUT_S = 10  # for Nix to read the end of the log, without any progress
@@ -124,12 +150,13 @@ TIMED_OUT, MISC = 8, 9
 
 FIONREAD = 0x541B if sys.platform == "linux" else 0x4004667F
 
-STORE_PATH = re.compile(r"[0-9abcdfghijklmnpqrsvwxyz]{32}-[0-9A-Za-z+\-._?=]{1,211}")
+DIGITS = "0123456789"
+HEX = DIGITS + "abcdefABCDEF"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+WORD = DIGITS + LETTERS + "_"
 # What sh (Nix 1.x), splitting at white space (2.0 to 2.25) and shell-like splitting
 # (2.26+) of NIX_SSHOPTS all read as it stands.
-PLAIN = re.compile(r"[0-9A-Za-z_@%+=:,./~-]*")
-USER = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*")
-HOST = re.compile(USER.pattern + r"|(?=.*:.*:)[0-9A-Fa-f:.]+(%[0-9A-Za-z_.-]+)?")
+PLAIN = WORD + "@%+=:,./~-"
 
 
 # ---- Errors -------------------------------------------------------------------------
@@ -182,9 +209,20 @@ class Terminated(Stop):
         self.status = 128 + number
 
 
-# ---- The wire: Nix's integers and strings -------------------------------------------
+class suppress:
+    """Go on after the block if one of these errors ends it."""
 
-Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
+    def __init__(self, *errors: type[Exception]) -> None:
+        self.errors = errors
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
+        return kind is not None and issubclass(kind, self.errors)
+
+
+# ---- The wire: Nix's integers and strings -------------------------------------------
 
 
 def integer(number: int) -> bytes:
@@ -236,6 +274,22 @@ def read_strings(read: Read) -> list[str]:
 # ---- The Nix that called us ---------------------------------------------------------
 
 
+def only(text: str, characters: str) -> bool:
+    """Whether there are no others in it."""
+    return not text.strip(characters)
+
+
+def is_store_name(text: str) -> bool:
+    """The last part of a store path, as every Nix makes them."""
+    digest, dash, name = text[:32], text[32:33], text[33:]
+    return (
+        (len(digest), dash) == (32, "-")
+        and only(digest, "0123456789abcdfghijklmnpqrsvwxyz")
+        and 0 < len(name) <= 211
+        and only(name, WORD + "+-.?=")
+    )
+
+
 class Store(NamedTuple):
     """Where the local store is.
 
@@ -270,7 +324,7 @@ class Store(NamedTuple):
     def name(self, path: str) -> str:
         """The last part of a store path; Error if it is not one of this store."""
         name = path[len(self.directory) + 1 :]
-        if path != f"{self.directory}/{name}" or not STORE_PATH.fullmatch(name):
+        if path != f"{self.directory}/{name}" or not is_store_name(name):
             raise Error(f"{path!r} is not a store path in {self.directory}")
         return name
 
@@ -344,14 +398,17 @@ def might_build_itself(nix: Nix, request: Request) -> bool:
 
 def unquote(text: str) -> str:
     """Percent-decoding, here because urllib costs each start 10 ms."""
-    data = re.sub(b"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), encode(text))
+    data, *parts = encode(text).split(b"%")
+    for part in parts:
+        is_code = len(part) > 1 and only(decode(part[:2]), HEX)
+        data += bytes([int(part[:2], 16)]) + part[2:] if is_code else b"%" + part
     return data.decode("utf-8", "surrogateescape")
 
 
 def quote(text: str) -> str:
     """Percent-encoding as Nix 2.24 and newer render the parameters of a store URI."""
-    kept = rb"[^0-9A-Za-z_\-.~!$'()*,;:@/?]"
-    return re.sub(kept, lambda m: b"%%%02X" % ord(m[0]), encode(text)).decode("ascii")
+    kept = encode(WORD + "-.~!$'()*,;:@/?")
+    return "".join(chr(b) if b in kept else f"%{b:02X}" for b in encode(text))
 
 
 def split_parameters(uri: str) -> tuple[str, dict[str, str]]:
@@ -442,7 +499,7 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
         raise ValueError(f"{uri!r} is not reached by ssh; use ssh://[user@]host[:port]")
     user, at, rest = authority.removesuffix("/" if separator else "").rpartition("@")
-    if at and not USER.fullmatch(user):
+    if at and not is_name(user, "+-."):
         raise ValueError(f"{user!r} is not a user name")
     host, port = parse_host(rest)
     if not separator and host in ("auto", "daemon", "local"):
@@ -456,15 +513,33 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
 
 def parse_host(text: str) -> tuple[str, int]:
     """host, host:port, IPv6 with or without brackets, [IPv6]:port."""
-    match = re.fullmatch(r"\[([^]]*)](?::(\d+))?|([^:]*):(\d+)|(.*)", text, re.DOTALL)
-    groups = match.groups("") if match else [""] * 5
-    host = (groups[0] or groups[2] or groups[4]).replace("%25", "%")
-    port = int(groups[1] or groups[3] or 0)
-    if not HOST.fullmatch(host):
+    host, port = text, ""
+    if text.startswith("["):
+        host, bracket, port = text[1:].partition("]")
+        if not bracket or port[:1] not in ("", ":"):
+            host = ""
+        port = port[1:]
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    host = host.replace("%25", "%")
+    if text.endswith(":") or not only(port, DIGITS):
+        host = ""
+    if not is_name(host, "+-.") and not is_address(host):
         raise ValueError(f"{host or text!r} is not a host name")
-    if port > 65535:
+    if len(port) > 5 or int(port or 0) > 65535:
         raise ValueError(f"there is no port {port}")
-    return host, port
+    return host, int(port or 0)
+
+
+def is_address(text: str) -> bool:
+    """Of IPv6, perhaps with a zone."""
+    address, percent, zone = text.partition("%")
+    right = address.count(":") > 1 and only(address, HEX + ":.")
+    return right and (not percent or is_name(zone, "-."))
+
+
+def is_name(text: str, marks: str) -> bool:
+    return text != "" and only(text[0], WORD) and only(text, WORD + marks)
 
 
 def check_parameters(parameters: dict[str, str]) -> None:
@@ -478,21 +553,24 @@ def check_parameters(parameters: dict[str, str]) -> None:
 
 
 def parse_key(text: str) -> str:
-    if not PLAIN.fullmatch(text) or text.startswith("-"):
+    if not only(text, PLAIN) or text.startswith("-"):
         raise ValueError(f"the key's name {text!r} has characters that cannot be "
                          "handed on to ssh; rename the file")  # fmt: skip
     return text
 
 
 def parse_whole(name: str, text: str) -> int:
-    if not re.fullmatch("[0-9]{0,6}", text):
+    if len(text) > 6 or not only(text, DIGITS):
         raise ValueError(f"{name} is {text!r}, not a whole number")
     return int(text or 1)
 
 
 def parse_speed(text: str) -> float:
     """Any non-negative decimal, as from 2.20 on (before: whole); 0 counts as 1."""
-    if not re.fullmatch(r"([0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9})?", text):
+    whole, _, fraction = text.partition(".")
+    digits = whole + fraction
+    short = len(whole) <= 9 and len(fraction) <= 9
+    if not short or not only(digits, DIGITS) or (text and not digits):
         raise ValueError(f"speedFactor is {text!r}, not a number of 0 or more")
     return float(text or 1) or 1.0
 
@@ -501,6 +579,7 @@ def parse_host_key(text: str) -> str:
     if not text:
         return ""
     import binascii
+    import re
 
     try:
         line = binascii.a2b_base64(text.encode()).decode("ascii").strip()
@@ -515,7 +594,9 @@ def parse_host_key(text: str) -> str:
 def slips(machine: Machine, text: str) -> Iterator[str]:
     """What is allowed but is hardly what was meant."""
     for system in machine.systems:
-        if not re.fullmatch(r"[a-z0-9_]+(-[a-z0-9_]+)+", system):
+        words = system.split("-")
+        right = all(word and only(word, WORD) for word in words)
+        if len(words) < 2 or not right or system != system.lower():
             yield f"no system is called {system!r}; they look like x86_64-linux"
     if machine.key and machine.key[0] not in "/~%":
         yield f"the key {machine.key!r} is not an absolute file name"
@@ -614,20 +695,24 @@ def rank(machine: Machine, load: int) -> tuple[int, float, int]:
 # ---- Slots --------------------------------------------------------------------------
 
 
-def open_lock(path: str) -> int:
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+LOCK_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def open_lock(path: str, directory: int | None = None) -> int:
+    """Open it, and make it if need be; relative names are of that open directory."""
     try:
-        # To ask for a file to be made is dear even if it is there, and it mostly is.
-        with contextlib.suppress(FileNotFoundError):
-            return os.open(path, flags)
-        return os.open(path, flags | os.O_CREAT, 0o600)
+        try:  # to ask for a file to be made is dear even if it is there
+            return os.open(path, LOCK_FLAGS, dir_fd=directory)
+        except FileNotFoundError:
+            return os.open(path, LOCK_FLAGS | os.O_CREAT, 0o600, dir_fd=directory)
     except OSError as error:
         raise Error(f"cannot open {path}: {error.strerror}") from None
 
 
-def try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether we have the lock now; asking for a shared one disturbs no other asker."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -636,8 +721,8 @@ def try_lock(descriptor: int) -> bool:
 def start_time() -> str:
     """When this process started, in kernel ticks: tells it from a later namesake."""
     try:
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[19]
+        with open("/proc/self/stat", "rb") as file:
+            return decode(file.read().rpartition(b")")[2].split()[19])
     except OSError:
         return "-"
 
@@ -653,53 +738,70 @@ class Slot:
 
     def __init__(self, machine: Machine, descriptor: int) -> None:
         self.machine, self.descriptor = machine, descriptor
+        self.holder = ""
 
     def note(self, phase: str, derivation: str) -> None:
         """One line: pid, its start time, seconds since 1970, phase, derivation."""
-        line = f"{os.getpid()} {start_time()} {time.time():.0f} {phase} {derivation}\n"
-        with contextlib.suppress(OSError):  # a full disk must not cost a build
+        self.holder = self.holder or f"{os.getpid()} {start_time()}"
+        line = f"{self.holder} {time.time():.0f} {phase} {derivation}\n"
+        with suppress(OSError):  # a full disk must not cost a build
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, line.encode(), 0)
 
     def free(self) -> None:
         """Let go; only once, since then it may be another's."""
         if self.descriptor >= 0:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.ftruncate(self.descriptor, 0)
             os.close(self.descriptor)
             self.descriptor = -1
 
 
+class MainLock:
+    """Held while choosing.
+
+    Every holder is choosing, which takes milliseconds, and the kernel frees it with
+    a dead one, so the wait for it needs no bound.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = open_lock(path)
+
+    def __enter__(self) -> int:
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        return self.descriptor
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.descriptor)
+
+
 class SlotDirectory(NamedTuple):
-    """Nix's directory current-load, with the locks that count."""
+    """Nix's directory current-load, with the locks that count, and in it one for those
+    that the stock hook does not know."""
 
     path: str
 
+    @property
+    def own(self) -> str:
+        return f"{self.path}/own"
+
     def make(self) -> None:
         try:
-            os.makedirs(self.path, 0o700, exist_ok=True)
+            for path in (self.path, self.own):  # makedirs gives parents another mode
+                os.makedirs(path, 0o700, exist_ok=True)
         except OSError as error:
             raise Error(f"cannot make {self.path}: {error.strerror}") from None
 
-    @contextlib.contextmanager
-    def main_lock(self) -> Iterator[int]:
-        """Held while choosing.
+    def main_lock(self) -> MainLock:
+        return MainLock(f"{self.path}/main-lock")
 
-        Every holder is choosing, which takes milliseconds, and the kernel frees it with
-        a dead one, so the wait for it needs no bound.
-        """
-        descriptor = open_lock(f"{self.path}/main-lock")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def survey(self, machine: Machine, name: str) -> tuple[int, Slot | None]:
+    def survey(
+        self, machine: Machine, name: str, directory: int
+    ) -> tuple[int, Slot | None]:
         """A machine's load (slots taken), and a free slot, now ours, if it has one."""
         load, free = 0, None
         for number in range(machine.max_jobs):
-            descriptor = open_lock(f"{self.path}/{name}-{number}")
+            descriptor = open_lock(f"{name}-{number}", directory)
             if not try_lock(descriptor):
                 load += 1
             elif free is None:
@@ -708,20 +810,35 @@ class SlotDirectory(NamedTuple):
             os.close(descriptor)
         return load, free
 
-    def take(self, machines: list[Machine], nix: Nix) -> Slot | None:
-        """The best machine's free slot, or None if all slots are taken."""
+    def take(self, machines: dict[str, Machine]) -> Slot | None:
+        """The free slot of the best of these, which their slots' names lead to, or None
+        if all slots are taken."""
         found: list[tuple[tuple[int, float, int], Slot]] = []
+        best = None
         with self.main_lock():
-            for machine in machines:
-                load, slot = self.survey(machine, machine.slot_name(nix))
-                if slot:
-                    found.append((rank(machine, load), slot))
-            # min takes the first of equals: full ties go by the order written.
-            best = min(found, key=lambda pair: pair[0])[1] if found else None
-            for _, slot in found:
-                if slot is not best:
-                    os.close(slot.descriptor)
+            directory = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for name, machine in machines.items():
+                    load, slot = self.survey(machine, name, directory)
+                    if slot:
+                        found.append((rank(machine, load), slot))
+                # min takes the first of equals: full ties go by the order written.
+                best = min(found, key=lambda pair: pair[0])[1] if found else None
+            finally:
+                os.close(directory)
+                for _, slot in found:
+                    if slot is not best:
+                        os.close(slot.descriptor)
         return best
+
+    def fetching_place(self, machine: Machine, name: str) -> Slot | None:
+        """A place to bring outputs home from; there are as many as slots."""
+        for number in range(machine.max_jobs):
+            descriptor = open_lock(f"{self.own}/{name}.fetch-{number}")
+            if try_lock(descriptor):
+                return Slot(machine, descriptor)
+            os.close(descriptor)
+        return None
 
     def first_time(self, text: str) -> bool:
         """Whether the Nix that started us has not been told this yet.
@@ -745,23 +862,47 @@ class SlotDirectory(NamedTuple):
 class Line:
     """Where hooks wait for a slot on one of some machines: places, which are locks.
 
-    Whoever has a place waits for the lock of the one before, and only the holder of the
-    first looks for a free slot, so that waiting costs nothing and nobody is passed.
+    Whoever has a place waits for the lock of the one before, and only the holder of
+    the first looks for a free slot, so that waiting costs nothing and nobody is passed.
+    The first place's file names the machines: lines of more machines leave those alone.
     """
 
     def __init__(self, slots: SlotDirectory, machines: list[Machine], nix: Nix) -> None:
         import zlib
 
-        self.slots, self.machines, self.nix = slots, machines, nix
-        names = sorted(machine.slot_name(nix) for machine in machines)
-        self.name = f"{slots.path}/line-{zlib.crc32(encode(' '.join(names))):08x}"
+        self.slots = slots
+        self.machines = {machine.slot_name(nix): machine for machine in machines}
+        self.text = encode("\n".join(sorted(self.machines)))
+        self.name = f"{slots.own}/line-{zlib.crc32(self.text):08x}"
         self.size = min(LINE, sum(machine.max_jobs for machine in machines))
         self.number = self.descriptor = -1
+
+    def take(self) -> Slot | None:
+        """A free slot, if nobody should have it before the first of this line."""
+        taken: set[str] = set()
+        for entry in os.listdir(self.slots.own):
+            if entry.startswith("line-") and entry.endswith(".0"):
+                names = self.waited_for(f"{self.slots.own}/{entry}")
+                if len(names) < len(self.machines):
+                    taken.update(names)
+        machines = {n: m for n, m in self.machines.items() if n not in taken}
+        return self.slots.take(machines)
+
+    def waited_for(self, first_place: str) -> list[str]:
+        """The slots' names of the machines that somebody in that line waits for."""
+        descriptor = open_lock(first_place)
+        try:
+            if try_lock(descriptor, fcntl.LOCK_SH):
+                return []
+            data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+            return data.decode("utf-8", "surrogateescape").split("\n")
+        finally:
+            os.close(descriptor)
 
     def empty(self) -> bool:
         descriptor = open_lock(f"{self.name}.0")
         try:
-            return try_lock(descriptor)
+            return try_lock(descriptor, fcntl.LOCK_SH)
         finally:
             os.close(descriptor)
 
@@ -787,14 +928,17 @@ class Line:
 
     def wait(self) -> Slot:
         """Move up to the first place, then wait for a slot."""
-        with alarms():
+        with Alarms():
             while self.number > 0:
                 descriptor = open_lock(f"{self.name}.{self.number - 1}")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 self.stand(self.number - 1, descriptor)
+        if self.descriptor >= 0:
+            with suppress(OSError):  # a full disk: then lines are equals
+                os.pwrite(self.descriptor, self.text, 0)
         while True:
             start = time.monotonic()
-            slot = self.slots.take(self.machines, self.nix)
+            slot = self.take()
             if slot:
                 self.leave()
                 return slot
@@ -802,20 +946,19 @@ class Line:
             wait_readable([], max(WAIT_S, 50 * (time.monotonic() - start)))
 
 
-@contextlib.contextmanager
-def alarms() -> Iterator[None]:
+class Alarms:
     """Look every two seconds whether Nix has gone, also while we wait for a lock."""
 
-    def look(number: int, frame: object) -> None:
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGALRM, self.look)
+        signal.setitimer(signal.ITIMER_REAL, 2, 2)
+
+    def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def look(self, number: int, frame: object) -> None:
         if nix_has_gone():
             raise NixGone
-
-    signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, 2, 2)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 # ---- Derivations --------------------------------------------------------------------
@@ -876,7 +1019,6 @@ class Derivation(NamedTuple):
         ])  # fmt: skip
 
 
-TERM_TOKEN = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"|([\[(])|([\])])', re.DOTALL)
 ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # any other stands for itself
 
 
@@ -886,21 +1028,36 @@ def parse_term(text: str) -> list:  # type: ignore[type-arg]  # nested lists of 
     position, after_value = 0, False
     while position < len(text):
         comma = after_value and text[position] == ","
-        match = TERM_TOKEN.match(text, position + comma)
-        if not match or (after_value and bool(match[3]) == comma):
+        position += comma
+        mark = text[position : position + 1]
+        if after_value and (mark in ("]", ")")) == comma:
             raise ValueError(position)
-        if match[2]:
-            stack.append([match[2]])
-        elif match[3]:
+        if mark == '"':
+            end = closing_quote(text, position + 1)
+            stack[-1].append(unescape(text[position + 1 : end]))
+            position = end
+        elif mark in ("[", "("):
+            stack.append([mark])
+        else:
             closed = stack.pop()
-            if not stack or closed.pop(0) + match[3] not in ("()", "[]"):
+            if not stack or closed.pop(0) + mark not in ("()", "[]"):
                 raise ValueError(position)
             stack[-1].append(closed)
-        else:
-            stack[-1].append(unescape(match[1]))
-        position, after_value = match.end(), not match[2]
+        position, after_value = position + 1, mark not in ("[", "(")
     [[term]] = stack  # else a ValueError of Python's own
     return list(term) if isinstance(term, list) else []
+
+
+def closing_quote(text: str, position: int) -> int:
+    """The first quote from there on that no backslash escapes; ValueError if none."""
+    while True:
+        quote = text.index('"', position)
+        before = quote
+        while before > position and text[before - 1] == "\\":
+            before -= 1
+        if (quote - before) % 2 == 0:
+            return quote
+        position = quote + 1
 
 
 def unescape(text: str) -> str:
@@ -971,6 +1128,8 @@ class Talk:
         number = 0 if self.debug else self.levels[level]
         if number > self.verbosity:
             return
+        import re
+
         text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", text)
         text = encode(text).decode("utf-8", "replace")  # Nix reads no other JSON
         if not self.old:
@@ -1046,7 +1205,7 @@ def nix_directories(environ: dict[str, str]) -> Iterator[str]:
     directory = os.path.dirname(os.path.abspath(__file__))
     if directory.endswith("/libexec/nix"):
         yield directory[: -len("libexec/nix")] + "bin"
-    with contextlib.suppress(OSError):  # no /proc, or no right to look
+    with suppress(OSError):  # no /proc, or no right to look
         yield os.path.dirname(os.readlink(f"/proc/{os.getppid()}/exe"))
     yield from program_directories(environ)
 
@@ -1101,6 +1260,18 @@ def spawn(
         raise Error(f"cannot start {command[0]}: {error.strerror}") from None
 
 
+def make_pipes(numbers: str) -> tuple[list[int], dict[int, int]]:
+    """Pipes for those of a program's descriptors: our ends, and its own by number."""
+    ours, theirs = [], {}
+    for number in map(int, numbers):
+        ends = os.pipe()
+        theirs[number] = ends[number > 0]
+        # Out of the way of the numbers that descriptors have in children.
+        ours.append(fcntl.fcntl(ends[number == 0], fcntl.F_DUPFD_CLOEXEC, 20))
+        os.close(ends[number == 0])
+    return ours, theirs
+
+
 class Child:
     """A program we started.  Of its descriptors 0, 1 and 2, those asked for are pipes,
     whose other ends are `pipes`."""
@@ -1112,15 +1283,7 @@ class Child:
         piped: str,
         more: dict[int, int] | None = None,
     ) -> None:
-        self.pipes: list[int] = []
-        theirs: dict[int, int] = {}
-        for number in map(int, piped):
-            reading, writing = os.pipe()
-            ours = writing if number == 0 else reading
-            theirs[number] = reading + writing - ours
-            # Out of the way of the numbers that descriptors have in children.
-            self.pipes.append(fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 20))
-            os.close(ours)
+        self.pipes, theirs = make_pipes(piped)
         try:
             self.pid = spawn(command, environ, {**theirs, **(more or {})})
             self.status: int | None = None
@@ -1142,11 +1305,24 @@ class Child:
                 time.sleep(0.005)
         return self.status
 
-    def kill(self) -> None:
-        """End it, if it has not ended, and forget its pipes."""
+    def output(self) -> str:
+        """All that it writes on its one pipe."""
+        answer = b""
+        while data := os.read(self.pipes[0], 65536):
+            answer += data
+        self.wait()
+        self.kill()
+        return decode(answer)
+
+    def stop(self) -> None:
+        """End it, if it has not ended."""
         if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
+
+    def kill(self) -> None:
+        """End it, and forget its pipes."""
+        self.stop()
         while self.pipes:
             os.close(self.pipes.pop())
 
@@ -1193,7 +1369,7 @@ SSH_DEFAULTS = ("-oBatchMode=yes", f"-oConnectTimeout={CONNECT_TIMEOUT_S}",
 def user_ssh_options(environ: dict[str, str]) -> list[str]:
     """NIX_SSHOPTS as our own ssh gets it: words, quoted as for a shell if at all."""
     text = environ.get("NIX_SSHOPTS", "")
-    if not re.search(r"['\"\\]", text):
+    if not any(mark in text for mark in "'\"\\"):
         return text.split()
     import shlex
 
@@ -1212,16 +1388,17 @@ def alias(machine: Machine) -> str:
     if ":" not in machine.host and machine.destination != "localhost":
         return machine.destination
     user, at, host = machine.destination.rpartition("@")
-    return user + at + "builder-" + re.sub("[^0-9A-Za-z]", "-", host)
+    plain = "".join(c if only(c, DIGITS + LETTERS) else "-" for c in host)
+    return f"{user}{at}builder-{plain}"
 
 
 def private_directory(wanted: str) -> str:
     """A directory only we can write, for files ssh reads: wanted, or one in /tmp if its
     name could not be handed on to ssh."""
-    plain = PLAIN.fullmatch(wanted) and "%" not in wanted  # ssh would expand that
+    plain = only(wanted, PLAIN) and "%" not in wanted  # ssh would expand that
     plain = plain and len(wanted) + 30 < SOCKET_LIMIT_BYTES
     path = wanted if plain else f"/tmp/nix-build-remote-{os.geteuid()}"
-    with contextlib.suppress(FileExistsError):
+    with suppress(FileExistsError):
         os.makedirs(path, 0o700)
     info = os.lstat(path)
     ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
@@ -1322,8 +1499,8 @@ class Link:
         if try_lock(descriptor) and not answers(name):
             os.ftruncate(descriptor, 0)
             # What a killed master has left: ssh would share nothing if it found that.
-            for stale in (f"{name}.proved", name):
-                with contextlib.suppress(FileNotFoundError):
+            for stale in (f"{name}.proved", f"{name}.direct", name):
+                with suppress(FileNotFoundError):
                     os.unlink(stale)
             command = [self.ssh, "-N", "-oControlMaster=yes"]
             command += [f"-oControlPersist={IDLE_S}", *self.options(name)]
@@ -1358,6 +1535,16 @@ class Link:
         finally:
             os.close(descriptor)
 
+    def master_words(self) -> str:
+        """What our connection's master has said, if it has ended."""
+        if self.live():
+            return ""
+        try:
+            with open(f"{self.socket}.start", "rb") as file:
+                return decode(file.read(TAIL_BYTES))
+        except OSError:
+            return ""
+
     def complain(self, words: bytes) -> None:
         """Raise Unreachable with what ssh said, if it said anything."""
         if self.machine.host_key and b"Host key verification failed" in words:
@@ -1380,6 +1567,33 @@ class Link:
         sharing = [f"-oControlPath={name}", *self.own, *self.user, "-S", name]
         return [*sharing, *SSH_DEFAULTS]
 
+    def run(self, *remote: str) -> Child:
+        """Start a program on the machine."""
+        if self.socket != "none" and self.direct():
+            with suppress(OSError):  # no master, or no more sessions: ssh knows a way
+                return Remote(self.socket, " ".join(remote))
+        return Child(self.command(*remote), self.environ, "012")
+
+    def direct(self) -> bool:
+        """Whether the master may be asked directly: only a whole ssh sends variables to
+        the machine, as it may be configured to.  (Those that Debian's ssh sends on its
+        own are about terminals.)  The answer is kept for this connection."""
+        path = f"{self.socket}.direct"
+        try:
+            with open(path, encoding="utf-8") as file:
+                return file.read() == "yes"
+        except FileNotFoundError:
+            pass
+        program, *options = self.command()
+        child = Child([program, "-G", *options], self.environ, "1")
+        lines = child.output().split("\n")
+        usual = ("sendenv LANG", "sendenv LC_", "sendenv COLORTERM", "sendenv NO_COLOR")
+        sent = [line for line in lines if line.startswith(("setenv ", "sendenv "))]
+        answer = child.wait() == 0 and all(line.startswith(usual) for line in sent)
+        with suppress(OSError):  # a full disk
+            write_private(path, "yes" if answer else "no")
+        return answer
+
     def command(self, *remote: str) -> list[str]:
         options = ["-oControlMaster=no", *self.options(self.socket), "-T"]
         options.append("-oPermitLocalCommand=no")
@@ -1398,10 +1612,98 @@ class Link:
 
 def answers(name: str) -> bool:
     """Whether something listens at that control socket."""
-    import socket
+    import _socket  # socket itself takes 6 ms to import
 
-    with socket.socket(socket.AF_UNIX) as probe:
+    probe = _socket.socket(_socket.AF_UNIX)
+    try:
         return probe.connect_ex(name) == 0
+    finally:
+        probe.close()
+
+
+class Remote(Child):
+    """A program on the builder, run over a shared connection.
+
+    Its master is asked for that directly, as an ssh would ask it (PROTOCOL.mux of
+    OpenSSH, version 4): an ssh for each build would take 6 ms of processor time.  The
+    program ends when the control connection is closed.
+
+    Raises OSError if there is no master or it refuses, SessionLost if it dies.
+    """
+
+    HELLO, NEW_SESSION = 1, 0x10000002
+    EXIT, OPENED = 0x80000004, 0x80000006
+
+    def __init__(self, control_socket: str, command: str) -> None:
+        import _socket
+
+        self.control = _socket.socket(_socket.AF_UNIX)
+        self.control.connect(control_socket)
+        self.pipes, theirs = make_pipes("012")
+        self.status = None
+        try:
+            self.send(self.HELLO, struct.pack(">I", 4))
+            texts = [struct.pack(">I", len(t)) + encode(t) for t in ("", "", command)]
+            flags = struct.pack(">5I", 0, 0, 0, 0, 0xFFFFFFFF)  # no terminal, no escape
+            request = struct.pack(">I", 0) + texts[0] + flags + texts[1] + texts[2]
+            self.send(self.NEW_SESSION, request)
+            for descriptor in theirs.values():
+                rights = struct.pack("i", descriptor)
+                control = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)
+                self.control.sendmsg([b"\0"], [control])
+            deadline = time.monotonic() + GREETING_TIMEOUT_S
+            if not self.receive(deadline).startswith(struct.pack(">II", self.HELLO, 4)):
+                raise OSError("ssh's master speaks another protocol")
+            answer = self.receive(deadline)
+            if not answer.startswith(struct.pack(">I", self.OPENED)):
+                raise OSError(f"ssh's master opens no session: {answer!r}")
+        except BaseException as error:
+            self.kill()
+            if isinstance(error, (TimeoutError, ConnectionError)):
+                raise SessionLost("the connection does not answer") from None
+            raise
+        finally:
+            for descriptor in theirs.values():
+                os.close(descriptor)
+
+    def send(self, kind: int, body: bytes) -> None:
+        self.control.sendall(struct.pack(">II", 4 + len(body), kind) + body)
+
+    def receive(self, deadline: float) -> bytes:
+        """The next message; OSError if none comes."""
+        length = int.from_bytes(self.read(4, deadline), "big")
+        return self.read(length, deadline)
+
+    def read(self, count: int, deadline: float) -> bytes:
+        data = b""
+        while len(data) < count:
+            left = max(0.0, deadline - time.monotonic())
+            if not wait_readable([self.control.fileno()], left):
+                raise TimeoutError
+            more = self.control.recv(min(count - len(data), TAIL_BYTES))
+            if not more:
+                raise ConnectionResetError
+            data += more
+        return data
+
+    def wait(self, timeout_s: float = math.inf) -> int | None:
+        deadline = time.monotonic() + timeout_s
+        while self.status is None:
+            try:
+                message = self.receive(deadline)
+            except TimeoutError:
+                break
+            except OSError:
+                self.status = 255  # as ssh has it
+            else:
+                if message.startswith(struct.pack(">I", self.EXIT)):
+                    self.status = int.from_bytes(message[8:12], "big")
+        return self.status
+
+    def stop(self) -> None:
+        self.control.close()
+        if self.status is None:
+            self.status = 255
 
 
 class Session:
@@ -1418,8 +1720,7 @@ class Session:
         self.version = 0
         self.tail = b""  # of stderr
         self.inbox = bytearray()
-        command = link.command("nix-store", "--serve", "--write")
-        self.child = Child(command, link.environ, "012")
+        self.child = link.run("nix-store", "--serve", "--write")
         self.stdin, self.stdout, self.stderr = self.child.pipes
         os.set_blocking(self.stdin, False)
         self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
@@ -1493,12 +1794,13 @@ class Session:
     def last_words(self) -> str:
         """What ssh or nix-store said at the end."""
         if self.child.wait(1) is None:
-            os.kill(self.child.pid, signal.SIGKILL)
+            self.child.stop()
         self.drain()
         status = self.child.wait()
         lines = decode(self.tail).split("\n")
         if self.version:  # the rest is the build's log, which Nix has got
             lines = ["the connection was lost:" * (status == 255), *lines[-2:]]
+        lines.append(self.link.master_words() if status == 255 else "")
         words = " ".join(" ".join(lines).split())
         return f"{words or 'the session ended'} (ssh's exit status {status})"
 
@@ -1587,9 +1889,9 @@ PASSED_SETTINGS = (
 )  # fmt: skip
 
 
-# The ssh that nix-copy-closure finds first in its PATH.  It gives it our own session, on
-# descriptors 8 and 9, and answers the greeting, which our session has had.  This saves
-# an ssh, a nix-store on the builder and several round trips for each copy.  When done,
+# The ssh that nix-copy-closure finds first in its PATH.  It gives it our own session,
+# on descriptors 8 and 9, and answers the greeting, which our session has had.  This
+# saves an ssh, a nix-store on the builder and several round trips a copy.  When done,
 # nix-copy-closure kills it (all 2.x), between an answer and the next question.  It may
 # outlive a nix-copy-closure that is killed, so it must not hold our pipe.
 SHIM = """#!/bin/sh
@@ -1626,7 +1928,7 @@ class Copier:
         if self.version < (2,):  # a Perl script of another protocol
             return {}
         if not os.path.exists(shim):
-            with contextlib.suppress(OSError):  # a full disk
+            with suppress(OSError):  # a full disk
                 os.makedirs(os.path.dirname(shim), 0o700, exist_ok=True)
                 write_private(shim, SHIM, 0o700)
         if not os.access(shim, os.X_OK):  # or where nothing may be executed
@@ -1719,27 +2021,28 @@ def program_version(program: str, nix: Nix, slots: SlotDirectory) -> tuple[int, 
     key = f"{program} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}"
     directory = private_directory(f"{slots.path}/ssh")
     path = f"{directory}/version-{zlib.crc32(encode(key)):08x}"
-    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+    with suppress(OSError), open(path, encoding="utf-8") as file:
         return parse_version(file.read())
     child = Child([program, "--version"], child_environ(nix), "1")
-    answer = b""
-    while data := os.read(child.pipes[0], TAIL_BYTES):
-        answer += data
-    status = child.wait()
-    child.kill()
-    if status == 0:
-        with contextlib.suppress(OSError):
-            write_private(path, decode(answer))
-    return parse_version(decode(answer))
+    answer = child.output()
+    if child.wait() == 0:
+        with suppress(OSError):
+            write_private(path, answer)
+    return parse_version(answer)
 
 
 def parse_version(text: str) -> tuple[int, ...]:
     """Of `nix-copy-closure (Nix) 2.26.3`.  Lix counts on from Nix 2.18, whose locks it
     has; in Nix 1.x it is a Perl script that has no --version."""
-    match = re.search(r"([0-9]+(?:\.[0-9]+)+)[^ ]*\s*$", text)
-    if not match:
+    numbers: list[int] = []
+    for part in text.split(" ")[-1].strip().split("."):
+        digits = part[: len(part) - len(part.lstrip(DIGITS))]
+        numbers += [int(digits)] if digits else []
+        if digits != part:  # 2.35pre20260101_abc
+            break
+    if len(numbers) < 2:
         return (1, 11)
-    return (2, 18) if "Lix" in text else tuple(map(int, match[1].split(".")))
+    return (2, 18) if "Lix" in text else tuple(numbers)
 
 
 def error_text(line: str) -> str:
@@ -1820,6 +2123,67 @@ class OutputLocks:
 # ---- One build, from accept to outputs ----------------------------------------------
 
 
+class Sending:
+    """The right to send some paths to a machine, when nobody else sends any of them.
+
+    So all hooks do not send the same, and a small build waits for another's gigabytes
+    only if it needs those too.  The rights are a few locks, the first of which the
+    stock hook knows too; their files name what is sent, or else it may be anything.
+    """
+
+    def __init__(self, slots: SlotDirectory, name: str, paths: set[str]) -> None:
+        name += ".upload-lock"
+        own = (f"{slots.own}/{name}.{number}" for number in range(1, SENDERS))
+        self.locks = [f"{slots.path}/{name}", *own]
+        self.slots = slots
+        self.hashes = {path.rpartition("/")[2][:32] for path in paths}
+        self.descriptor = -1
+
+    def __enter__(self) -> bool:
+        """Whether we had to wait, and others may have sent what we were to send."""
+        waited, deadline = False, time.monotonic() + UPLOAD_LOCK_TIMEOUT_S
+        while time.monotonic() < deadline and (descriptor := self.take()) >= 0:
+            waited = True
+            try:
+                while not try_lock(descriptor, fcntl.LOCK_SH):
+                    wait_readable([], LOCK_POLL_S)
+                    if time.monotonic() > deadline:  # go on without the right
+                        break
+            finally:
+                os.close(descriptor)
+        return waited
+
+    def take(self) -> int:
+        """Take a lock, or return one to wait for."""
+        with self.slots.main_lock():
+            opened = [open_lock(lock) for lock in self.locks]
+            free = [descriptor for descriptor in opened if try_lock(descriptor)]
+            busy = [descriptor for descriptor in opened if descriptor not in free]
+            rivals = [descriptor for descriptor in busy if self.shares(descriptor)]
+            awaited = rivals or ([] if free else busy)
+            chosen = (awaited or free)[0]
+            for descriptor in opened:
+                if descriptor != chosen:
+                    os.close(descriptor)
+            if awaited:
+                return chosen
+            self.descriptor = chosen
+            with suppress(OSError):
+                os.pwrite(chosen, encode(" ".join(self.hashes)), 0)
+        return -1
+
+    def shares(self, descriptor: int) -> bool:
+        """Whether something of ours may be sent by who holds that lock."""
+        data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        return not data or not self.hashes.isdisjoint(decode(data).split())
+
+    def __exit__(self, *error: object) -> None:
+        if self.descriptor >= 0:
+            with suppress(OSError):
+                os.ftruncate(self.descriptor, 0)
+            os.close(self.descriptor)
+
+
 class Build:
     """An accepted build: where it runs and all that belongs to it."""
 
@@ -1883,12 +2247,22 @@ class Build:
                 self.talk.say(INFO, f"building '{self.path}' on '{self.link.name}'")
             self.build()
             self.begin("fetching", "bring the outputs of", "from")
-            self.slot.free()  # the next build may start there
+            self.leave_slot()
             self.copier.fetch(self.missing, self.locks)
             self.session.finish()
         finally:
             self.session.cancel()
             self.slot.free()
+
+    def leave_slot(self) -> None:
+        """Let the next build start while we fetch, unless as many fetch already as may
+        build: else sessions would pile up on a machine that builds fast."""
+        slots, machine = self.hook.slots, self.slot.machine
+        place = slots.fetching_place(machine, machine.slot_name(self.nix))
+        if place:
+            self.slot.free()
+            self.slot = place
+            self.slot.note("fetching", self.path)
 
     def open_session(self) -> Session:
         self.link.connect()
@@ -1933,15 +2307,14 @@ class Build:
     def send_inputs(self) -> None:
         """Make the builder have, and keep, all inputs, which it has been asked for.
 
-        Asking locks what is there.  The upload lock is taken only if something must be
-        sent, and never while the builder substitutes; whoever had it before us may have
-        sent the same, so we ask again.
+        Asking locks what is there, and the builder substitutes meanwhile if it should.
         """
         lacking = set(self.inputs) - self.session.valid()
         if not lacking:
             return
-        with self.upload_lock():
-            lacking -= self.ask_again(lacking)
+        with self.sending(lacking) as waited:
+            if waited:
+                lacking -= self.ask_again(lacking)
             self.copier.send(lacking, self.substitute)
         lacking -= self.ask_again(lacking)
         if lacking:
@@ -1951,21 +2324,8 @@ class Build:
         self.session.ask_valid(paths, False)
         return self.session.valid()
 
-    @contextlib.contextmanager
-    def upload_lock(self) -> Iterator[None]:
-        """One sender at a time for each machine, so that all do not send the same."""
-        path = f"{self.hook.slots.path}/{file_name(self.link.name)}.upload-lock"
-        descriptor = open_lock(path)
-        deadline = time.monotonic() + UPLOAD_LOCK_TIMEOUT_S
-        try:
-            while not try_lock(descriptor):
-                wait_readable([], LOCK_POLL_S)
-                if time.monotonic() > deadline:
-                    self.talk.say(WARN, f"{path} is taken too long; going on without")
-                    break
-            yield
-        finally:
-            os.close(descriptor)
+    def sending(self, paths: set[str]) -> Sending:
+        return Sending(self.hook.slots, file_name(self.link.name), paths)
 
     def build(self) -> None:
         """Build on the builder, in whichever way it lets us."""
@@ -1986,6 +2346,8 @@ class Build:
         self.trace("build-remote-done")
         if status:
             self.session.finish()
+            import re
+
             # A daemon on the builder quotes the end of the log, which Nix has already.
             message = re.split(r";?\s*[Ll]ast [0-9]+ log lines:", message)[0]
             message = message or "the log says why"
@@ -2008,7 +2370,7 @@ class Build:
 
     def build_closure(self) -> tuple[int, str]:
         """As an untrusted user may build, and the only way on builders before 1.10."""
-        with self.upload_lock():
+        with self.sending({self.path}):
             self.copier.send([self.path], False)
         return self.session.build_paths(self.path, self.nix)
 
@@ -2188,7 +2550,7 @@ class Hook:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             if line.empty():
-                slot = self.slots.take(line.machines, self.nix)
+                slot = line.take()
                 if slot:
                     return slot
             if (request.willing if might else line.join()):
@@ -2268,11 +2630,11 @@ def prepare_descriptors() -> None:
         os.fstat(4)
     except OSError:  # started by hand
         os.dup2(2, 4)
-    with contextlib.suppress(OSError):  # it is not open
+    with suppress(OSError):  # it is not open
         if stat.S_ISFIFO(os.fstat(5).st_mode):
             os.close(5)
     for descriptor in range(3, 64):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.set_inheritable(descriptor, False)
 
 
@@ -2322,4 +2684,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if sys.stdout:
+        sys.stdout.flush()
+    os._exit(exit_status)  # taking Python apart in order would cost each build 2 ms

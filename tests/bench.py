@@ -204,37 +204,60 @@ def held_slots(client: Host) -> Iterator[list[int]]:
 
 
 def big(name: str, runs: int) -> Iterator[Row]:
-    """1 GiB there and 1 GiB back, beside plain nix-copy-closure of as much."""
+    """1 GiB there and 1 GiB back, beside the same by hand with nix-copy-closure."""
     with site(name, 1) as where:
         where.machines(1)
         client, builder = where.client, where.builders[0]
-        size = "1073741824"
-        client.run("sh", "-c", f"head -c {size} /dev/urandom > /tmp/big")
+        client.run("sh", "-c", "head -c 1073741824 /dev/urandom > /tmp/big")
         source = client.run("nix-store", "--add", "/tmp/big").stdout.strip()
         expression = """
         derivation { name = "out-%(tag)s"; system = "%(system)s"; builder = "/bin/sh";
           PATH = "/usr/bin:/bin"; args = [ "-c" "cat ${builtins.storePath SOURCE} > $out" ]; }
         """.replace("SOURCE", source)
 
-        def measure(ours: bool) -> float:
-            builder.run(
-                "nix-store", "--delete", "--ignore-liveness", source, check=False
-            )
-            if ours:
-                return where.build(expression, True)
+        def by_hand() -> float:
+            where.count += 1
+            values = {"system": SYSTEM, "tag": where.count}
+            client.write("/tmp/hand.nix", expression % values)
             start = time.monotonic()
-            client.run("nix-copy-closure", "--to", "b0", source, timeout=600)
-            back = builder.run("nix-store", "--add", source, timeout=600).stdout.strip()
-            copied = time.monotonic() - start
-            client.run("nix-store", "--delete", back, check=False)
-            start = time.monotonic()
-            client.run("nix-copy-closure", "--from", "b0", back, timeout=600)
-            return copied + time.monotonic() - start
+            drv = client.run("nix-instantiate", "/tmp/hand.nix").stdout.strip()
+            client.run("nix-copy-closure", "--to", "b0", drv, timeout=600)
+            built = client.run("ssh", "b0", "nix-store", "--realise", drv, timeout=600)
+            output = built.stdout.strip()
+            client.run("nix-copy-closure", "--from", "b0", output, timeout=600)
+            return time.monotonic() - start
 
-        yield Row(
-            "1 GiB input, 1 GiB output; plain nix-copy-closure",
-            *where.compare(runs, measure),
-        )
+        def measure(ours: bool) -> float:
+            builder.run("nix-store", "--gc", timeout=600)  # the input is sent each time
+            return where.build(expression, True) if ours else by_hand()
+
+        times = where.compare(runs, measure)
+        yield Row("1 GiB in, 1 GiB out; beside nix-copy-closure by hand", *times)
+
+
+def old(name: str, runs: int) -> Iterator[Row]:
+    """The driver that plays Nix 1.11; there is no stock hook to run beside it."""
+    with site(name, 4) as where:
+        where.machines(2)
+        where.client.copy(HERE / "old_nix.py", "/usr/local/lib/old_nix.py")
+
+        def measure() -> float:
+            where.count += 1
+            values = {"system": SYSTEM, "tag": where.count, "sleep": 0, "count": 24}
+            where.client.write("/tmp/bench.nix", TRIVIAL % values)
+            done = where.client.run("nix-instantiate", "/tmp/bench.nix")
+            derivations = done.stdout.split()
+            command = ["python3", "/usr/local/lib/old_nix.py", "--hook", INSIDE]
+            start = time.monotonic()
+            environ = {"NIX_REMOTE_SYSTEMS": "/etc/nix/machines"}
+            done = where.client.run(*command, *derivations, env=environ, timeout=600)
+            seconds = time.monotonic() - start
+            assert done.stdout.count('"result": "built"') == 24, done.stdout
+            return seconds
+
+        measure()
+        seconds = statistics.median(measure() for _ in range(runs))
+        yield Row("24 trivial, played by the driver of Nix 1.11, 0 ms", seconds, 0.0)
 
 
 # Runs inside a client: how long a hook takes to answer its first and its next request,
@@ -379,6 +402,7 @@ ROWS = {
     "local": local,
     "utilisation": utilisation,
     "big": big,
+    "old": old,
     "replies": replies,
     "waiting": waiting,
 }

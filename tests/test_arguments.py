@@ -6,6 +6,7 @@ import base64
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -472,3 +473,17 @@ def test_a_path_longer_than_a_batch_is_a_batch() -> None:
 
 def test_nothing_is_no_batch() -> None:
     assert list(batches([])) == []
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def test_a_start_imports_little() -> None:
+    """Each of these would cost every build some ms."""
+    dear = {"re", "enum", "typing", "collections", "contextlib", "subprocess", "json"}
+    program = "import nix_build_remote, sys; print(*sys.modules)"
+    command = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert dear.isdisjoint(done.stdout.split())

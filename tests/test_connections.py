@@ -462,6 +462,44 @@ def test_without_any_machine_alive_builds_happen_here(dead: Scene) -> None:
 
 # -- What the user's ssh_config says --------------------------------------------------
 
+
+@pytest.fixture
+def watched(nix: Scene) -> Iterator[Scene]:
+    """Says on the builder what variable MARK it was started with."""
+    sshd(nix, "AcceptEnv MARK")
+    real = nix.builder.run("sh", "-c", "command -v nix-store").stdout.strip()
+    script = f'#!/bin/sh\necho "mark:$MARK." >> /tmp/marks\nexec {real} "$@"\n'
+    nix.builder.write("/usr/local/bin/nix-store", script, 0o755)
+    yield nix
+    nix.builder.run("rm", "/usr/local/bin/nix-store", "/tmp/marks")
+    sshd(nix)
+
+
+@pytest.mark.parametrize(
+    "config, options",
+    [("SetEnv MARK=here\n", ""), ("SendEnv MA*\n", ""), ("", "-oSetEnv=MARK=here")],
+    ids=["SetEnv", "SendEnv", "NIX_SSHOPTS"],
+)
+def test_variables_are_sent_as_ssh_is_told(
+    watched: Scene, config: str, options: str
+) -> None:
+    configure(watched, config)
+    for _ in range(2):
+        watched.build(one(), env={"MARK": "here", "NIX_SSHOPTS": options})
+    assert set(watched.builder.read("/tmp/marks").split()) == {"mark:here."}
+    assert logins(watched) == 1
+
+
+def test_sessions_are_asked_of_the_master_without_an_ssh_each(watched: Scene) -> None:
+    watched.build(one())
+    run = watched.start(one(HELD))
+    held(watched, 1)
+    processes = [process.cmdline for process in watched.client.processes()]
+    assert not [line for line in processes if "nix-store --serve" in line]
+    release(watched)
+    assert run.end().status == 0
+
+
 SHARING = "ControlMaster auto\nControlPath /root/.ssh/user-%C\nControlPersist 60\n"
 
 

@@ -249,11 +249,12 @@ def test_a_nul_in_a_line_costs_no_other_machine(
     file = tmp_path / "machines"
     file.write_text(f"{line}\nb2\n", encoding="utf-8")
     settings = {**nix.settings, "builders": f"@{file}", "system": "x86_64-linux"}
-    nix = nix._replace(settings=settings, environ={"NIX_REMOTE_SYSTEMS": str(file)})
+    environ = {"NIX_REMOTE_SYSTEMS": str(file)}
+    nix = Nix(nix.old, settings, environ)
     slots = SlotDirectory(str(tmp_path))
     machines, _ = load_machines(nix)
-    loads = [slots.survey(machine, machine.slot_name(nix))[0] for machine in machines]
-    assert machines[-1].destination == "b2" and not any(loads)
+    taken = [slots.take({machine.slot_name(nix): machine}) for machine in machines]
+    assert machines[-1].destination == "b2" and all(taken)
 
 
 # -- Files ----------------------------------------------------------------------------

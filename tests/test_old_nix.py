@@ -128,8 +128,7 @@ class OldNix(NamedTuple):
         return self.client.popen(*command, env=ENVIRON, stdout=subprocess.PIPE)
 
     def slot_files(self, directory: str = SLOTS) -> set[str]:
-        found = (p.name for p in self.client.path(directory).iterdir() if p.is_file())
-        return {name for name in found if not name.startswith("line-")}
+        return {p.name for p in self.client.path(directory).iterdir() if p.is_file()}
 
     def take_slot(self, name: str) -> int:
         """Hold a slot, as another hook would; close it to let go."""

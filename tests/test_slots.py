@@ -8,13 +8,14 @@ import os
 import re
 import signal
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from farm import Host, poll
-from scene import INSTALLED, PRELUDE, Run, Scene, scene
+from scene import INSTALLED, PRELUDE, Run, Scene, registered, scene
 
 SLOTS = "/nix/var/nix/current-load"
 POLL = ("--option", "build-poll-interval", "1")
@@ -187,14 +188,63 @@ def test_slot_files_have_the_stock_hooks_names(nix: Scene, uri: str) -> None:
 
 def names(nix: Scene) -> set[str]:
     """Of what the stock hook knows: it has neither lines nor connections of its own."""
-    found = {path.name for path in slot_directory(nix).iterdir() if path.is_file()}
-    return {name for name in found if not name.startswith("line-")}
+    return {path.name for path in slot_directory(nix).iterdir() if path.is_file()}
 
 
 def with_input(content: str) -> str:
     """A build that needs something sent, and so the upload lock."""
     source = f'builtins.toFile "source" "{content}"'
     return f'mk "sent" "cat $source > $out" {{ source = {source}; }}'
+
+
+# -- Sending --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def somebody_sends(nix: Scene, *paths: str) -> Iterator[None]:
+    """Hold the lock of one who sends these paths, or who knows what, to b1."""
+    lock = slot_directory(nix) / "ssh:__b1.upload-lock"
+    hashes = " ".join(Path(path).name[:32] for path in paths)
+    with lock.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(hashes)
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+def sent(nix: Scene, content: str) -> tuple[str, str]:
+    """A build, and the path it needs sent."""
+    nix.machines("b1 - - 4\n")
+    nix.build(with_input(f"before {content}"))
+    expression = with_input(content)
+    nix.client.write("/tmp/sent.nix", f'builtins.toFile "source" "{content}"')
+    found = nix.client.run("nix-instantiate", "--eval", "/tmp/sent.nix")
+    return expression, found.stdout.strip().strip('"')
+
+
+def phase(nix: Scene) -> str:
+    words = "".join(path.read_text() for path in slot_files(nix)).split()
+    return words[3] if len(words) > 3 else ""
+
+
+@pytest.mark.engines
+def test_what_nobody_sends_is_sent_beside_another_sender(nix: Scene) -> None:
+    expression, _ = sent(nix, "not what they send")
+    with somebody_sends(nix, f"/nix/store/{'1' * 32}-big"):
+        assert nix.build(expression).status == 0
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["ours too", "untold"])
+def test_what_another_may_send_is_waited_for(nix: Scene, announced: bool) -> None:
+    expression, path = sent(nix, f"they may send it {announced}")
+    with somebody_sends(nix, *[f"/nix/store/{'1' * 32}-big", path] * announced):
+        run = nix.start(expression)
+        poll(lambda: phase(nix) == "sending", "a build that sends", timeout=SOON_S)
+        time.sleep(1)
+        assert phase(nix) == "sending"
+        assert not registered(nix.builder, path)
+    assert run.end().status == 0
 
 
 # -- Which machine --------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -10,6 +11,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from farm import poll
@@ -64,7 +66,7 @@ def held(nix: Scene, count: int = 1) -> None:
 def places(nix: Scene) -> int:
     """How many hooks stand in line."""
     directory = nix.client.path(SLOTS)
-    return sum(is_taken(place) for place in directory.glob("line-*"))
+    return sum(is_taken(place) for place in directory.glob("own/line-*"))
 
 
 def is_taken(path: Path) -> bool:
@@ -183,6 +185,38 @@ def test_those_who_wait_come_before_newcomers(nix: Scene) -> None:
     assert [run.end().status for run in (first, earlier, later)] == [0, 0, 0]
     labels = [name.partition("-")[0] for name in lines(nix, "/tmp/order")]
     assert labels == ["earlier"] * 3 + ["later"] * 3
+
+
+@pytest.mark.engines
+def test_a_machine_goes_to_the_line_that_has_fewer_machines(nix: Scene) -> None:
+    """b2 is not there, so all three builds wait for b1, but only one has to."""
+    nix.build(many(1))
+    nix.machines("b1 - - 1 1 nixos-test,benchmark\nb2 - - 1 1 benchmark\n")
+    nix.builder.run("rm", "/tmp/order")
+    with taken(nix, "ssh:__b1-0") as b1, taken(nix, "ssh:__b2-0"):
+        wide = [needing("benchmark", number) for number in (1, 2)]
+        runs = [nix.start(expression, *NEVER_POLL) for expression in wide]
+        stand(nix, 2)
+        runs.append(nix.start(needing("nixos-test", 3), *NEVER_POLL))
+        stand(nix, 3)
+        b1.close()
+        assert [run.end().status for run in runs] == [0, 0, 0]
+    assert [name[:3] for name in lines(nix, "/tmp/order")] == ["nix", "ben", "ben"]
+
+
+def needing(feature: str, number: int) -> str:
+    name = f"{feature}-{number}-{next(numbers)}"
+    attributes = f'{{ requiredSystemFeatures = [ "{feature}" ]; }}'
+    return f"mk \"{name}\" ''{COUNTED}'' {attributes}"
+
+
+@contextlib.contextmanager
+def taken(nix: Scene, slot: str) -> Iterator[TextIO]:
+    """Hold a slot until it is closed or the block ends."""
+    path = nix.client.path(SLOTS) / slot
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 # -- What may happen to those who wait ------------------------------------------------

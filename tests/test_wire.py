@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +23,12 @@ from nix_build_remote import (
     Link,
     Machine,
     Nix,
-    Read,
     Request,
     Session,
 )
 
 
-def reader(data: bytes) -> Read:
+def reader(data: bytes) -> Callable[[int], bytes]:
     stream = io.BytesIO(data)
 
     def read(count: int) -> bytes:
@@ -253,7 +252,8 @@ class TestRecordedSettings:
     )
     def test_tell_how_slots_are_named(self, heard: Heard, slot: str) -> None:
         machine = Machine.parse("machines:1", "b1", "x86_64-linux")
-        assert machine._replace(uri="ssh://b1?b=1&a=/").slot_name(heard.nix) == slot
+        machine = Machine(machine.where, "ssh://b1?b=1&a=/", *machine[2:])
+        assert machine.slot_name(heard.nix) == slot
 
 
 # -- What a builder answered ----------------------------------------------------------
@@ -303,7 +303,7 @@ def replay(version: str, directory: Path) -> Replay:
                 session.build_derivation(
                     build.path,
                     Derivation.parse(build.drv).encode([]),
-                    nix._replace(settings={"timeout": str(build.timeout)}),
+                    Nix(nix.old, {"timeout": str(build.timeout)}, nix.environ),
                 )
                 for build in fakes.RECORDED_BUILDS
             ]
