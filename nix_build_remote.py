@@ -118,7 +118,7 @@ VERSION = "0.1"
 
 CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
 GREETING_TIMEOUT_S = 90  # connecting, logging in and starting nix-store on the builder
-ALIVE_INTERVAL_S = 15  # a silent link is noticed after ALIVE_COUNT_MAX probes of these
+ALIVE_INTERVAL_S = 10  # a silent link is noticed after ALIVE_COUNT_MAX probes of these
 ALIVE_COUNT_MAX = 3
 IDLE_S = 120  # then a shared connection that nobody uses ends by itself
 SEATS = 8  # hooks on one: sshd allows it 10 sessions, and a hook has one
@@ -126,7 +126,7 @@ CONNECTIONS = 16  # to one machine
 SOCKET_LIMIT_BYTES = 86  # of a control socket's name: Linux 90, macOS 86
 WARM_AT_ONCE = 6  # connections begun at the same time
 LOSSES = 5  # of a session with a builder, before a build is given up
-PAUSE_S, PAUSE_LIMIT_S = 0.25, 30  # a machine that failed again is left alone, longer
+PAUSE_S, PAUSE_LIMIT_S = 1, 60  # a machine that fails again is left alone for longer
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 WAIT_S = 0.02  # between two looks for a free slot
 LINE = 64  # hooks that wait for one set of machines
@@ -220,6 +220,50 @@ class suppress:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
         return kind is not None and issubclass(kind, self.errors)
+
+
+# What ssh and Nix say when something is wrong, whether it may pass by itself, and what
+# to do about it.  The first that fits counts.
+TROUBLES = """\
+Connection refused: may pass: is sshd running there, on that port?
+timed out: may pass: is the machine on, and can it be reached from here?
+No route to host: may pass: is the machine on, and can it be reached from here?
+unreachable: may pass: is the network up?
+resolve hostname: may pass: is the name right, in the machines file and in DNS?
+not responding: may pass:
+Broken pipe: may pass:
+Connection closed: may pass:
+Connection reset: may pass:
+connection was lost: may pass:
+session ended: may pass:
+does not answer: may pass:
+no answer: may pass:
+No space left on device: may pass: make room there, with nix-collect-garbage
+HAS CHANGED: stays: if HOST was set up anew: ssh-keygen -R HOST, then log in once
+Host key verification failed: stays: log in once from here, to confirm the host key
+its host key is not: stays: correct that field if the machine has a new key
+bad permissions: stays: chmod 600 the key file
+Permission denied (: stays: can you log in from here with that key and no passphrase?
+command not found: stays: link nix-store into a directory like /usr/bin there
+nix-store: not found: stays: link nix-store into a directory like /usr/bin there
+signature: stays: sign it, or make the user trusted where it was refused
+"""
+
+
+def trouble(words: str) -> tuple[bool, str]:
+    """Whether it may pass by itself, and what to do about it, "" if we don't know."""
+    for line in TROUBLES.splitlines():
+        sign, passes, remedy = line.rpartition(" may pass:")
+        if not passes:
+            sign, passes, remedy = line.rpartition(" stays:")
+        if sign[:-1] in words:
+            return passes == " may pass:", remedy.strip()
+    return False, ""
+
+
+def with_remedy(words: str, host: str) -> str:
+    _, remedy = trouble(words)
+    return f"{words} ({remedy.replace('HOST', host)})" if remedy else words
 
 
 # ---- The wire: Nix's integers and strings -------------------------------------------
@@ -757,6 +801,44 @@ class Slot:
             self.descriptor = -1
 
 
+class Outage(NamedTuple):
+    """A machine that failed, as all hooks remember it until it is of use again.
+
+    failures: in a row; since: when the first was, until: leave the machine alone, both
+    in seconds since 1970; words: what ssh said.
+    """
+
+    failures: int
+    since: float
+    until: float
+    words: str
+
+    @classmethod
+    def parse(cls, text: str) -> Outage | None:
+        try:
+            failures, since, until, words = text.split(" ", 3)
+            return cls(int(failures), float(since), float(until), words)
+        except ValueError:
+            return None
+
+    def text(self) -> str:
+        return f"{self.failures} {self.since:.3f} {self.until:.3f} {self.words}"
+
+    @property
+    def old(self) -> bool:
+        """Whether nobody has tried for so long that it says nothing any more (or the
+        clock was set)."""
+        return abs(time.time() - self.until) > PAUSE_LIMIT_S
+
+    def again(self, words: str) -> Outage:
+        """After one more failure.  The delay doubles, and is not the same for all."""
+        now = time.time()
+        failures, since = (1, now) if self.old else (self.failures + 1, self.since)
+        delay = min(PAUSE_S * 2 ** min(failures, 9), PAUSE_LIMIT_S)
+        delay *= 0.5 + os.urandom(1)[0] / 512
+        return Outage(failures, since, now + delay, words)
+
+
 class MainLock:
     """Held while choosing.
 
@@ -831,6 +913,27 @@ class SlotDirectory(NamedTuple):
                         os.close(slot.descriptor)
         return best
 
+    def outage(self, name: str) -> Outage | None:
+        """Of the machine whose slots have that name."""
+        try:
+            with open(f"{self.own}/{name}.down", "rb") as file:
+                return Outage.parse(decode(file.read(2 * TAIL_BYTES)))
+        except FileNotFoundError:
+            return None
+
+    def note_failure(self, name: str, words: str) -> bool:
+        """Whether that could be written down."""
+        with self.main_lock():
+            before = self.outage(name) or Outage(0, 0.0, 0.0, "")
+            with suppress(OSError):  # a full disk
+                write_private(f"{self.own}/{name}.down", before.again(words).text())
+                return True
+        return False
+
+    def note_success(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(f"{self.own}/{name}.down")
+
     def fetching_place(self, machine: Machine, name: str) -> Slot | None:
         """A place to bring outputs home from; there are as many as slots."""
         for number in range(machine.max_jobs):
@@ -865,28 +968,39 @@ class Line:
     Whoever has a place waits for the lock of the one before, and only the holder of
     the first looks for a free slot, so that waiting costs nothing and nobody is passed.
     The first place's file names the machines: lines of more machines leave those alone.
+    Machines that are away are waited for, unless the line is `impatient`.
     """
 
-    def __init__(self, slots: SlotDirectory, machines: list[Machine], nix: Nix) -> None:
+    def __init__(
+        self, hook: Hook, machines: list[Machine], impatient: bool = False
+    ) -> None:
         import zlib
 
-        self.slots = slots
-        self.machines = {machine.slot_name(nix): machine for machine in machines}
+        self.hook, self.slots, self.impatient = hook, hook.slots, impatient
+        self.machines = {machine.slot_name(hook.nix): machine for machine in machines}
+        self.all_away = False
         self.text = encode("\n".join(sorted(self.machines)))
-        self.name = f"{slots.own}/line-{zlib.crc32(self.text):08x}"
+        self.name = f"{self.slots.own}/line-{zlib.crc32(self.text):08x}"
         self.size = min(LINE, sum(machine.max_jobs for machine in machines))
         self.number = self.descriptor = -1
 
     def take(self) -> Slot | None:
         """A free slot, if nobody should have it before the first of this line."""
-        taken: set[str] = set()
+        away = self.hook.away(self.machines)
+        self.all_away = len(away) == len(self.machines)
+        out = away | self.reserved()
+        machines = {n: m for n, m in self.machines.items() if n not in out}
+        return self.slots.take(machines)
+
+    def reserved(self) -> set[str]:
+        """The machines whose next free slot is for a line of fewer machines."""
+        reserved: set[str] = set()
         for entry in os.listdir(self.slots.own):
             if entry.startswith("line-") and entry.endswith(".0"):
                 names = self.waited_for(f"{self.slots.own}/{entry}")
                 if len(names) < len(self.machines):
-                    taken.update(names)
-        machines = {n: m for n, m in self.machines.items() if n not in taken}
-        return self.slots.take(machines)
+                    reserved.update(names)
+        return reserved
 
     def waited_for(self, first_place: str) -> list[str]:
         """The slots' names of the machines that somebody in that line waits for."""
@@ -942,6 +1056,10 @@ class Line:
             if slot:
                 self.leave()
                 return slot
+            if self.all_away and self.impatient:
+                raise Unreachable("it is away")
+            if self.all_away and (why := self.hook.despair(self.machines)):
+                raise Error(why)
             # Looking at many slots takes long; it must not be what we do all the time.
             wait_readable([], max(WAIT_S, 50 * (time.monotonic() - start)))
 
@@ -1493,6 +1611,16 @@ class Link:
         """Whether a master answers at our socket; that says nothing of the network."""
         return self.socket != "none" and answers(self.socket)
 
+    def promises(self, name: str) -> bool:
+        """Whether that connection lives, or has ended without a complaint, as one ends
+        that was idle, and at once one of an ssh that shares nothing."""
+        descriptor = open_lock(f"{name}.start")
+        try:
+            ended = try_lock(descriptor, fcntl.LOCK_SH)
+            return answers(name) or (ended and not os.pread(descriptor, 1, 0))
+        finally:
+            os.close(descriptor)
+
     def start(self, name: str) -> None:
         """Begin to connect that socket, unless somebody already does."""
         descriptor = open_lock(f"{name}.start")
@@ -1992,8 +2120,11 @@ class Copier:
 
     def relay(self, stderr: int, shared: bool) -> str:
         """Pass its stderr on to Nix line by line, and the session's meanwhile; returns
-        the first error it reported, which caused the others."""
+        the first error it reported, which caused the others.  Of its progress, which
+        2.34 reports for every 8 KB, Nix gets what is newest ten times a second."""
         rest, first = b"", ""
+        progress: dict[bytes, bytes] = {}  # by activity
+        due = 0.0
         while True:
             others = self.session.pipes()[int(shared) :]  # its stdout is then not ours
             ready = wait_readable([stderr, *others], math.inf)
@@ -2002,9 +2133,16 @@ class Copier:
                 continue
             data = os.read(stderr, 65536)
             *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
-            for text in map(decode, lines):
-                self.talk.relay(text)
-                first = first or error_text(text)
+            for line in lines:
+                if line.endswith(b'"type":105}'):
+                    progress[line.partition(b'"id":')[2]] = line
+                    continue
+                self.talk.relay(decode(line))
+                first = first or error_text(decode(line))
+            if time.monotonic() > due:
+                for line in progress.values():
+                    self.talk.relay(decode(line))
+                progress, due = {}, time.monotonic() + 0.1
             if not data:
                 return first
 
@@ -2194,11 +2332,11 @@ class Build:
         self.path, self.derivation = path, derivation
         self.inputs: list[str] = []
         self.missing: list[str] = []  # outputs
-        self.task = ("reach a machine for", "")  # verb and preposition, for messages
+        self.task = ("build", "", "")  # verb, preposition and machine, for messages
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.fit = fit
-        self.failed: dict[Machine, tuple[int, float]] = {}  # times; apart until
-        self.losses, self.away_since = 0, 0.0
+        self.retried: set[Machine] = set()
+        self.losses = 0
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
         """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
@@ -2211,20 +2349,21 @@ class Build:
             raise Error(f"'{self.path}' has no output {', '.join(outputs)}")
         self.locks = OutputLocks(self.nix.store, self.missing)
 
-    def perform(self, slot: Slot) -> None:
+    def perform(self, place: Slot | Line) -> None:
         """Send the inputs, build, bring the outputs in, on one machine after another
         for as long as it is the machine or the way to it that fails."""
         while True:
-            self.slot, self.link = slot, self.hook.link(slot.machine)
             try:
+                self.slot = place.wait() if isinstance(place, Line) else place
+                self.link = self.hook.link(self.slot.machine)
                 self.attempt()
                 return
             except (Unreachable, SessionLost) as error:
-                slot = self.move(error)
+                place = self.move(error)
             except Error as error:
                 if isinstance(error, (BuildFailed, BuildTimedOut)):
                     raise
-                raise Error(f"{self.failure()}: {error}") from None
+                raise Error(self.failure(error)) from None
 
     def attempt(self) -> None:
         """All of it on the machine of our slot."""
@@ -2237,7 +2376,7 @@ class Build:
             self.session.ask_valid(self.inputs, self.substitute)
             if not self.session.version:
                 self.session.greet()
-            self.away_since = 0.0
+            self.hook.note_success(self.slot.machine)
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
             self.send_inputs()
@@ -2268,37 +2407,32 @@ class Build:
         self.link.connect()
         return Session(self.link)
 
-    def move(self, error: Error) -> Slot:
-        """A slot for the next attempt: at once on the same machine, whose connection
-        may have been an old one; after that, machines that failed are left alone for a
-        time that doubles, and others are used meanwhile."""
+    def move(self, error: Error) -> Line:
+        """Where to wait for the next attempt: first for the same machine, whose
+        connection may have been an old one, and which may have the outputs already; if
+        that fails, for any, and all hooks leave the machine alone for a while."""
         self.slot.free()
-        now, machine = time.monotonic(), self.slot.machine
+        machine = self.slot.machine
         self.losses += isinstance(error, SessionLost)
-        self.away_since = self.away_since or now
-        if self.losses > LOSSES or now > self.away_since + AWAY_TIMEOUT_S:
-            raise Error(f"{self.failure()}: {error}")
-        failures, _ = self.failed.get(machine, (0, now))
-        pause = min(PAUSE_S * 2**failures, PAUSE_LIMIT_S) if failures else 0.0
-        self.failed[machine] = failures + 1, now + pause
-        self.talk.say(WARN, f"{self.failure()}: {error}; trying again")
-        fit = [] if failures else [machine]  # which may have the outputs already
-        while not (fit := fit or [m for m in self.fit if self.ready(m)]):
-            wait_readable([], LOCK_POLL_S)
-        line = Line(self.hook.slots, fit, self.nix)
+        if self.losses > LOSSES:
+            raise Error(self.failure(error))
+        again = isinstance(error, SessionLost) and machine not in self.retried
+        self.retried.add(machine)
+        if not again and not self.hook.note_failure(machine, error):
+            wait_readable([], PAUSE_S)
+        self.talk.say(WARN, f"{self.failure(error)}; trying again")
+        line = Line(self.hook, [machine] if again else self.fit, impatient=again)
         line.join()
-        return line.wait()
-
-    def ready(self, machine: Machine) -> bool:
-        return self.failed.get(machine, (0, 0.0))[1] <= time.monotonic()
+        return line
 
     def begin(self, phase: str, verb: str, preposition: str) -> None:
-        self.task = verb, preposition
+        self.task = verb, f" {preposition} ", f"'{self.link.name}'"
         self.slot.note(phase, self.path)
 
-    def failure(self) -> str:
-        verb, preposition = self.task
-        return f"cannot {verb} '{self.path}' {preposition} '{self.link.name}'"
+    def failure(self, error: Error) -> str:
+        verb, preposition, machine = self.task
+        words = with_remedy(str(error), self.link.machine.host if machine else "")
+        return f"cannot {verb} '{self.path}'{preposition}{machine}: {words}"
 
     def trace(self, event: str) -> None:
         if self.nix.trace:
@@ -2468,7 +2602,6 @@ class Hook:
         self.copy_version: tuple[int, ...] = ()
         self.links: dict[Machine, Link] = {}
         self.session: Session | None = None  # opened before we accept
-        self.unreachable: set[Machine] = set()
         self.patient_from = 0.0  # monotonic time
 
     def prepare(self) -> list[Machine]:
@@ -2490,7 +2623,7 @@ class Hook:
             if accepted:
                 build, place = accepted
                 build.understand(*read_lists(self.nix))
-                build.perform(place.wait() if isinstance(place, Line) else place)
+                build.perform(place)
                 return
 
     def answer(self, request: Request) -> tuple[Build, Slot | Line] | None:
@@ -2522,26 +2655,37 @@ class Hook:
             self.talk.reply("decline" if self.nix.old else "decline-permanently")
             return None
         fit = self.eligible(request, machines)
-        if fit:
-            derivation = read_derivation(request.derivation, self.nix.store)
-        while fit:
-            build = Build(self, request.derivation, derivation, fit)
-            line = Line(self.slots, fit, self.nix)
+        if not fit:
+            self.talk.reply("decline")
+            return None
+        derivation = read_derivation(request.derivation, self.nix.store)
+        build = Build(self, request.derivation, derivation, fit)
+        line = Line(self, fit)
+        for _ in fit:  # of which all may fail
             slot = self.find_slot(line, request)
-            if slot and self.reach(slot, fit):
+            if not slot:
+                break
+            if self.reach(slot, fit):
                 self.talk.reply("accept", slot.machine.name(self.nix))
                 return build, slot
-            if slot:
-                fit.remove(slot.machine)
-            elif line.number >= 0:
-                self.talk.reply("accept", "waiting for a builder")
-                return build, line
-            else:
-                can_now = request.willing and might_build_itself(self.nix, request)
-                self.talk.reply("decline" if can_now else "postpone")
-                return None
-        self.talk.reply("decline")
+        if line.number >= 0:
+            self.talk.reply("accept", "waiting for a builder")
+            return build, line
+        self.talk.reply(self.turn_down(line, request))
         return None
+
+    def turn_down(self, line: Line, request: Request) -> str:
+        """The reply to what no machine can take now."""
+        if request.willing and might_build_itself(self.nix, request):
+            return "decline"
+        if line.all_away:
+            hopeless = self.despair(line.machines)
+            text = hopeless or "no machine for it can be reached now; waiting for one"
+            if self.slots.first_time(text):
+                self.talk.say(WARN, f"'{request.derivation}': {text}")
+            if hopeless:
+                return "decline"
+        return "postpone"
 
     def find_slot(self, line: Line, request: Request) -> Slot | None:
         """A slot if one is free and nobody waits; else stand in the line if Nix could
@@ -2551,7 +2695,7 @@ class Hook:
         while True:
             if line.empty():
                 slot = line.take()
-                if slot:
+                if slot or line.all_away:
                     return slot
             if (request.willing if might else line.join()):
                 return None
@@ -2578,6 +2722,7 @@ class Hook:
                     link.connect()
                 self.session = Session(link)
                 self.session.greet()
+                self.note_success(slot.machine)
             return True
         except BaseException as error:
             slot.free()
@@ -2586,15 +2731,62 @@ class Hook:
             self.session = None
             if not isinstance(error, (Error, OSError)):
                 raise
-            name = slot.machine.name(self.nix)
-            self.talk.say(ERROR, f"cannot build on '{name}': {error}")
-            self.unreachable.add(slot.machine)
+            self.note_failure(slot.machine, error)
+            words = with_remedy(str(error), slot.machine.host)
+            text = f"cannot build on '{slot.machine.name(self.nix)}': {words}"
+            if self.slots.first_time(text):
+                self.talk.say(ERROR, text)
             return False
+
+    def note_failure(self, machine: Machine, error: Exception) -> bool:
+        """Whether all hooks now know that the machine is to be left alone."""
+        words = " ".join(str(error).split())
+        return self.slots.note_failure(machine.slot_name(self.nix), words)
+
+    def note_success(self, machine: Machine) -> None:
+        self.slots.note_success(machine.slot_name(self.nix))
+
+    def away(self, machines: dict[str, Machine]) -> set[str]:
+        """Those that have failed, and are left alone for now."""
+        entries = os.listdir(self.slots.own)
+        noted = [entry[:-5] for entry in entries if entry.endswith(".down")]
+        known = [name for name in noted if name in machines]
+        return {name for name in known if self.is_away(name, machines[name])}
+
+    def is_away(self, name: str, machine: Machine) -> bool:
+        """When its time is over, somebody begins to connect, and nobody waits for that:
+        a machine that is back is found by its live connection."""
+        outage = self.slots.outage(name)
+        if not outage or outage.old or time.time() < outage.until:
+            return bool(outage and not outage.old)
+        link = Link(machine, self.nix, self.slots.path)
+        first = f"{link.base()}-0"
+        if link.promises(first):
+            return False
+        self.slots.note_failure(name, outage.words)
+        link.start(first)
+        return True
+
+    def despair(self, machines: dict[str, Machine]) -> str:
+        """What to say if it is no use to wait longer for these, who are all away."""
+        outages = list(filter(None, map(self.slots.outage, machines)))
+        if not outages:
+            return ""
+        last = max(outages, key=lambda outage: outage.since)
+        if not any(trouble(outage.words)[0] for outage in outages):
+            return f"no machine for it can be used: {last.words}"
+        if last.since > time.time() - AWAY_TIMEOUT_S:
+            return ""
+        minutes = AWAY_TIMEOUT_S // 60
+        return f"no machine for it was there for {minutes} minutes: {last.words}"
 
     def warm(self, fit: list[Machine]) -> None:
         """Begin to connect to the likeliest machines all at once, so that a cold start
         costs one handshake and not one for each machine."""
-        for machine in sorted(fit, key=lambda machine: rank(machine, 0))[:WARM_AT_ONCE]:
+        away = self.away({machine.slot_name(self.nix): machine for machine in fit})
+        there = [machine for machine in fit if machine.slot_name(self.nix) not in away]
+        there.sort(key=lambda machine: rank(machine, 0))
+        for machine in there[:WARM_AT_ONCE]:
             link = Link(machine, self.nix, self.slots.path)
             link.start(f"{link.base()}-0")
 
@@ -2603,8 +2795,6 @@ class Hook:
         fit, reasons = [], []
         for machine in machines:
             reason = unfit(machine, request, self.nix)
-            if not reason and machine in self.unreachable:
-                reason = "could not be reached"
             name = machine.name(self.nix)
             verdict = reason or "can build it"
             self.talk.say(DEBUG, f"{request.derivation}: '{name}' {verdict}")

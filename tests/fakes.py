@@ -161,6 +161,8 @@ def end(status, words):
 
 if manners == "refuse":
     end(255, "root@b1: Permission denied (publickey).")
+if manners == "away":
+    end(255, "ssh: connect to host b1 port 22: Connection refused")
 if "-N" in sys.argv:
     listen() if manners == "share" else sys.exit(0)
 if manners == "exit 127":
@@ -317,7 +319,7 @@ class Client:
             file.touch()
         # The fakes never recover, so there is nothing to wait for.
         text = HOOK.read_text(encoding="utf-8")
-        patient = ("PAUSE_LIMIT_S = 0.25, 30", "AWAY_TIMEOUT_S = 15 * 60")
+        patient = ("PAUSE_LIMIT_S = 1, 60", "AWAY_TIMEOUT_S = 15 * 60")
         for constant, hasty in zip(
             patient, ("PAUSE_LIMIT_S = 0.1, 1", "AWAY_TIMEOUT_S = 0.5")
         ):

@@ -28,6 +28,7 @@ from fakes import (
 # Bad manners, and the words in which the user is to hear of them.
 BEFORE_ACCEPT = {
     "refuse": "root@b1: Permission denied (publickey).",
+    "away": "Connection refused",
     "exit 127": "nix-store: not found",
     "noise": "Welcome",
     "half a greeting": "nix-store: out of memory",
@@ -400,8 +401,13 @@ def test_a_live_connection_gets_an_accept_without_a_session(client: Client) -> N
 def test_the_only_machine_is_tried_again_and_again_after_an_early_accept(
     client: Client,
 ) -> None:
-    misbehave(connected(client), "refuse").build()
+    misbehave(connected(client), "away").build()
     assert len(client.sessions()) > 3
+
+
+def test_what_will_not_pass_by_itself_is_not_waited_for(client: Client) -> None:
+    misbehave(connected(client), "refuse").build()
+    assert len(client.sessions()) == 3
 
 
 def test_another_machine_builds_what_one_lost_after_an_early_accept(
