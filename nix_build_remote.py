@@ -817,9 +817,10 @@ class Outage(NamedTuple):
     def parse(cls, text: str) -> Outage | None:
         try:
             failures, since, until, words = text.split(" ", 3)
-            return cls(int(failures), float(since), float(until), words)
+            found = cls(int(failures), float(since), float(until), words)
         except ValueError:
             return None
+        return found if math.isfinite(found.since + found.until) else None
 
     def text(self) -> str:
         return f"{self.failures} {self.since:.3f} {self.until:.3f} {self.words}"

@@ -320,6 +320,7 @@ class Host:
         self.name = name
         self.engine = engine
         self.number = number
+        self.swallows = False
         self.address = f"10.77.{number >> 8}.{number & 255}"
         self.address6 = f"fd77::{number}"
         mounts = _own_mounts() if engine.name == "host" else []
@@ -540,6 +541,7 @@ class Host:
 
     def swallow(self, on: bool) -> None:
         """Take in every packet and answer none, not even that nobody is there."""
+        self.swallows = on
         verb = "add" if on else "del"
         nets = ("10.77.0.0/17", "10.77.128.0/17", "fd77::/65", "fd77::8000:0:0:0/65")
         routes = "".join(f"route {verb} blackhole {net}\n" for net in nets)

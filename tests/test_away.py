@@ -1,0 +1,254 @@
+"""Machines that are away or of no use: who notices, who is spared, and how they return.
+
+b1 is the likeliest of two. Each test has a log of what connections were begun, by a
+wrapper around ssh on the client.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from farm import poll
+from scene import HOOK, INSTALLED, Run, Scene, other, scene
+
+DRIVER = "/usr/local/lib/old_nix.py"
+TESTS = Path(__file__).resolve().parent
+SLOTS = "/nix/var/nix/current-load"
+JOURNAL = "/tmp/connections"
+WRAPPER = f"""#!/bin/sh
+case " $* " in *" -N "*) echo "$*" >> {JOURNAL};; esac
+exec /usr/bin/ssh "$@"
+"""
+LONG_S = 120
+
+numbers = itertools.count()
+
+
+def some(count: int, script: str = "hostname > $out") -> str:
+    """Derivations that no other test has."""
+    name = f'"some-{next(numbers)}-${{toString n}}"'
+    return f'builtins.genList (n: mk {name} "{script}" {{}}) {count}'
+
+
+HELD = "touch /tmp/held; while ! [ -e /tmp/go ]; do sleep 0.02; done; hostname > $out"
+
+
+def begun(nix: Scene, host: str) -> int:
+    """How many connections to that host hooks have begun."""
+    journal = nix.client.path(JOURNAL)
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return sum(line.endswith(f"-- {host}") for line in lines)
+
+
+def outage(nix: Scene, host: str) -> str:
+    """What is noted down of that host: failures, since, until, words; or nothing."""
+    path = nix.client.path(f"{SLOTS}/own/ssh:__{host}.down")
+    return path.read_text() if path.exists() else ""
+
+
+def built_on(nix: Scene, expression: str, *options: str) -> set[str]:
+    outcome = nix.build(expression, *options, timeout=LONG_S)
+    return {nix.client.read(path).strip() for path in outcome.outputs}
+
+
+def forget(nix: Scene) -> None:
+    """End all connections, and forget what was learnt."""
+    masters = [
+        process.pid
+        for process in nix.client.processes()
+        if re.search(r"ssh: \S+ \[mux\]|ssh -N -oControlMaster=yes", process.cmdline)
+    ]
+    nix.client.signal(signal.SIGKILL, *masters)
+    nix.client.run("rm", "-rf", SLOTS, JOURNAL)
+
+
+@pytest.fixture(scope="module")
+def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
+    builder = other(pytestconfig, client_engine)
+    with scene(client_engine, builder, builder) as running:
+        running.client.write("/usr/local/bin/ssh", WRAPPER, 0o755)
+        running.client.copy(TESTS / "old_nix.py", DRIVER)
+        yield running
+
+
+@pytest.fixture
+def nix(hosts: Scene) -> Iterator[Scene]:
+    forget(hosts)
+    text = HOOK.read_text(encoding="utf-8")
+    assert text.count("\nCONNECT_TIMEOUT_S = 10 ") == 1
+    hasty = text.replace("\nCONNECT_TIMEOUT_S = 10 ", "\nCONNECT_TIMEOUT_S = 3 ")
+    hosts.client.write(INSTALLED, hasty, 0o755)
+    hosts.machines("b1 - - 4 8\nb2 - - 4\n")
+    for builder in hosts.builders:
+        builder.run("rm", "-f", "/tmp/go", "/tmp/held")
+    yield hosts
+    for builder in hosts.builders:
+        builder.write("/tmp/go", "")
+        builder.swallow(False) if builder.swallows else None
+        if not builder.sshd_pid:
+            builder.start_sshd()
+    for process in hosts.client.processes():
+        if re.search("nix-build |old_nix", process.cmdline):
+            hosts.client.signal(signal.SIGKILL, process.pid)
+    hosts.settle()
+
+
+@pytest.fixture(params=["silent", "refusing"])
+def without_b1(request: pytest.FixtureRequest, nix: Scene) -> Scene:
+    go_away(nix, request.param)
+    return nix
+
+
+def go_away(nix: Scene, how: str = "refusing") -> None:
+    if how == "silent":
+        nix.builder.swallow(True)
+    else:
+        nix.builder.stop_sshd(sessions=True)
+
+
+def come_back(nix: Scene) -> None:
+    if nix.builder.swallows:
+        nix.builder.swallow(False)
+    else:
+        nix.builder.start_sshd()
+
+
+# -- The others are spared ------------------------------------------------------------
+
+
+@pytest.mark.engines
+def test_a_dead_machine_costs_all_builds_one_attempt(without_b1: Scene) -> None:
+    """And a few more that nobody waits for: when its time is over, one hook begins."""
+    nix = without_b1
+    assert built_on(nix, some(12)) == {"b2"}
+    failures = int(outage(nix, "b1").split()[0])
+    assert begun(nix, "b1") <= failures + 1 <= 6
+
+
+def test_other_nix_processes_know_it_too(without_b1: Scene) -> None:
+    built_on(without_b1, some(1))
+    log = without_b1.build(some(1)).log
+    assert "cannot build on" not in log
+
+
+def test_it_is_told_of_once_in_sshs_own_words(without_b1: Scene) -> None:
+    log = without_b1.build(some(12), timeout=LONG_S).log
+    said = re.findall("cannot build on 'ssh://b1': .*(?:refused|timed out).*", log)
+    assert len(said) == 1
+    assert "is sshd running there" in said[0] or "is the machine on" in said[0]
+
+
+def test_while_it_fails_it_is_left_alone_for_longer_and_longer(nix: Scene) -> None:
+    go_away(nix)
+    built_on(nix, some(1))
+    first = [float(word) for word in outage(nix, "b1").split()[:3]]
+    poll(lambda: time.time() > first[2], "the end of the first delay", timeout=5)
+    built_on(nix, some(1))
+    second = [float(word) for word in outage(nix, "b1").split()[:3]]
+    assert (first[0], second[0]) == (1, 2)
+    assert second[1] == first[1]  # since
+    assert 1 <= first[2] - first[1] <= 2.1
+
+
+# -- It comes back --------------------------------------------------------------------
+
+
+@pytest.mark.engines
+def test_a_machine_that_is_back_is_used_again(without_b1: Scene) -> None:
+    nix = without_b1
+    assert built_on(nix, some(1)) == {"b2"}
+    come_back(nix)
+    poll(lambda: built_on(nix, some(1)) == {"b1"}, "a build on b1", timeout=60)
+    assert outage(nix, "b1") == ""
+
+
+@pytest.mark.engines
+def test_what_only_it_can_build_waits_for_it(nix: Scene) -> None:
+    nix.machines("b1 - - 4\n")
+    go_away(nix)
+    run = nix.start(some(2), "--option", "build-poll-interval", "1")
+    waits(run)
+    come_back(nix)
+    assert run.end(LONG_S).status == 0
+
+
+@pytest.mark.engines
+def test_an_accepted_build_waits_for_it_too(nix: Scene) -> None:
+    nix.machines("b1 - - 4\n")
+    run = nix.start(some(1, HELD))
+    poll(nix.builder.path("/tmp/held").exists, "the build", timeout=30)
+    go_away(nix)
+    run.says("trying again")
+    poll(lambda: int((outage(nix, "b1") or "0").split()[0]) > 1, "tries", timeout=60)
+    nix.builder.write("/tmp/go", "")
+    come_back(nix)
+    assert run.end(LONG_S).status == 0
+
+
+def test_what_nix_can_build_itself_does_not_wait(without_b1: Scene) -> None:
+    without_b1.machines("b1 - - 4\n")
+    assert built_on(without_b1, some(2), "-j1") == {"client"}
+
+
+def waits(run: Run) -> None:
+    run.says("no machine for it can be reached now")
+    time.sleep(1)
+    assert not run.ended
+
+
+# -- It is there, but of no use -------------------------------------------------------
+
+
+def test_what_will_not_pass_is_not_waited_for(nix: Scene) -> None:
+    """Such as a key that the machine does not know, if no other machine will do."""
+    nix.client.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "/tmp/strange")
+    nix.machines("b1 - /tmp/strange 4\n")
+    option = ("-oIdentitiesOnly=yes", "-oIdentityFile=/tmp/strange")
+    outcome = nix.build(
+        some(1), check=False, env={"NIX_SSHOPTS": " ".join(option)}, timeout=LONG_S
+    )
+    assert outcome.status != 0
+    assert "Permission denied" in outcome.log
+    assert "can you log in from here with that key" in outcome.log
+
+
+def test_the_15_minutes_are_over_at_some_time(nix: Scene) -> None:
+    text = nix.client.read(INSTALLED)
+    assert text.count("AWAY_TIMEOUT_S = 15 * 60 ") == 1
+    changed = text.replace("AWAY_TIMEOUT_S = 15 * 60 ", "AWAY_TIMEOUT_S = 2 ")
+    nix.client.write(INSTALLED, changed, 0o755)
+    nix.machines("b1 - - 4\n")
+    go_away(nix)
+    poll_often = ("--option", "build-poll-interval", "1")
+    outcome = nix.build(some(1), *poll_often, check=False, timeout=LONG_S)
+    assert outcome.status != 0 and "no machine for it was there" in outcome.log
+
+
+# -- The note ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "note",
+    ["", "x", "1 2 3", "1 1e400 nan x", "9 {now} {far} set back", "7 {now} 0 old"],
+    ids=["empty", "nonsense", "no words", "no numbers", "clock set", "old"],
+)
+def test_a_note_that_means_nothing_keeps_nobody_away(nix: Scene, note: str) -> None:
+    built_on(nix, some(1))
+    now = time.time()
+    text = note.format(now=now, far=now + 1e6)
+    nix.client.write(f"{SLOTS}/own/ssh:__b1.down", text, 0o600)
+    assert built_on(nix, some(1)) == {"b1"}
+    assert outage(nix, "b1") == ""
+
+
+def test_a_note_counts(nix: Scene) -> None:
+    built_on(nix, some(1))
+    text = f"3 {time.time()} {time.time() + 30} Connection refused"
+    nix.client.write(f"{SLOTS}/own/ssh:__b1.down", text, 0o600)
+    assert built_on(nix, some(1)) == {"b2"}
