@@ -134,10 +134,15 @@ PATIENCE_S, IMPATIENCE_S = 1.0, 4.0  # wait that long for a slot; then not for s
 SENDERS = 4  # of different things to one machine at the same time
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
 LOCK_POLL_S = 0.05
+ANSWER_TIMEOUT_S = 15 * 60  # for a builder to say what it has, or take our question
+SUBSTITUTE_TIMEOUT_S = 4 * 60 * 60  # the same if it may download what it has not
+COPY_TIMEOUT_S = 30 * 60  # without any progress of nix-copy-closure
+OLD_COPY_TIMEOUT_S = 12 * 60 * 60  # the same before 2.4, which reports none
+MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
 DRAIN_TIMEOUT_S = 10  # for Nix to read the end of the log, without any progress
 QUIET_S = 2  # after a build: no more of its log will come
 COPY_BATCH_BYTES = 200_000  # of store paths on a command line: macOS has 1 MiB in all
-WIRE_LIMIT_BYTES = 64 << 20  # the longest string anybody may send us
+WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list anybody may send us
 TAIL_BYTES = 4096  # of ssh's stderr, kept to explain why a connection ended
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
 SAID_LIMIT = 1000  # messages remembered as said
@@ -146,7 +151,7 @@ SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
 SERVE_VERSION = 0x207  # offered less than 2.6, servers of 2.4 to 2.10 answer as 2.6
 QUERY_VALID_PATHS, BUILD_PATHS, BUILD_DERIVATION = 1, 6, 8
 BUILT = {0, 1, 2, 13}  # built, substituted, already valid, resolves to already valid
-TIMED_OUT, MISC = 8, 9
+PERMANENT, TRANSIENT, TIMED_OUT, MISC = 3, 6, 8, 9
 
 FIONREAD = 0x541B if sys.platform == "linux" else 0x4004667F
 
@@ -178,6 +183,14 @@ class Unreachable(Error):
 
 class SessionLost(Error):
     """The session with the builder ended before it had answered."""
+
+
+class Nonsense(SessionLost):
+    """Bytes that are not what the protocol says, or too many."""
+
+
+class NotHere(Error):
+    """The machine could not do this build, for a reason of its own."""
 
 
 class BuildFailed(Error):
@@ -246,6 +259,7 @@ bad permissions: stays: chmod 600 the key file
 Permission denied (: stays: can you log in from here with that key and no passphrase?
 command not found: stays: link nix-store into a directory like /usr/bin there
 nix-store: not found: stays: link nix-store into a directory like /usr/bin there
+this very machine: stays: take its line out of the machines file here
 signature: stays: sign it, or make the user trusted where it was refused
 """
 
@@ -300,18 +314,22 @@ def read_integer(read: Read) -> int:
 def read_string(read: Read) -> str:
     length = read_integer(read)
     if length > WIRE_LIMIT_BYTES:
-        raise Error(f"a string of {length} bytes was announced, which cannot be right")
+        raise Nonsense(f"a string of {length} bytes was announced: that cannot be")
     padded = read(length + -length % 8)
     if any(padded[length:]):
-        raise Error("the padding of a string is not zero")
+        raise Nonsense("the padding of a string is not zero")
     return padded[:length].decode("utf-8", "surrogateescape")
 
 
 def read_strings(read: Read) -> list[str]:
     """A list or set; its count is believed only as far as strings arrive."""
     result: list[str] = []
+    size = 0
     for _ in range(min(read_integer(read), sys.maxsize)):
         result.append(read_string(read))
+        size += 64 + len(result[-1])
+        if size > WIRE_LIMIT_BYTES:
+            raise Nonsense("a list of strings has no end")
     return result
 
 
@@ -1849,6 +1867,8 @@ class Session:
         self.version = 0
         self.tail = b""  # of stderr
         self.inbox = bytearray()
+        self.limits: tuple[int, int] = (0, 0)  # of the running build, see build_limit
+        self.first = self.last = 0.0  # when its log began, and was heard of last
         self.child = link.run("nix-store", "--serve", "--write")
         self.stdin, self.stdout, self.stderr = self.child.pipes
         os.set_blocking(self.stdin, False)
@@ -1869,7 +1889,6 @@ class Session:
         self.version = min(SERVE_VERSION, version)
         if b"refused by peer" in self.tail:  # ssh then made a connection of its own
             self.link.lose_seat()
-        self.tail = b""
         self.link.prove()
 
     def pipes(self) -> list[int]:
@@ -1881,6 +1900,8 @@ class Session:
             data = os.read(self.stderr, 65536)
             if data and self.version:
                 write_all(4, data)
+                self.last = time.monotonic()
+                self.first = self.first or self.last
             self.tail = (self.tail + data)[-TAIL_BYTES:]
             if not data:
                 self.stderr = -1
@@ -1889,13 +1910,18 @@ class Session:
             if not data:
                 raise SessionLost(self.last_words())
             self.inbox += data
+            if len(self.inbox) > 2 * WIRE_LIMIT_BYTES:
+                raise Nonsense("it says more than anybody asked for")
 
     def read(self, count: int, deadline: float = math.inf) -> bytes:
         while len(self.inbox) < count:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise SessionLost(f"no answer within {GREETING_TIMEOUT_S} s")
-            self.pump(wait_readable(self.pipes(), left))
+            now, limit = time.monotonic(), self.build_limit()
+            if now >= limit:
+                raise BuildTimedOut("it exceeds the limits of time or silence that Nix "
+                                    "has set, and the builder let it")  # fmt: skip
+            if now >= deadline:
+                raise SessionLost("no answer within the time for it")
+            self.pump(wait_readable(self.pipes(), min(deadline, limit) - now))
         data = bytes(self.inbox[:count])
         del self.inbox[:count]
         return data
@@ -1903,11 +1929,14 @@ class Session:
     def write(self, data: bytes) -> None:
         """Send all of it, still relaying what arrives."""
         view = memoryview(data)
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while view:
             try:
                 view = view[os.write(self.stdin, view[:65536]) :]
             except BlockingIOError:
                 self.pump(wait_readable(self.pipes(), 0.01))
+                if time.monotonic() > deadline:
+                    raise SessionLost("no answer: it does not read") from None
             except BrokenPipeError:
                 raise SessionLost(self.last_words()) from None
 
@@ -1947,10 +1976,12 @@ class Session:
         """Ask which of the paths the builder has, and have it keep them until the
         session ends."""
         flags = integer(1) + integer(int(substitute))
+        self.answer_timeout_s = SUBSTITUTE_TIMEOUT_S if substitute else ANSWER_TIMEOUT_S
         self.write(integer(QUERY_VALID_PATHS) + flags + strings(sorted(paths)))
 
     def valid(self) -> set[str]:
-        return set(read_strings(self.read))
+        deadline = time.monotonic() + self.answer_timeout_s
+        return set(read_strings(lambda count: self.read(count, deadline)))
 
     def build_options(self, nix: Nix) -> bytes:
         numbers = [nix.number("max-silent-time"), nix.number("timeout")]
@@ -1963,28 +1994,43 @@ class Session:
             numbers.append(int(nix.enabled("keep-failed")))
         return b"".join(map(integer, numbers))
 
+    def build_limit(self) -> float:
+        """When the running build will have gone too far beyond what Nix allows; that
+        counts from the first of its log, since before it may wait for its turn."""
+        timeout, silence = self.limits
+        limits = [self.first + timeout] * (timeout > 0)
+        limits += [self.last + silence] * (silence > 0)
+        return min(limits, default=math.inf) + MARGIN_S if self.first else math.inf
+
     def build_derivation(self, path: str, encoded: bytes, nix: Nix) -> tuple[int, str]:
-        """An exit status for Nix, 0 if it was built, and the builder's message."""
+        """Its status as the builder's Nix has it, 0 if it was built, and a message."""
         request = integer(BUILD_DERIVATION) + string(path) + encoded
         self.write(request + self.build_options(nix))
-        status, message = read_integer(self.read), read_string(self.read)
+        status, message = self.wait_for_build(nix), read_string(self.read)
         if self.version >= 0x203:
             self.read(4 * 8)  # times built, non-deterministic, start, stop
         if self.version >= 0x206:
-            for _ in range(2 * read_integer(self.read)):
+            for _ in range(2 * min(read_integer(self.read), WIRE_LIMIT_BYTES)):
                 read_string(self.read)
-        if status in BUILT:
-            return 0, message
-        return {TIMED_OUT: 101, MISC: 1}.get(status, 100), message
+        return (0 if status in BUILT else status), message
+
+    def wait_for_build(self, nix: Nix) -> int:
+        self.limits = nix.number("timeout"), nix.number("max-silent-time")
+        self.first = 0.0
+        try:
+            return read_integer(self.read)
+        finally:
+            self.limits = (0, 0)
 
     def build_paths(self, path: str, nix: Nix) -> tuple[int, str]:
         """The same by the older command.  It answers with nix-build's exit status,
         which is a mask from 100 up: 1 a timeout, 2 a hash mismatch, ..."""
         self.write(integer(BUILD_PATHS) + strings([path]) + self.build_options(nix))
-        status = read_integer(self.read)
+        status = self.wait_for_build(nix)
         if status == 0:
             return 0, ""
-        return (1 if status < 100 else 100 + (status & 1)), read_string(self.read)
+        kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
+        return kind, read_string(self.read)
 
 
 def wait_until_read() -> None:
@@ -2099,7 +2145,9 @@ class Copier:
                 continue
             if self.session.child.wait(1) is not None:
                 raise SessionLost(f"{self.session.last_words()}; {problem}")
-            raise Error(problem)
+            # What cannot be sent is mostly the builder's fault, and what cannot be
+            # brought in, after it could be built, that of the store here.
+            raise SessionLost(problem) if "--to" in flags else Error(problem)
 
     def run(self, command: list[str], environ: dict[str, str]) -> str:
         """Run it to its end, relaying what it says; returns what went wrong, or ""."""
@@ -2126,9 +2174,12 @@ class Copier:
         rest, first = b"", ""
         progress: dict[bytes, bytes] = {}  # by activity
         due = 0.0
+        patience = COPY_TIMEOUT_S if self.nix.since_2_4 else OLD_COPY_TIMEOUT_S
         while True:
             others = self.session.pipes()[int(shared) :]  # its stdout is then not ours
-            ready = wait_readable([stderr, *others], math.inf)
+            ready = wait_readable([stderr, *others], patience)
+            if not ready:
+                raise SessionLost(f"no progress of copying in {patience // 60} minutes")
             self.session.pump(ready - {stderr})
             if stderr not in ready:
                 continue
@@ -2338,6 +2389,7 @@ class Build:
         self.fit = fit
         self.retried: set[Machine] = set()
         self.losses = 0
+        self.elsewhere = False  # it has been tried on a second machine
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
         """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
@@ -2359,7 +2411,7 @@ class Build:
                 self.link = self.hook.link(self.slot.machine)
                 self.attempt()
                 return
-            except (Unreachable, SessionLost) as error:
+            except (Unreachable, SessionLost, NotHere) as error:
                 place = self.move(error)
             except Error as error:
                 if isinstance(error, (BuildFailed, BuildTimedOut)):
@@ -2417,11 +2469,16 @@ class Build:
         self.losses += isinstance(error, SessionLost)
         if self.losses > LOSSES:
             raise Error(self.failure(error))
+        self.talk.say(WARN, f"{self.failure(error)}; trying again")
+        if isinstance(error, NotHere):
+            self.elsewhere = True
+            line = Line(self.hook, [other for other in self.fit if other != machine])
+            line.join()
+            return line
         again = isinstance(error, SessionLost) and machine not in self.retried
         self.retried.add(machine)
         if not again and not self.hook.note_failure(machine, error):
             wait_readable([], PAUSE_S)
-        self.talk.say(WARN, f"{self.failure(error)}; trying again")
         line = Line(self.hook, [machine] if again else self.fit, impatient=again)
         line.join()
         return line
@@ -2464,7 +2521,6 @@ class Build:
 
     def build(self) -> None:
         """Build on the builder, in whichever way it lets us."""
-        status, message = 1, ""
         if self.session.version >= 0x201:
             encoded = self.derivation.encode(self.inputs)
             try:
@@ -2481,16 +2537,20 @@ class Build:
         self.trace("build-remote-done")
         if status:
             self.session.finish()
-            import re
+            raise self.verdict(status, message)
 
-            # A daemon on the builder quotes the end of the log, which Nix has already.
-            message = re.split(r";?\s*[Ll]ast [0-9]+ log lines:", message)[0]
-            message = message or "the log says why"
-            if status not in (100, 101):
-                raise Error(message)
-            where = f"'{self.path}' on '{self.link.name}'"
-            kind = BuildTimedOut if status == 101 else BuildFailed
-            raise kind(f"build of {where} failed: {message}")
+    def verdict(self, status: int, message: str) -> Error:
+        import re
+
+        # A daemon on the builder quotes the end of the log, which Nix has already.
+        message = re.split(r";?\s*[Ll]ast [0-9]+ log lines:", message)[0]
+        message = message or "the log says why"
+        if status in (TRANSIENT, MISC) and len(self.fit) > 1 and not self.elsewhere:
+            return NotHere(message)
+        if status == MISC:
+            return Error(message)
+        text = f"build of '{self.path}' on '{self.link.name}' failed: {message}"
+        return BuildTimedOut(text) if status == TIMED_OUT else BuildFailed(text)
 
     def reconnect(self) -> None:
         """A new session, whose inputs are kept alive again: the builder has ended the
@@ -2591,6 +2651,35 @@ def read_lists(nix: Nix) -> tuple[list[str], list[str]]:
 # ---- The hook -----------------------------------------------------------------------
 
 
+def origin() -> str:
+    """The address of the machine that sends builds to the Nix that started us, if that
+    serves another machine; "" if not, or if the system does not tell."""
+    process = os.getppid()
+    with suppress(OSError, ValueError, IndexError):
+        words = process_words(process, "cmdline")
+        if words[0].endswith("nix-daemon") and words[1].isdecimal():
+            process = int(words[1])  # of its client, as nix-daemon shows it
+            words = process_words(process, "cmdline")
+        if "--serve" in words or "--stdio" in words:
+            for word in process_words(process, "environ"):
+                if word.startswith("SSH_CONNECTION="):
+                    return word.partition("=")[2].split()[0]
+    return ""
+
+
+def process_words(process: int, file: str) -> list[str]:
+    with open(f"/proc/{process}/{file}", "rb") as stream:
+        return decode(stream.read()).split("\0")
+
+
+def addresses(host: str) -> set[str]:
+    import socket
+
+    with suppress(OSError):
+        return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    return set()
+
+
 class Hook:
     """Answers Nix's requests until it accepts one, then performs that build."""
 
@@ -2603,6 +2692,7 @@ class Hook:
         self.copy_version: tuple[int, ...] = ()
         self.links: dict[Machine, Link] = {}
         self.session: Session | None = None  # opened before we accept
+        self.origin = origin()
         self.patient_from = 0.0  # monotonic time
 
     def prepare(self) -> list[Machine]:
@@ -2655,6 +2745,10 @@ class Hook:
             self.talk.say(DEBUG, "no machines are listed")
             self.talk.reply("decline" if self.nix.old else "decline-permanently")
             return None
+        if self.origin and might_build_itself(self.nix, request):
+            self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
+            self.talk.reply("decline" if request.willing else "postpone")
+            return None
         fit = self.eligible(request, machines)
         if not fit:
             self.talk.reply("decline")
@@ -2666,7 +2760,7 @@ class Hook:
             slot = self.find_slot(line, request)
             if not slot:
                 break
-            if self.reach(slot, fit):
+            if self.reach(slot, build):
                 self.talk.reply("accept", slot.machine.name(self.nix))
                 return build, slot
         if line.number >= 0:
@@ -2713,16 +2807,19 @@ class Hook:
             self.links[machine].sit()
         return self.links[machine]
 
-    def reach(self, slot: Slot, fit: list[Machine]) -> bool:
+    def reach(self, slot: Slot, build: Build) -> bool:
         """Be sure of that slot's machine; without it the slot is free again."""
         try:
             link = self.link(slot.machine)
             if not link.proved():
                 if not link.live():
-                    self.warm(fit)
+                    self.warm(build.fit)
                     link.connect()
                 self.session = Session(link)
+                self.session.ask_valid([build.path], False)
                 self.session.greet()
+                if self.session.valid():
+                    self.make_sure_of_another_store(self.session)
                 self.note_success(slot.machine)
             return True
         except BaseException as error:
@@ -2738,6 +2835,32 @@ class Hook:
             if self.slots.first_time(text):
                 self.talk.say(ERROR, text)
             return False
+
+    def make_sure_of_another_store(self, session: Session) -> None:
+        """Raise Unreachable if the builder's store is the one here, as it may be if all
+        machines of a network share one machines file: Nix's own lock on the output
+        would keep the build waiting for ever.  Mostly that is clear, since the builder
+        does not have the derivation; else we ask for something that nobody else has."""
+        session.ask_valid([self.mark()], False)
+        if session.valid():
+            raise Unreachable("it is this very machine; builds would wait for each other")
+
+    def mark(self) -> str:
+        """A path that is in the store here, and in no other."""
+        store, note = self.nix.store, f"{self.slots.own}/mark"
+        with suppress(OSError, Error), open(note, encoding="utf-8") as file:
+            path = file.read()
+            if os.path.lexists(store.file(path)):
+                return path
+        content = f"{self.slots.own}/nix-build-remote-mark"
+        write_private(content, os.urandom(16).hex())
+        program = find_program("nix-store", nix_directories(self.nix.environ))
+        more = {"NIX_REMOTE": store.remote} if store.remote else {}
+        environ = child_environ(self.nix, **more)
+        path = Child([program, "--add", content], environ, "1").output().strip()
+        store.name(path)
+        write_private(note, path)
+        return path
 
     def note_failure(self, machine: Machine, error: Exception) -> bool:
         """Whether all hooks now know that the machine is to be left alone."""
@@ -2796,6 +2919,8 @@ class Hook:
         fit, reasons = [], []
         for machine in machines:
             reason = unfit(machine, request, self.nix)
+            if self.origin and not reason and self.origin in addresses(machine.host):
+                reason = "is where this build comes from"
             name = machine.name(self.nix)
             verdict = reason or "can build it"
             self.talk.say(DEBUG, f"{request.derivation}: '{name}' {verdict}")

@@ -108,7 +108,7 @@ sent.close()
 # it shares nothing, as an ssh may that was built without that; with the manners "share"
 # it listens as a master does, for a while, and no session goes through it.
 SSH = """
-import os, signal, socket, struct, sys
+import os, signal, socket, struct, sys, time
 
 if "-G" in sys.argv:  # it has no configuration to show
     sys.exit(1)
@@ -185,13 +185,22 @@ while True:
         elif manners == "endless list":
             send(2**63)
             end(1, "gone")
+        if manners == "flood":
+            send(2**63)
+        while manners == "flood":
+            send(*["x" * 4000] * 64)
         with open({have!r}) as have:
             found = sorted(set(asked) & set(have.read().split()))
         send(len(found), *found)
     elif command == 8:
         string(), strings(4), strings(), string(), string(), strings(), strings(2)
         read(48)
+        time.sleep(3 if manners == "late" else 0)
         print("log of the build", file=sys.stderr, flush=True)
+        time.sleep(30 if manners == "one line, no end" else 0)
+        for line in range(6 if manners == "a line each 0.5 s" else 0):
+            time.sleep(0.5)
+            print(line, file=sys.stderr, flush=True)
         if manners == "half-way":
             sys.stdout.buffer.write(bytes(12))
             end(1, "Connection to b1 closed by remote host.")

@@ -519,7 +519,8 @@ class Host:
         bare = {"PATH": self.engine.path, **(env or {})}
         argv = ["env", "-i", *(f"{name}={value}" for name, value in bare.items())]
         with self.path("/var/log/nix-daemon.log").open("ab") as log:
-            daemon = self.popen(*argv, "nix-daemon", stdout=log, stderr=log)
+            argv += ["nix-daemon", "--daemon"]  # as systemd does
+            daemon = self.popen(*argv, stdout=log, stderr=log)
         socket = "/nix/var/nix/daemon-socket/socket"
         poll(lambda: self.path(socket).exists(), f"nix-daemon on {self.name}")
         return daemon

@@ -386,14 +386,14 @@ def publish(client: Host, path: str, builder: Host) -> None:
 
 
 @contextlib.contextmanager
-def distrustful(client: str, builder: str) -> Iterator[Scene]:
+def distrustful(client: str, builder: str, conf: str = "") -> Iterator[Scene]:
     """A builder whose daemon trusts only root, and where we are the user `nix`.
 
     What the client builds itself it signs with a key that the builder knows, but not if
     it gets `--option secret-key-files ""`.
     """
     secret = "secret-key-files = /etc/nix/secret\n"
-    conf = "trusted-users = root\n"
+    conf = f"trusted-users = root\n{conf}"
     with scene(client, builder, client_conf=secret, builder_conf=conf) as running:
         there = running.builder
         running.client.run(

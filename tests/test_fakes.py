@@ -33,6 +33,9 @@ BEFORE_ACCEPT = {
     "noise": "Welcome",
     "half a greeting": "nix-store: out of memory",
     "too old": "1.6",
+    "huge string": "9223372036854775808 bytes",
+    "endless list": "gone",
+    "flood": "no end",
 }
 AFTER_ACCEPT = {
     "huge string": "9223372036854775808 bytes",
@@ -297,7 +300,7 @@ def lost(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Failed:
     """One build, on a machine that fails in the middle of it."""
-    client = Client(tmp_path_factory.mktemp("nix"), old=dialect == "1.x")
+    client = connected(Client(tmp_path_factory.mktemp("nix"), old=dialect == "1.x"))
     answer = misbehave(client, request.param).build(CAP_B_DRV, CAP_A)
     return Failed(client, answer, AFTER_ACCEPT[request.param])
 
@@ -357,6 +360,68 @@ def test_the_next_machine_is_tried(client: Client) -> None:
     client.environ["FAKE_HOST"] = "b1"
     misbehave(client, "refuse").build()
     assert [call.destination for call in client.sessions()] == ["root@b2"]
+
+
+# -- Builds that the machine could not do ---------------------------------------------
+
+
+@pytest.mark.parametrize(("status", "end"), [("6", 100), ("9", 1)])
+def test_a_machines_own_failure_is_tried_once_on_another(
+    client: Client, status: str, end: int
+) -> None:
+    client.machines.write_text(TWO, encoding="utf-8")
+    client.environ["FAKE_STATUS"] = status
+    answer = client.build()
+    hosts = [call.destination for call in client.sessions()]
+    assert (answer.status, hosts) == (end, ["root@b1", "root@b2"])
+
+
+@pytest.mark.parametrize(("status", "end"), [("6", 100), ("9", 1), ("3", 100)])
+def test_without_another_machine_it_is_final(
+    client: Client, status: str, end: int
+) -> None:
+    client.environ["FAKE_STATUS"] = status
+    assert (client.build().status, len(client.sessions())) == (end, 1)
+
+
+def test_a_failed_build_is_not_tried_elsewhere(client: Client) -> None:
+    client.machines.write_text(TWO, encoding="utf-8")
+    client.environ["FAKE_STATUS"] = "3"
+    assert (client.build().status, len(client.sessions())) == (100, 1)
+
+
+# -- Limits that a builder does not keep ----------------------------------------------
+
+
+def limited(client: Client, timeout: int = 0, silence: int = 0) -> Client:
+    """Nix's limits, and a hook that sees to them at once."""
+    if client.old:
+        client.arguments[1:] = [str(silence), "0", str(timeout)]
+    client.settings["timeout"] = str(timeout)
+    client.settings["max-silent-time"] = str(silence)
+    text = client.hook.read_text(encoding="utf-8")
+    assert text.count("\nMARGIN_S = 60 ") == 1
+    client.hook.write_text(text.replace("\nMARGIN_S = 60 ", "\nMARGIN_S = 1 "))
+    return client
+
+
+@pytest.mark.parametrize("limits", [(1, 0), (0, 1)], ids=["timeout", "silence"])
+def test_a_build_that_does_not_end_is_ended(
+    client: Client, limits: tuple[int, int]
+) -> None:
+    answer = misbehave(limited(client, *limits), "one line, no end").build()
+    assert answer.status == 101 and "limits" in answer.messages
+
+
+def test_silence_is_counted_from_the_last_line(client: Client) -> None:
+    answer = misbehave(limited(client, silence=1), "a line each 0.5 s").build()
+    assert answer.status == 0
+
+
+def test_no_limit_counts_before_the_log_begins(client: Client) -> None:
+    """Then the build may still wait for its turn on the builder."""
+    answer = misbehave(limited(client, 1, 1), "late").build()
+    assert answer.status == 0
 
 
 # -- Settings -------------------------------------------------------------------------

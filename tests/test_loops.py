@@ -1,0 +1,98 @@
+"""Machines that are this machine, and builders that would send builds on and back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from farm import connect
+from scene import HOOK, INSTALLED, Scene, other, scene
+from test_builds import distrustful
+
+LONG_S = 60
+CONF = f"""
+max-jobs = {{jobs}}
+build-hook = {INSTALLED}
+builders = @/etc/nix/machines
+"""
+
+numbers = itertools.count()
+
+
+def one() -> str:
+    """A derivation that no other test has."""
+    return f'mk "loop-{next(numbers)}" "hostname > $out" {{}}'
+
+
+@pytest.fixture(scope="module")
+def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
+    """A client and two builders, each of which may log in on all, and has the hook."""
+    builder = other(pytestconfig, client_engine)
+    with scene(client_engine, builder, builder) as running:
+        everybody = (running.client, *running.builders)
+        for host in everybody:
+            host.copy(HOOK, INSTALLED)
+            for peer in everybody:
+                connect(host, peer)
+        yield running
+
+
+@pytest.fixture
+def nix(hosts: Scene) -> Iterator[Scene]:
+    yield hosts
+    hosts.settle()
+
+
+@pytest.mark.engines
+def test_a_machine_that_is_this_one_is_not_used(nix: Scene) -> None:
+    nix.machines("client - - 4 8\nb2 - - 4\n")
+    outcome = nix.build(one(), timeout=LONG_S)
+    assert nix.client.read(outcome.output) == "b2\n"
+    assert "it is this very machine" in outcome.log
+
+
+@pytest.mark.engines
+def test_a_build_fails_if_this_machine_is_the_only_one(nix: Scene) -> None:
+    nix.machines("client - - 4\n")
+    outcome = nix.build(one(), check=False, timeout=LONG_S)
+    assert outcome.status != 0 and "it is this very machine" in outcome.log
+
+
+def test_a_builder_that_has_the_derivation_is_not_taken_for_this_machine(
+    nix: Scene,
+) -> None:
+    nix.machines("b1 - - 4\n")
+    expression = one()
+    drv = nix.client.run("nix-instantiate", nix.nix_build(expression)[1])
+    nix.client.run("nix-copy-closure", "--to", "b1", drv.stdout.strip())
+    outcome = nix.build(expression)
+    assert nix.client.read(outcome.output) == "b1\n"
+    assert "very machine" not in outcome.log
+
+
+@pytest.fixture
+def untrusting(
+    client_engine: str, pytestconfig: pytest.Config, request: pytest.FixtureRequest
+) -> Iterator[Scene]:
+    """b1 lists the client, and asks its own hook, as for users it does not trust."""
+    builder = other(pytestconfig, client_engine)
+    with distrustful(client_engine, builder, CONF.format(jobs=request.param)) as nix:
+        nix.builder.copy(HOOK, INSTALLED)
+        nix.builder.write("/etc/nix/machines", "client - - 4\n")
+        connect(nix.builder, nix.client)
+        yield nix
+        nix.settle()
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("untrusting", [1], indirect=True)
+def test_a_builder_does_not_send_on_what_it_can_build(untrusting: Scene) -> None:
+    outcome = untrusting.build(one(), timeout=LONG_S)
+    assert untrusting.client.read(outcome.output) == "b1\n"
+
+
+@pytest.mark.parametrize("untrusting", [0], indirect=True)
+def test_a_builder_does_not_send_back_what_it_cannot_build(untrusting: Scene) -> None:
+    outcome = untrusting.build(one(), check=False, timeout=LONG_S)
+    assert outcome.status != 0
