@@ -181,6 +181,10 @@ class Unreachable(Error):
     """No session with the builder; another machine may do."""
 
 
+class Away(Unreachable):
+    """It has just failed for somebody else."""
+
+
 class SessionLost(Error):
     """The session with the builder ended before it had answered."""
 
@@ -251,6 +255,7 @@ connection was lost: may pass:
 session ended: may pass:
 does not answer: may pass:
 no answer: may pass:
+disk is full: may pass: make room there, with nix-collect-garbage
 No space left on device: may pass: make room there, with nix-collect-garbage
 HAS CHANGED: stays: if HOST was set up anew: ssh-keygen -R HOST, then log in once
 Host key verification failed: stays: log in once from here, to confirm the host key
@@ -1076,7 +1081,7 @@ class Line:
                 self.leave()
                 return slot
             if self.all_away and self.impatient:
-                raise Unreachable("it is away")
+                raise Away("it failed for another build, too")
             if self.all_away and (why := self.hook.despair(self.machines)):
                 raise Error(why)
             # Looking at many slots takes long; it must not be what we do all the time.
@@ -2189,8 +2194,10 @@ class Copier:
                 if line.endswith(b'"type":105}'):
                     progress[line.partition(b'"id":')[2]] = line
                     continue
-                self.talk.relay(decode(line))
-                first = first or error_text(decode(line))
+                problem = error_text(decode(line))
+                if first or not problem:  # else it goes into our own message
+                    self.talk.relay(decode(line))
+                first = first or problem
             if time.monotonic() > due:
                 for line in progress.values():
                     self.talk.relay(decode(line))
@@ -2388,7 +2395,8 @@ class Build:
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.fit = fit
         self.retried: set[Machine] = set()
-        self.losses = 0
+        self.begun = False  # the builder was asked to build
+        self.losses = 0  # after that
         self.elsewhere = False  # it has been tried on a second machine
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
@@ -2420,7 +2428,8 @@ class Build:
 
     def attempt(self) -> None:
         """All of it on the machine of our slot."""
-        self.begin("connecting", "reach", "for")
+        self.begun = False
+        self.begin("connecting", "connect for", "to")
         self.session = self.hook.session or self.open_session()
         self.hook.session = None
         program, version = self.hook.copy_program, self.hook.copy_version
@@ -2429,11 +2438,11 @@ class Build:
             self.session.ask_valid(self.inputs, self.substitute)
             if not self.session.version:
                 self.session.greet()
-            self.hook.note_success(self.slot.machine)
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
             self.send_inputs()
             self.trace("build-remote-start")
+            self.begun = True
             self.begin("building", "build", "on")
             if self.nix.old:  # 2.x says so itself
                 self.talk.say(INFO, f"building '{self.path}' on '{self.link.name}'")
@@ -2466,10 +2475,11 @@ class Build:
         that fails, for any, and all hooks leave the machine alone for a while."""
         self.slot.free()
         machine = self.slot.machine
-        self.losses += isinstance(error, SessionLost)
+        self.losses += self.begun and isinstance(error, SessionLost)
         if self.losses > LOSSES:
             raise Error(self.failure(error))
-        self.talk.say(WARN, f"{self.failure(error)}; trying again")
+        if not isinstance(error, Away):
+            self.talk.say(WARN, f"{self.failure(error)}; trying again")
         if isinstance(error, NotHere):
             self.elsewhere = True
             line = Line(self.hook, [other for other in self.fit if other != machine])
@@ -2477,7 +2487,8 @@ class Build:
             return line
         again = isinstance(error, SessionLost) and machine not in self.retried
         self.retried.add(machine)
-        if not again and not self.hook.note_failure(machine, error):
+        known = again or isinstance(error, Away)
+        if not known and not self.hook.note_failure(machine, error):
             wait_readable([], PAUSE_S)
         line = Line(self.hook, [machine] if again else self.fit, impatient=again)
         line.join()
@@ -2535,6 +2546,8 @@ class Build:
         else:
             status, message = self.build_closure()
         self.trace("build-remote-done")
+        if status not in (TRANSIENT, MISC):
+            self.hook.note_success(self.slot.machine)
         if status:
             self.session.finish()
             raise self.verdict(status, message)
@@ -2820,7 +2833,6 @@ class Hook:
                 self.session.greet()
                 if self.session.valid():
                     self.make_sure_of_another_store(self.session)
-                self.note_success(slot.machine)
             return True
         except BaseException as error:
             slot.free()
