@@ -125,6 +125,7 @@ SEATS = 8  # hooks on one: sshd allows it 10 sessions, and a hook has one
 CONNECTIONS = 16  # to one machine
 SOCKET_LIMIT_BYTES = 86  # of a control socket's name: Linux 90, macOS 86
 WARM_AT_ONCE = 6  # connections begun at the same time
+UNKNOWN_FAILURES = 3  # in a row, for a reason we don't know, may pass by themselves
 LOSSES = 5  # of a session with a builder, before a build is given up
 PAUSE_S, PAUSE_LIMIT_S = 1, 60  # a machine that fails again is left alone for longer
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
@@ -193,8 +194,16 @@ class Nonsense(SessionLost):
     """Bytes that are not what the protocol says, or too many."""
 
 
+class BuildBroken(Error):
+    """The build could not be done, for a reason that may not be its own."""
+
+
 class NotHere(Error):
-    """The machine could not do this build, for a reason of its own."""
+    """The same, if another machine may do; verdict: what to say if none does."""
+
+    def __init__(self, words: str, verdict: Error) -> None:
+        super().__init__(words)
+        self.verdict = verdict
 
 
 class BuildFailed(Error):
@@ -239,45 +248,50 @@ class suppress:
         return kind is not None and issubclass(kind, self.errors)
 
 
-# What ssh and Nix say when something is wrong, whether it may pass by itself, and what
-# to do about it.  The first that fits counts.
-TROUBLES = """\
-Connection refused: may pass: is sshd running there, on that port?
-timed out: may pass: is the machine on, and can it be reached from here?
-No route to host: may pass: is the machine on, and can it be reached from here?
-unreachable: may pass: is the network up?
-resolve hostname: may pass: is the name right, in the machines file and in DNS?
-not responding: may pass:
-Broken pipe: may pass:
-Connection closed: may pass:
-Connection reset: may pass:
-connection was lost: may pass:
-session ended: may pass:
-does not answer: may pass:
-no answer: may pass:
-disk is full: may pass: make room there, with nix-collect-garbage
-No space left on device: may pass: make room there, with nix-collect-garbage
-HAS CHANGED: stays: if HOST was set up anew: ssh-keygen -R HOST, then log in once
-Host key verification failed: stays: log in once from here, to confirm the host key
-its host key is not: stays: correct that field if the machine has a new key
-bad permissions: stays: chmod 600 the key file
-Permission denied (: stays: can you log in from here with that key and no passphrase?
-command not found: stays: link nix-store into a directory like /usr/bin there
-nix-store: not found: stays: link nix-store into a directory like /usr/bin there
-this very machine: stays: take its line out of the machines file here
-signature: stays: sign it, or make the user trusted where it was refused
+# What ssh and Nix say when something is wrong, and what to do about it.  The first that
+# fits counts: an ssh that is refused may add that the connection was closed.
+STAYS = """\
+HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
+Host key verification failed = log in once from here, to confirm the host key
+its host key is not = correct that field if the machine has a new key
+bad permissions = chmod 600 the key file
+Permission denied ( = can you log in from here with that key and no passphrase?
+command not found = link nix-store into a directory like /usr/bin there
+nix-store: not found = link nix-store into a directory like /usr/bin there
+this very machine = take its line out of the machines file here
+signature = sign it, or make the user trusted where it was refused
+"""
+PASSES = """\
+Connection refused = is sshd running there, on that port?
+timed out = is the machine on, and can it be reached from here?
+No route to host = is the machine on, and can it be reached from here?
+is down = is the machine on, and can it be reached from here?
+resolve hostname = is the name right, in the machines file and in DNS?
+disk is full = make room there, with nix-collect-garbage
+No space left on device = make room there, with nix-collect-garbage
+not responding =
+Broken pipe =
+onnection reset =
+onnection closed =
+closed by =
+unreachable =
+shutting down =
+connection was lost =
+session ended =
+does not answer =
+no answer =
+no connection within =
 """
 
 
-def trouble(words: str) -> tuple[bool, str]:
-    """Whether it may pass by itself, and what to do about it, "" if we don't know."""
-    for line in TROUBLES.splitlines():
-        sign, passes, remedy = line.rpartition(" may pass:")
-        if not passes:
-            sign, passes, remedy = line.rpartition(" stays:")
-        if sign[:-1] in words:
-            return passes == " may pass:", remedy.strip()
-    return False, ""
+def trouble(words: str) -> tuple[bool | None, str]:
+    """Whether it may pass by itself (None: unknown), and what to do about it."""
+    for table, passes in ((STAYS, False), (PASSES, True)):
+        for line in table.splitlines():
+            sign, _, remedy = line.partition(" =")
+            if sign in words:
+                return passes, remedy.strip()
+    return None, ""
 
 
 def with_remedy(words: str, host: str) -> str:
@@ -583,13 +597,14 @@ def parse_host(text: str) -> tuple[str, int]:
     host, port = text, ""
     if text.startswith("["):
         host, bracket, port = text[1:].partition("]")
-        if not bracket or port[:1] not in ("", ":"):
+        if not bracket or port == ":" or port[:1] not in ("", ":"):
             host = ""
         port = port[1:]
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
+        host = host if port else ""
     host = host.replace("%25", "%")
-    if text.endswith(":") or not only(port, DIGITS):
+    if not only(port, DIGITS):
         host = ""
     if not is_name(host, "+-.") and not is_address(host):
         raise ValueError(f"{host or text!r} is not a host name")
@@ -854,6 +869,14 @@ class Outage(NamedTuple):
         clock was set)."""
         return abs(time.time() - self.until) > PAUSE_LIMIT_S
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether it is no use to wait: that is known, or it has failed too often."""
+        passes, _ = trouble(self.words)
+        return passes is False or (
+            passes is None and self.failures > UNKNOWN_FAILURES
+        )
+
     def again(self, words: str) -> Outage:
         """After one more failure.  The delay doubles, and is not the same for all."""
         now = time.time()
@@ -895,6 +918,7 @@ class SlotDirectory(NamedTuple):
         try:
             for path in (self.path, self.own):  # makedirs gives parents another mode
                 os.makedirs(path, 0o700, exist_ok=True)
+            check_private(self.own)
         except OSError as error:
             raise Error(f"cannot make {self.path}: {error.strerror}") from None
 
@@ -1065,7 +1089,13 @@ class Line:
             self.number = self.descriptor = -1
 
     def wait(self) -> Slot:
-        """Move up to the first place, then wait for a slot."""
+        """Move up to the first place, then wait for a slot; in the end we have left."""
+        try:
+            return self.stand_in_line()
+        finally:
+            self.leave()
+
+    def stand_in_line(self) -> Slot:
         with Alarms():
             while self.number > 0:
                 descriptor = open_lock(f"{self.name}.{self.number - 1}")
@@ -1078,7 +1108,6 @@ class Line:
             start = time.monotonic()
             slot = self.take()
             if slot:
-                self.leave()
                 return slot
             if self.all_away and self.impatient:
                 raise Away("it failed for another build, too")
@@ -1312,21 +1341,24 @@ def write_all(descriptor: int, data: bytes) -> None:
             raise NixGone from None
 
 
+NO_READER = select.POLLERR | select.POLLHUP
+
+
 def nix_has_gone() -> bool:
     poll = select.poll()
-    poll.register(2, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    poll.register(2, select.POLLHUP)  # which macOS says, and Linux does not
+    return any(event & NO_READER for _, event in poll.poll(0))
 
 
 def wait_readable(descriptors: Iterable[int], timeout_s: float) -> set[int]:
     """Those with something to read, or at their end; NixGone if Nix ends meanwhile."""
     poll = select.poll()
-    poll.register(2, 0)
+    poll.register(2, select.POLLHUP)
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
     events = poll.poll(None if timeout_s == math.inf else timeout_s * 1000)
     ready = {descriptor for descriptor, event in events if descriptor != 2}
-    if not ready and any(event & select.POLLERR for _, event in events):
+    if not ready and any(event & NO_READER for _, event in events):
         raise NixGone
     return ready
 
@@ -1542,11 +1574,15 @@ def private_directory(wanted: str) -> str:
     path = wanted if plain else f"/tmp/nix-build-remote-{os.geteuid()}"
     with suppress(FileExistsError):
         os.makedirs(path, 0o700)
+    check_private(path)
+    return path
+
+
+def check_private(path: str) -> None:
     info = os.lstat(path)
     ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
     if not ours or info.st_mode & 0o022:
         raise Error(f"{path} is not a directory that only we can write; remove it")
-    return path
 
 
 def write_private(path: str, text: str, mode: int = 0o600) -> None:
@@ -1635,13 +1671,17 @@ class Link:
         """Whether a master answers at our socket; that says nothing of the network."""
         return self.socket != "none" and answers(self.socket)
 
-    def promises(self, name: str) -> bool:
-        """Whether that connection lives, or has ended without a complaint, as one ends
-        that was idle, and at once one of an ssh that shares nothing."""
+    def broken(self, name: str) -> str:
+        """What was said at the last attempt to make that connection; "" if it lives, or
+        has ended without a complaint: as one ends that was idle, and at once that of an
+        ssh that shares nothing."""
+        if answers(name):
+            return ""
         descriptor = open_lock(f"{name}.start")
         try:
-            ended = try_lock(descriptor, fcntl.LOCK_SH)
-            return answers(name) or (ended and not os.pread(descriptor, 1, 0))
+            if not try_lock(descriptor, fcntl.LOCK_SH):
+                return "still connecting"
+            return " ".join(decode(os.pread(descriptor, TAIL_BYTES, 0)).split())
         finally:
             os.close(descriptor)
 
@@ -1894,7 +1934,6 @@ class Session:
         self.version = min(SERVE_VERSION, version)
         if b"refused by peer" in self.tail:  # ssh then made a connection of its own
             self.link.lose_seat()
-        self.link.prove()
 
     def pipes(self) -> list[int]:
         return [self.stdout] + [self.stderr] * (self.stderr >= 0)
@@ -2394,10 +2433,13 @@ class Build:
         self.task = ("build", "", "")  # verb, preposition and machine, for messages
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.fit = fit
-        self.retried: set[Machine] = set()
-        self.begun = False  # the builder was asked to build
+        self.avoided: set[Machine] = set()
+        self.pause_s = float(PAUSE_S)
+        self.trouble_since = 0.0
+        self.verdict_elsewhere: Error | None = None  # of a machine that may be to blame
+        self.greeted = False  # by the builder in this attempt,
+        self.begun = False  # which was asked to build, too
         self.losses = 0  # after that
-        self.elsewhere = False  # it has been tried on a second machine
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
         """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
@@ -2422,15 +2464,15 @@ class Build:
             except (Unreachable, SessionLost, NotHere) as error:
                 place = self.move(error)
             except Error as error:
-                if isinstance(error, (BuildFailed, BuildTimedOut)):
+                if isinstance(error, (BuildFailed, BuildTimedOut, BuildBroken)):
                     raise
                 raise Error(self.failure(error)) from None
 
     def attempt(self) -> None:
         """All of it on the machine of our slot."""
-        self.begun = False
+        self.greeted = self.begun = False
         self.begin("connecting", "connect for", "to")
-        self.session = self.hook.session or self.open_session()
+        self.session = self.hook.session or self.hook.open_session(self.link, self.path)
         self.hook.session = None
         program, version = self.hook.copy_program, self.hook.copy_version
         self.copier = Copier(program, version, self.talk, self.session)
@@ -2438,6 +2480,7 @@ class Build:
             self.session.ask_valid(self.inputs, self.substitute)
             if not self.session.version:
                 self.session.greet()
+            self.greeted = True
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
             self.send_inputs()
@@ -2465,34 +2508,46 @@ class Build:
             self.slot = place
             self.slot.note("fetching", self.path)
 
-    def open_session(self) -> Session:
-        self.link.connect()
-        return Session(self.link)
-
     def move(self, error: Error) -> Line:
-        """Where to wait for the next attempt: first for the same machine, whose
-        connection may have been an old one, and which may have the outputs already; if
-        that fails, for any, and all hooks leave the machine alone for a while."""
+        """Where to wait for the next attempt.  If a session was lost: first for the
+        same machine, whose connection may have been an old one, and which may have the
+        outputs already.  After that, and if it could not do the build, for any other;
+        if all have failed, for any, after a while."""
         self.slot.free()
         machine = self.slot.machine
-        self.losses += self.begun and isinstance(error, SessionLost)
-        if self.losses > LOSSES:
-            raise Error(self.failure(error))
+        if isinstance(error, Away) and self.verdict_elsewhere:
+            raise self.verdict_elsewhere
         if not isinstance(error, Away):
+            self.note(error)
             self.talk.say(WARN, f"{self.failure(error)}; trying again")
-        if isinstance(error, NotHere):
-            self.elsewhere = True
-            line = Line(self.hook, [other for other in self.fit if other != machine])
-            line.join()
-            return line
-        again = isinstance(error, SessionLost) and machine not in self.retried
-        self.retried.add(machine)
-        known = again or isinstance(error, Away)
-        if not known and not self.hook.note_failure(machine, error):
-            wait_readable([], PAUSE_S)
-        line = Line(self.hook, [machine] if again else self.fit, impatient=again)
+        again = isinstance(error, SessionLost) and machine not in self.avoided
+        self.avoided.add(machine)
+        if again:
+            fit = [machine]
+        else:
+            fit = [other for other in self.fit if other not in self.avoided]
+        if not fit:
+            wait_readable([], self.pause_s)
+            self.pause_s = min(2 * self.pause_s, PAUSE_LIMIT_S)
+            self.avoided.clear()
+        line = Line(self.hook, fit or self.fit, bool(again or self.verdict_elsewhere))
         line.join()
         return line
+
+    def note(self, error: Error) -> None:
+        """What an attempt has come to: raises if there should be no other."""
+        now = time.monotonic()
+        self.trouble_since = self.trouble_since or now
+        passes, _ = trouble(str(error))
+        self.losses += isinstance(error, SessionLost) and (self.begun or not passes)
+        if isinstance(error, NotHere):
+            self.verdict_elsewhere = error.verdict
+        elif isinstance(error, Unreachable) or (
+            not self.greeted and self.slot.machine in self.avoided
+        ):
+            self.hook.note_failure(self.slot.machine, error)
+        if self.losses > LOSSES or now > self.trouble_since + AWAY_TIMEOUT_S:
+            raise Error(self.failure(error))
 
     def begin(self, phase: str, verb: str, preposition: str) -> None:
         self.task = verb, f" {preposition} ", f"'{self.link.name}'"
@@ -2556,14 +2611,17 @@ class Build:
         import re
 
         # A daemon on the builder quotes the end of the log, which Nix has already.
+        message = message[:TAIL_BYTES]
         message = re.split(r";?\s*[Ll]ast [0-9]+ log lines:", message)[0]
         message = message or "the log says why"
-        if status in (TRANSIENT, MISC) and len(self.fit) > 1 and not self.elsewhere:
-            return NotHere(message)
-        if status == MISC:
-            return Error(message)
         text = f"build of '{self.path}' on '{self.link.name}' failed: {message}"
-        return BuildTimedOut(text) if status == TIMED_OUT else BuildFailed(text)
+        kind = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}.get(status, BuildFailed)
+        if status not in (TRANSIENT, MISC) or self.verdict_elsewhere:
+            return kind(text)
+        others = {m.slot_name(self.nix): m for m in self.fit if m != self.slot.machine}
+        if len(self.hook.away(others)) == len(others):
+            return kind(text)
+        return NotHere(message, kind(text))
 
     def reconnect(self) -> None:
         """A new session, whose inputs are kept alive again: the builder has ended the
@@ -2688,7 +2746,7 @@ def process_words(process: int, file: str) -> list[str]:
 def addresses(host: str) -> set[str]:
     import socket
 
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         return {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     return set()
 
@@ -2786,7 +2844,7 @@ class Hook:
         """The reply to what no machine can take now."""
         if request.willing and might_build_itself(self.nix, request):
             return "decline"
-        if line.all_away:
+        if len(self.away(line.machines)) == len(line.machines):
             hopeless = self.despair(line.machines)
             text = hopeless or "no machine for it can be reached now; waiting for one"
             if self.slots.first_time(text):
@@ -2827,19 +2885,11 @@ class Hook:
             if not link.proved():
                 if not link.live():
                     self.warm(build.fit)
-                    link.connect()
-                self.session = Session(link)
-                self.session.ask_valid([build.path], False)
-                self.session.greet()
-                if self.session.valid():
-                    self.make_sure_of_another_store(self.session)
+                self.session = self.open_session(link, build.path)
             return True
         except BaseException as error:
             slot.free()
-            if self.session:
-                self.session.cancel()
-            self.session = None
-            if not isinstance(error, (Error, OSError)):
+            if not isinstance(error, (Unreachable, SessionLost)):
                 raise
             self.note_failure(slot.machine, error)
             words = with_remedy(str(error), slot.machine.host)
@@ -2848,17 +2898,39 @@ class Hook:
                 self.talk.say(ERROR, text)
             return False
 
+    def open_session(self, link: Link, path: str) -> Session:
+        """A session to build that derivation in; not greeted yet if the connection is
+        proved, so that the next question can go along."""
+        link.connect()
+        session = Session(link)
+        if link.proved():
+            return session
+        try:
+            session.ask_valid([path], False)
+            session.greet()
+            if session.valid():
+                self.make_sure_of_another_store(session)
+        except SessionLost as error:
+            session.cancel()
+            raise Unreachable(str(error)) from None
+        except BaseException:
+            session.cancel()
+            raise
+        link.prove()
+        return session
+
     def make_sure_of_another_store(self, session: Session) -> None:
         """Raise Unreachable if the builder's store is the one here, as it may be if all
         machines of a network share one machines file: Nix's own lock on the output
         would keep the build waiting for ever.  Mostly that is clear, since the builder
         does not have the derivation; else we ask for something that nobody else has."""
-        session.ask_valid([self.mark()], False)
+        mark = self.mark()
+        session.ask_valid([mark] if mark else [], False)
         if session.valid():
-            raise Unreachable("it is this very machine; builds would wait for each other")
+            raise Unreachable("it is this very machine; builds would wait for ever")
 
     def mark(self) -> str:
-        """A path that is in the store here, and in no other."""
+        """A path that is in the store here, and in no other; "" if none can be made."""
         store, note = self.nix.store, f"{self.slots.own}/mark"
         with suppress(OSError, Error), open(note, encoding="utf-8") as file:
             path = file.read()
@@ -2870,8 +2942,8 @@ class Hook:
         more = {"NIX_REMOTE": store.remote} if store.remote else {}
         environ = child_environ(self.nix, **more)
         path = Child([program, "--add", content], environ, "1").output().strip()
-        store.name(path)
-        write_private(note, path)
+        if path:
+            write_private(note, path)
         return path
 
     def note_failure(self, machine: Machine, error: Exception) -> bool:
@@ -2897,9 +2969,12 @@ class Hook:
             return bool(outage and not outage.old)
         link = Link(machine, self.nix, self.slots.path)
         first = f"{link.base()}-0"
-        if link.promises(first):
+        words = link.broken(first)
+        if not words:
             return False
-        self.slots.note_failure(name, outage.words)
+        if words == "still connecting":
+            words = outage.words
+        self.slots.note_failure(name, words)
         link.start(first)
         return True
 
@@ -2909,7 +2984,7 @@ class Hook:
         if not outages:
             return ""
         last = max(outages, key=lambda outage: outage.since)
-        if not any(trouble(outage.words)[0] for outage in outages):
+        if all(outage.hopeless for outage in outages):
             return f"no machine for it can be used: {last.words}"
         if last.since > time.time() - AWAY_TIMEOUT_S:
             return ""

@@ -252,3 +252,52 @@ def test_a_note_counts(nix: Scene) -> None:
     text = f"3 {time.time()} {time.time() + 30} Connection refused"
     nix.client.write(f"{SLOTS}/own/ssh:__b1.down", text, 0o600)
     assert built_on(nix, some(1)) == {"b2"}
+
+
+# -- What it must not do to others ----------------------------------------------------
+
+
+def leave_alone(nix: Scene, host: str, words: str, seconds: int = 5) -> None:
+    text = f"1 {time.time()} {time.time() + seconds} {words}"
+    nix.client.write(f"{SLOTS}/own/ssh:__{host}.down", text, 0o600)
+
+
+def test_a_hook_that_wants_to_go_back_does_not_wait_for_itself(nix: Scene) -> None:
+    """Its session is lost just when another hook has found that the machine fails."""
+    nix.machines("b1 - - 4\n")
+    run = nix.start(some(1, HELD))
+    poll(nix.builder.path("/tmp/held").exists, "the build", timeout=30)
+    leave_alone(nix, "b1", "Connection refused")
+    nix.builder.write("/tmp/go", "")
+    nix.builder.restart_sshd(sessions=True)
+    assert run.end(LONG_S).status == 0
+
+
+def test_one_builds_own_trouble_costs_no_other_build(nix: Scene) -> None:
+    """Such as an input that is not there any more, though the store thinks so."""
+    nix.machines("b1 - - 2\n")
+    nix.client.write("/tmp/bad/input", "hello")
+    path = nix.client.run("nix-store", "--add", "/tmp/bad/input").stdout.strip()
+    nix.client.run("rm", "-rf", path)
+    source = f'builtins.appendContext "{path}" {{ "{path}" = {{ path = true; }}; }}'
+    bad = f'mk "bad-{next(numbers)}" "cat $src > $out" {{ src = {source}; }}'
+    healthy = some(8, "sleep 0.5; hostname > $out")
+    command = f"[ ({bad}) ] ++ ({healthy})"
+    outcome = nix.build(command, "-k", check=False, timeout=LONG_S)
+    nix.client.run("nix-store", "--delete", "--ignore-liveness", path, check=False)
+    assert outcome.status != 0
+    done = nix.build(healthy, "--dry-run", timeout=LONG_S)
+    assert "will be built" not in done.log
+
+
+@pytest.mark.parametrize("words", ["Permission denied (publickey)", "refused"])
+def test_a_failure_that_nobody_else_can_try_is_a_failure(
+    nix: Scene, words: str
+) -> None:
+    built_on(nix, some(1))
+    name = f"fixed-{next(numbers)}"
+    hash_ = f'outputHash = "{"0" * 52}"; outputHashAlgo = "sha256";'
+    expression = f'mk "{name}" "exit 1" {{ {hash_} outputHashMode = "flat"; }}'
+    leave_alone(nix, "b2", words, 30)
+    outcome = nix.build(expression, check=False, timeout=LONG_S)
+    assert outcome.status != 0 and words not in outcome.log

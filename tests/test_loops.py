@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 
 import pytest
 from farm import connect
 from scene import HOOK, INSTALLED, Scene, other, scene
+from test_away import forget
 from test_builds import distrustful
 
 LONG_S = 60
@@ -40,6 +42,7 @@ def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
 
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
+    forget(hosts)
     yield hosts
     hosts.settle()
 
@@ -55,8 +58,11 @@ def test_a_machine_that_is_this_one_is_not_used(nix: Scene) -> None:
 @pytest.mark.engines
 def test_a_build_fails_if_this_machine_is_the_only_one(nix: Scene) -> None:
     nix.machines("client - - 4\n")
-    outcome = nix.build(one(), check=False, timeout=LONG_S)
+    often = ("--option", "build-poll-interval", "1")
+    outcome = nix.build(one(), *often, check=False, timeout=LONG_S)
     assert outcome.status != 0 and "it is this very machine" in outcome.log
+    time.sleep(3)  # it is tried again, and the connection is there
+    assert nix.build(one(), check=False, timeout=LONG_S).status != 0
 
 
 def test_a_builder_that_has_the_derivation_is_not_taken_for_this_machine(
