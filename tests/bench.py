@@ -1,6 +1,6 @@
 """How fast the hook is, beside Nix's own hook in the same run.
 
-    tests/bench [--engines 2.8,2.34] [--runs 3] [ROW...]
+    tests/bench [--engines 2.8,2.34] [--runs 3] [--delays 0,50,200] [ROW...]
     tests/bench --machines FILE [--runs 3]
 
 The first form brings up a farm (as root; `tests/engines` makes the engines) and prints
@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 HOOK = HERE.parent / "nix_build_remote.py"
 INSIDE = "/usr/local/lib/nix_build_remote.py"
 SYSTEM = "x86_64-linux"
+DELAYS_MS = [0, 50, 200]
 
 TRIVIAL = """
 builtins.genList (n: derivation {
@@ -123,7 +124,7 @@ def site(name: str, builders: int, delay_ms: int = 0) -> Iterator[Site]:
 
 
 def trivial(name: str, runs: int) -> Iterator[Row]:
-    for delay_ms in (0, 50, 200):
+    for delay_ms in DELAYS_MS:
         with site(name, 4, delay_ms) as where:
             where.machines(2)
             what = f"24 trivial, 4 builders x 2 slots, {delay_ms} ms"
@@ -437,8 +438,11 @@ def main() -> int:
     parser.add_argument("--engines", default="2.8,2.34")
     parser.add_argument("--machines", type=Path)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--delays", help="round trips of the row trivial, in ms")
     parser.add_argument("rows", nargs="*")
     options = parser.parse_args()
+    if options.delays:
+        DELAYS_MS[:] = map(int, options.delays.split(","))
     print(
         f"| {'seconds, medians of ' + str(options.runs):58} |     ours |    stock | ratio | |"
     )
