@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import random
 import re
 import signal
@@ -28,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from farm import Host, Inside, Lab, connect, engine, poll
+from farm import Host, Inside, Lab, connect, engine, is_taken, poll
 
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
 INSTALLED = "/usr/local/bin/nix_build_remote.py"
@@ -314,15 +313,6 @@ class Chaos:
             for process in host.processes()
             if not may_stay.search(process.cmdline)
         ]
-
-
-def is_taken(path: Path) -> bool:
-    with path.open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def digest(host: Host, path: str) -> str:

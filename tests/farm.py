@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import itertools
 import os
@@ -90,6 +91,16 @@ def poll(found: Callable[[], T], what: str, *, timeout: float = 10) -> T:
 
 
 # -- Engines --------------------------------------------------------------------------
+
+
+def is_taken(path: Path) -> bool:
+    """Whether somebody holds the lock of that file."""
+    with path.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 class Engine(NamedTuple):

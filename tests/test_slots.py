@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from farm import Host, poll
+from farm import Host, is_taken, poll
 from scene import INSTALLED, PRELUDE, Run, Scene, registered, scene
 
 SLOTS = "/nix/var/nix/current-load"
@@ -111,15 +111,6 @@ def take(nix: Scene, machine: str, slots: int) -> list[int]:
     for descriptor in descriptors:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptors
-
-
-def is_taken(slot: Path) -> bool:
-    with slot.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
 
 
 @pytest.fixture(scope="module")

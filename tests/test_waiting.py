@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
-from farm import poll
+from farm import is_taken, poll
 from scene import HOOK, INSTALLED, Run, Scene, other, scene
 
 TESTS = Path(__file__).resolve().parent
@@ -67,15 +67,6 @@ def places(nix: Scene) -> int:
     """How many hooks stand in line."""
     directory = nix.client.path(SLOTS)
     return sum(is_taken(place) for place in directory.glob("own/line-*"))
-
-
-def is_taken(path: Path) -> bool:
-    with path.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
 
 
 def stand(nix: Scene, count: int) -> None:
