@@ -2435,7 +2435,7 @@ class Build:
         self.fit = fit
         self.avoided: set[Machine] = set()
         self.pause_s = float(PAUSE_S)
-        self.trouble_since = 0.0
+        self.trouble_since = 0.0  # without having come as far as to build
         self.verdict_elsewhere: Error | None = None  # of a machine that may be to blame
         self.greeted = False  # by the builder in this attempt,
         self.begun = False  # which was asked to build, too
@@ -2485,7 +2485,7 @@ class Build:
             self.begin("sending", "send the inputs of", "to")
             self.send_inputs()
             self.trace("build-remote-start")
-            self.begun = True
+            self.begun, self.trouble_since = True, 0.0
             self.begin("building", "build", "on")
             if self.nix.old:  # 2.x says so itself
                 self.talk.say(INFO, f"building '{self.path}' on '{self.link.name}'")

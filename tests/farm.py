@@ -90,9 +90,6 @@ def poll(found: Callable[[], T], what: str, *, timeout: float = 10) -> T:
     return value
 
 
-# -- Engines --------------------------------------------------------------------------
-
-
 def is_taken(path: Path) -> bool:
     """Whether somebody holds the lock of that file."""
     with path.open("r+b") as file:
@@ -101,6 +98,9 @@ def is_taken(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+# -- Engines --------------------------------------------------------------------------
 
 
 class Engine(NamedTuple):
