@@ -2948,8 +2948,9 @@ class Hook:
 
     def note_failure(self, machine: Machine, error: Exception) -> bool:
         """Whether all hooks now know that the machine is to be left alone."""
-        words = " ".join(str(error).split())
-        return self.slots.note_failure(machine.slot_name(self.nix), words)
+        words, name = " ".join(str(error).split()), machine.slot_name(self.nix)
+        self.slots.first_time(f"tried {name}")
+        return self.slots.note_failure(name, words)
 
     def note_success(self, machine: Machine) -> None:
         self.slots.note_success(machine.slot_name(self.nix))
@@ -2965,8 +2966,12 @@ class Hook:
         """When its time is over, somebody begins to connect, and nobody waits for that:
         a machine that is back is found by its live connection."""
         outage = self.slots.outage(name)
-        if not outage or outage.old or time.time() < outage.until:
-            return bool(outage and not outage.old)
+        if not outage or outage.old:
+            return False
+        if outage.hopeless and self.slots.first_time(f"tried {name}"):
+            return False  # it may have been put right: each Nix tries it once
+        if time.time() < outage.until:
+            return True
         link = Link(machine, self.nix, self.slots.path)
         first = f"{link.base()}-0"
         words = link.broken(first)

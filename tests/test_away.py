@@ -218,6 +218,15 @@ def test_what_will_not_pass_is_not_waited_for(nix: Scene) -> None:
     assert "can you log in from here with that key" in outcome.log
 
 
+def test_what_was_put_right_is_used_at_once(nix: Scene) -> None:
+    nix.machines("b1 - - 4\n")
+    allowed = nix.builder.read("/root/.ssh/authorized_keys")
+    nix.builder.write("/root/.ssh/authorized_keys", "", 0o600)
+    assert nix.build(some(1), check=False, timeout=LONG_S).status != 0
+    nix.builder.write("/root/.ssh/authorized_keys", allowed, 0o600)
+    assert built_on(nix, some(1)) == {"b1"}
+
+
 def test_the_15_minutes_are_over_at_some_time(nix: Scene) -> None:
     text = nix.client.read(INSTALLED)
     assert text.count("AWAY_TIMEOUT_S = 15 * 60 ") == 1
