@@ -1051,7 +1051,8 @@ class Line:
         return reserved
 
     def waited_for(self, first_place: str) -> list[str]:
-        """The slots' names of the machines that somebody in that line waits for."""
+        """The slots' names of the machines that somebody in that line waits for, or ""
+        if they are not written down yet."""
         descriptor = open_lock(first_place)
         try:
             if try_lock(descriptor, fcntl.LOCK_SH):
@@ -1062,11 +1063,7 @@ class Line:
             os.close(descriptor)
 
     def empty(self) -> bool:
-        descriptor = open_lock(f"{self.name}.0")
-        try:
-            return try_lock(descriptor, fcntl.LOCK_SH)
-        finally:
-            os.close(descriptor)
+        return not self.waited_for(f"{self.name}.0")
 
     def join(self) -> bool:
         """Take the place behind the last that is taken, if the line is not full."""
@@ -2602,7 +2599,8 @@ class Build:
             status, message = self.build_closure()
         self.trace("build-remote-done")
         if status not in (TRANSIENT, MISC):
-            self.hook.note_success(self.slot.machine)
+            name = self.slot.machine.slot_name(self.nix)
+            self.hook.slots.note_success(name)
         if status:
             self.session.finish()
             raise self.verdict(status, message)
@@ -2951,9 +2949,6 @@ class Hook:
         words, name = " ".join(str(error).split()), machine.slot_name(self.nix)
         self.slots.first_time(f"tried {name}")
         return self.slots.note_failure(name, words)
-
-    def note_success(self, machine: Machine) -> None:
-        self.slots.note_success(machine.slot_name(self.nix))
 
     def away(self, machines: dict[str, Machine]) -> set[str]:
         """Those that have failed, and are left alone for now."""
