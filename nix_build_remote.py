@@ -115,6 +115,7 @@ else:
 
 
 VERSION = "0.1"
+START = time.monotonic()
 
 CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
 GREETING_TIMEOUT_S = 90  # connecting, logging in and starting nix-store on the builder
@@ -137,8 +138,8 @@ UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
 LOCK_POLL_S = 0.05
 ANSWER_TIMEOUT_S = 15 * 60  # for a builder to say what it has, or take our question
 SUBSTITUTE_TIMEOUT_S = 4 * 60 * 60  # the same if it may download what it has not
-COPY_TIMEOUT_S = 30 * 60  # without any progress of nix-copy-closure
-OLD_COPY_TIMEOUT_S = 12 * 60 * 60  # the same before 2.4, which reports none
+COPY_TIMEOUT_S = 30 * 60  # in which not a byte is copied
+BLIND_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see that: nothing is said
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
 DRAIN_TIMEOUT_S = 10  # for Nix to read the end of the log, without any progress
 QUIET_S = 2  # after a build: no more of its log will come
@@ -800,6 +801,14 @@ def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     return True
 
 
+def write_into(descriptor: int, text: str) -> None:
+    """All that the file says from now on, unless the disk is full: that must not cost
+    a build."""
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, encode(text), 0)
+
+
 def start_time() -> str:
     """When this process started, in kernel ticks: tells it from a later namesake."""
     try:
@@ -807,6 +816,12 @@ def start_time() -> str:
             return decode(file.read().rpartition(b")")[2].split()[19])
     except OSError:
         return "-"
+
+
+def holder(phase: str, derivation: str) -> str:
+    """What a lock's file says of who holds it, for `status`: pid, its start time,
+    seconds since 1970, phase, derivation."""
+    return f"{os.getpid()} {start_time()} {time.time():.0f} {phase} {derivation}\n"
 
 
 class Slot:
@@ -820,15 +835,9 @@ class Slot:
 
     def __init__(self, machine: Machine, descriptor: int) -> None:
         self.machine, self.descriptor = machine, descriptor
-        self.holder = ""
 
     def note(self, phase: str, derivation: str) -> None:
-        """One line: pid, its start time, seconds since 1970, phase, derivation."""
-        self.holder = self.holder or f"{os.getpid()} {start_time()}"
-        line = f"{self.holder} {time.time():.0f} {phase} {derivation}\n"
-        with suppress(OSError):  # a full disk must not cost a build
-            os.ftruncate(self.descriptor, 0)
-            os.pwrite(self.descriptor, line.encode(), 0)
+        write_into(self.descriptor, holder(phase, derivation))
 
     def free(self) -> None:
         """Let go; only once, since then it may be another's."""
@@ -940,18 +949,19 @@ class SlotDirectory(NamedTuple):
             os.close(descriptor)
         return load, free
 
-    def take(self, machines: dict[str, Machine]) -> Slot | None:
+    def take(self, machines: dict[str, Machine]) -> tuple[Slot | None, dict[str, int]]:
         """The free slot of the best of these, which their slots' names lead to, or None
-        if all slots are taken."""
+        if all slots are taken; and the load of each."""
         found: list[tuple[tuple[int, float, int], Slot]] = []
+        loads = {}
         best = None
         with self.main_lock():
             directory = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for name, machine in machines.items():
-                    load, slot = self.survey(machine, name, directory)
+                    loads[name], slot = self.survey(machine, name, directory)
                     if slot:
-                        found.append((rank(machine, load), slot))
+                        found.append((rank(machine, loads[name]), slot))
                 # min takes the first of equals: full ties go by the order written.
                 best = min(found, key=lambda pair: pair[0])[1] if found else None
             finally:
@@ -959,7 +969,7 @@ class SlotDirectory(NamedTuple):
                 for _, slot in found:
                     if slot is not best:
                         os.close(slot.descriptor)
-        return best
+        return best, loads
 
     def outage(self, name: str) -> Outage | None:
         """Of the machine whose slots have that name."""
@@ -1015,20 +1025,21 @@ class Line:
 
     Whoever has a place waits for the lock of the one before, and only the holder of
     the first looks for a free slot, so that waiting costs nothing and nobody is passed.
-    The first place's file names the machines: lines of more machines leave those alone.
-    Machines that are away are waited for, unless the line is `impatient`.
+    A place's file says who stands there, and names the machines: lines of more machines
+    leave those alone that somebody waits for in first place.  Machines that are away are waited for, unless the line is `impatient`.
     """
 
     def __init__(
-        self, hook: Hook, machines: list[Machine], impatient: bool = False
+        self, hook: Hook, machines: list[Machine], path: str, impatient: bool = False
     ) -> None:
         import zlib
 
         self.hook, self.slots, self.impatient = hook, hook.slots, impatient
         self.machines = {machine.slot_name(hook.nix): machine for machine in machines}
-        self.all_away = False
-        self.text = encode("\n".join(sorted(self.machines)))
-        self.name = f"{self.slots.own}/line-{zlib.crc32(self.text):08x}"
+        self.all_away = self.looked = False
+        self.text = "\n".join(sorted(self.machines))
+        self.name = f"{self.slots.own}/line-{zlib.crc32(encode(self.text)):08x}"
+        self.path = path
         self.size = min(LINE, sum(machine.max_jobs for machine in machines))
         self.number = self.descriptor = -1
 
@@ -1038,7 +1049,16 @@ class Line:
         self.all_away = len(away) == len(self.machines)
         out = away | self.reserved()
         machines = {n: m for n, m in self.machines.items() if n not in out}
-        return self.slots.take(machines)
+        slot, loads = self.slots.take(machines)
+        if self.hook.talk.wants(DEBUG) and (slot or not self.looked):
+            self.looked = True
+            for name, machine in self.machines.items():
+                why = "is away" if name in away else "is waited for by others"
+                if name in loads:
+                    why = (f"has {loads[name]} of {machine.max_jobs} slots taken, at "
+                           f"speed {machine.speed:g}")  # fmt: skip
+                self.hook.talk.say(DEBUG, f"'{machine.name(self.hook.nix)}' {why}")
+        return slot
 
     def reserved(self) -> set[str]:
         """The machines whose next free slot is for a line of fewer machines."""
@@ -1051,14 +1071,14 @@ class Line:
         return reserved
 
     def waited_for(self, first_place: str) -> list[str]:
-        """The slots' names of the machines that somebody in that line waits for, or ""
-        if they are not written down yet."""
+        """The slots' names of the machines that somebody in that line waits for; none
+        if nobody does, "" if they are not written down yet."""
         descriptor = open_lock(first_place)
         try:
             if try_lock(descriptor, fcntl.LOCK_SH):
                 return []
             data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-            return data.decode("utf-8", "surrogateescape").split("\n")
+            return data.decode("utf-8", "surrogateescape").split("\n")[1:] or [""]
         finally:
             os.close(descriptor)
 
@@ -1079,6 +1099,7 @@ class Line:
     def stand(self, number: int, descriptor: int) -> None:
         self.leave()
         self.number, self.descriptor = number, descriptor
+        write_into(descriptor, holder("waiting", self.path) + self.text)
 
     def leave(self) -> None:
         if self.descriptor >= 0:
@@ -1098,9 +1119,6 @@ class Line:
                 descriptor = open_lock(f"{self.name}.{self.number - 1}")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 self.stand(self.number - 1, descriptor)
-        if self.descriptor >= 0:
-            with suppress(OSError):  # a full disk: then lines are equals
-                os.pwrite(self.descriptor, self.text, 0)
         while True:
             start = time.monotonic()
             slot = self.take()
@@ -1111,7 +1129,7 @@ class Line:
             if self.all_away and (why := self.hook.despair(self.machines)):
                 raise Error(why)
             # Looking at many slots takes long; it must not be what we do all the time.
-            wait_readable([], max(WAIT_S, 50 * (time.monotonic() - start)))
+            wait_readable([], max(WAIT_S, 100 * (time.monotonic() - start)))
 
 
 class Alarms:
@@ -1265,11 +1283,28 @@ def read_derivation(path: str, store: Store) -> Derivation:
 
 # ---- Talking with Nix ---------------------------------------------------------------
 
-ERROR, WARN, INFO, DEBUG = range(4)
+ERROR, WARN, INFO, TALKATIVE, DEBUG = range(5)
+COPY_PATH, PROGRESS = 100, 105  # Nix's types of an activity, and of news of one
+
+
+def printable(text: str) -> str:
+    """Without colours and other control characters, which a builder may send."""
+    first, *parts = text.split("\x1b[")
+    text = first + "".join(part.lstrip(DIGITS + ";")[1:] for part in parts)
+    text = encode(text).decode("utf-8", "replace")  # Nix reads no other JSON
+    return "".join(
+        c for c in text if c in "\n\t" or c >= " " and not "\x7f" <= c <= "\x9f"
+    )
+
+
+def quoted(text: str) -> str:
+    """A string of JSON.  (The module json takes 8 ms to import.)"""
+    text = printable(text).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + text.replace("\n", "\\n").replace("\t", "\\t") + '"'
 
 
 class Talk:
-    """Replies and messages to Nix, on descriptor 2, in the dialect it speaks."""
+    """Replies, messages and activities to Nix, on descriptor 2, in its dialect."""
 
     def __init__(self, nix: Nix) -> None:
         self.old = nix.old
@@ -1277,37 +1312,62 @@ class Talk:
         # The numbers of the levels above: 2.3 inserted warn, 2.4 notice.
         self.verbosity = nix.verbosity
         if nix.old:
-            self.levels, self.verbosity = (0, 0, 0, 1), 0
+            self.levels, self.verbosity = (0, 0, 0, 1, 1), 0
         elif nix.since_2_4:
-            self.levels = (0, 1, 3, 6)
+            self.levels = (0, 1, 3, 4, 6)
         elif "trace-function-calls" in nix.settings:
-            self.levels = (0, 1, 2, 5)
+            self.levels = (0, 1, 2, 3, 5)
         else:
-            self.levels = (0, 0, 1, 4)
+            self.levels = (0, 0, 1, 2, 4)
+        self.started = 0  # activities
+        self.running: list[int] = []  # of them, each a part of the one before
 
     def write(self, line: str) -> None:
         write_all(2, encode(line) + b"\n")
+
+    def wants(self, level: int) -> bool:
+        """Whether the user wants messages of that level."""
+        return self.debug or self.levels[level] <= self.verbosity
 
     def say(self, level: int, text: str) -> None:
         """Show a message of one or more lines, if the user wants that level.
 
         2.x drops plain lines once a build is accepted, so for it all are @nix lines.
         """
-        number = 0 if self.debug else self.levels[level]
-        if number > self.verbosity:
+        if not self.wants(level):
             return
-        import re
-
-        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", text)
-        text = encode(text).decode("utf-8", "replace")  # Nix reads no other JSON
+        if level == DEBUG:
+            text = f"[{time.monotonic() - START:.3f} s] {text}"
         if not self.old:
-            import json
-
-            message = {"action": "msg", "level": number, "msg": text}
-            self.write("@nix " + json.dumps(message))
+            number = 0 if self.debug else self.levels[level]
+            self.write(f'@nix {{"action":"msg","level":{number},"msg":{quoted(text)}}}')
             return
-        for line in text.splitlines():
+        for line in printable(text).splitlines():
             self.write(f" {line}" if line[:2] in ("# ", "@ ") else line)
+
+    def begin(
+        self, depth: int, text: str, level: int = TALKATIVE, kind: int = 0, *fields: str
+    ) -> None:
+        """An activity: something that takes time, for the progress bar of 2.x.  All
+        that run at that depth and below are over."""
+        self.end(depth)
+        if not self.old:
+            self.started += 1
+            self.running.append(self.started)
+            level = self.levels[level]
+            self.write(f'@nix {{"action":"start","id":{self.started},"level":{level},'
+                       f'"type":{kind},"text":{quoted(text)},"parent":0,'
+                       f'"fields":[{",".join(map(quoted, fields))}]}}')  # fmt: skip
+
+    def progress(self, bytes_done: int) -> None:
+        """Of the innermost activity."""
+        if self.running:
+            self.write(f'@nix {{"action":"result","id":{self.running[-1]},"type":'
+                       f'{PROGRESS},"fields":[{bytes_done},0,0,0]}}')  # fmt: skip
+
+    def end(self, depth: int = 0) -> None:
+        while len(self.running) > depth:
+            self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
 
     def say_bug(self) -> None:
         import traceback
@@ -1315,15 +1375,9 @@ class Talk:
         text = "a bug in nix_build_remote.py, please report it:"
         self.say(ERROR, f"{text}\n{traceback.format_exc()}")
 
-    def relay(self, line: str) -> None:
-        """One line that a program of the calling Nix wrote to its stderr."""
-        if line.startswith("@nix ") and not self.old:
-            self.write(line)
-        elif line.strip():
-            self.say(INFO, line)
-
     def reply(self, word: str, name: str = "") -> None:
         """`# accept` and so on; new Nix waits for a name right after an accept."""
+        self.say(DEBUG, f"the answer is: {word} {name}".rstrip())
         self.write(f"# {word}")
         if word == "accept" and not self.old:
             self.write(name)
@@ -1347,12 +1401,17 @@ def nix_has_gone() -> bool:
     return any(event & NO_READER for _, event in poll.poll(0))
 
 
-def wait_readable(descriptors: Iterable[int], timeout_s: float) -> set[int]:
-    """Those with something to read, or at their end; NixGone if Nix ends meanwhile."""
+def wait_readable(
+    descriptors: Iterable[int], timeout_s: float, full: Iterable[int] = ()
+) -> set[int]:
+    """Those with something to read, or at their end, and of those that were full, those
+    that can be written again; NixGone if Nix ends meanwhile."""
     poll = select.poll()
     poll.register(2, select.POLLHUP)
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
+    for descriptor in full:
+        poll.register(descriptor, select.POLLOUT)
     events = poll.poll(None if timeout_s == math.inf else timeout_s * 1000)
     ready = {descriptor for descriptor, event in events if descriptor != 2}
     if not ready and any(event & NO_READER for _, event in events):
@@ -2106,21 +2165,104 @@ PASSED_SETTINGS = (
 
 
 # The ssh that nix-copy-closure finds first in its PATH.  It gives it our own session,
-# on descriptors 8 and 9, and answers the greeting, which our session has had.  This
-# saves an ssh, a nix-store on the builder and several round trips a copy.  When done,
-# nix-copy-closure kills it (all 2.x), between an answer and the next question.  It may
-# outlive a nix-copy-closure that is killed, so it must not hold our pipe.
+# and answers the greeting, which our session has had.  This saves an ssh, a nix-store on
+# the builder and several round trips a copy.  When done, nix-copy-closure kills it (all
+# 2.x), between an answer and the next question.  It may outlive a nix-copy-closure that
+# is killed, so it must not hold our pipes.  On Linux it only tells us who it is, and we
+# move the data; else two cats do, between it and our session on descriptors 8 and 9.
 SHIM = """#!/bin/sh
 exec 2> /dev/null
 case "$*" in *"-O check"*) exit 0;; esac
-PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
 printf "$NIX_BUILD_REMOTE_STARTED"
+case $NIX_BUILD_REMOTE_GREETING in "")
+    exec 6<&0 7>&1 0<&8 1>&8
+    echo $$
+    read -r end
+    exit;;
+esac
+PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
 head -c 16 > /dev/null
 printf "$NIX_BUILD_REMOTE_GREETING"
 exec 3<&0
 cat <&3 >&9 8<&- &
 exec cat <&8 9>&-
 """
+MOVE_BYTES, BULK_BYTES, BULK_PAUSE_S = 1 << 20, 1 << 14, 0.0005
+F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
+
+
+class Pump:
+    """Moves data between a session and a nix-copy-closure whose ssh is the shim.
+
+    The kernel moves it, from pipe to pipe: it never comes here.  (Not before Python
+    3.10, nor outside Linux: then it is not `possible`.)
+    """
+
+    possible = hasattr(os, "splice") and os.path.exists("/proc/self/fd")
+
+    def __init__(self, session: Session) -> None:
+        import _socket
+
+        self.session = session
+        self.control, self.shim = _socket.socketpair()
+        self.awaited = [self.control.fileno()]  # until the shim has said who it is
+        self.routes: dict[int, int] = {}  # from, to
+        self.full: dict[int, int] = {}  # of the latter, with the former
+        self.opened: list[int] = []
+        self.moved = 0  # bytes
+
+    def serve(self, ready: set[int]) -> None:
+        if ready.intersection(self.awaited):
+            self.awaited.clear()
+            self.connect(decode(self.control.recv(TAIL_BYTES)).strip())
+        for target in ready.intersection(self.full):
+            self.routes[self.full.pop(target)] = target
+        for source in ready.intersection(self.routes):
+            self.move(source, self.routes[source])
+
+    def connect(self, process: str) -> None:
+        """Open what the shim had as stdin and stdout, and be a builder who says hello.
+        If it is gone, nix-copy-closure says why."""
+        with suppress(FileNotFoundError, BrokenPipeError):
+            for number, flags in ((6, os.O_RDONLY), (7, os.O_WRONLY)):
+                file = f"/proc/{process}/fd/{number}"
+                self.opened.append(os.open(file, flags | os.O_CLOEXEC))
+            stdin, stdout = self.opened
+            self.routes = {stdin: self.session.stdin, self.session.stdout: stdout}
+            for pipe in (*self.routes, *self.routes.values()):
+                with suppress(OSError):  # more than the user may have
+                    fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
+            hello = 16  # bytes
+            while hello and (data := os.read(stdin, hello)):
+                hello -= len(data)
+            os.write(stdout, integer(SERVE_REPLY) + integer(self.session.version))
+
+    def move(self, source: int, target: int) -> None:
+        """What is there, as far as it is taken.  It is nix-copy-closure's own matter
+        to end, and the session's to be lost."""
+        try:
+            count = os.splice(source, target, MOVE_BYTES, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            self.full[target] = source
+            del self.routes[source]
+            return
+        except BrokenPipeError:
+            count = -1
+        if (source, count) == (self.session.stdout, 0) or (
+            (target, count) == (self.session.stdin, -1)
+        ):
+            raise SessionLost(self.session.last_words())
+        if count <= 0:
+            del self.routes[source]
+        self.moved += max(0, count)
+        if count >= BULK_BYTES:  # much is coming: let it pile up, to move more at once
+            time.sleep(BULK_PAUSE_S)
+
+    def close(self) -> None:
+        self.control.close()
+        self.shim.close()
+        for descriptor in self.opened:
+            os.close(descriptor)
 
 
 class Copier:
@@ -2135,29 +2277,29 @@ class Copier:
         if self.nix.store.remote:
             self.environ["NIX_REMOTE"] = self.nix.store.remote
 
-    def share_session(self) -> dict[int, int]:
-        """Let it have our session as its ssh, if that can be; returns descriptors."""
+    def share_session(self) -> bool:
+        """Let it have our session as its ssh, if that can be."""
         import zlib
 
         folder = f"bin-{zlib.crc32(SHIM.encode()):08x}"
         shim = f"{self.session.link.directory}/{folder}/ssh"
         if self.version < (2,):  # a Perl script of another protocol
-            return {}
+            return False
         if not os.path.exists(shim):
             with suppress(OSError):  # a full disk
                 os.makedirs(os.path.dirname(shim), 0o700, exist_ok=True)
                 write_private(shim, SHIM, 0o700)
         if not os.access(shim, os.X_OK):  # or where nothing may be executed
-            return {}
+            return False
         greeting = integer(SERVE_REPLY) + integer(self.session.version)
         text = "".join(f"\\{byte:03o}" for byte in greeting)
-        self.environ["NIX_BUILD_REMOTE_GREETING"] = text
+        self.environ["NIX_BUILD_REMOTE_GREETING"] = "" if Pump.possible else text
         # 2.15 waits for this word without asking whether a master runs.
         started = "started\\n" if self.version[:2] == (2, 15) else ""
         self.environ["NIX_BUILD_REMOTE_STARTED"] = started
         if not self.environ["PATH"].startswith(os.path.dirname(shim)):
             self.environ["PATH"] = f"{os.path.dirname(shim)}:{self.environ['PATH']}"
-        return {8: self.session.stdout, 9: self.session.stdin}
+        return True
 
     def send(self, paths: Iterable[str], substitute: bool) -> None:
         """Copy the closures of these paths to the builder."""
@@ -2178,8 +2320,6 @@ class Copier:
         for name in PASSED_SETTINGS:
             if name in self.nix.settings:
                 command += ["--option", name, self.nix.settings[name]]
-        if self.nix.since_2_4:
-            command += ["--log-format", "internal-json"]
         for batch in batches(paths):
             problem = self.run([*command, *batch], environ)
             if not problem:
@@ -2193,53 +2333,72 @@ class Copier:
     def run(self, command: list[str], environ: dict[str, str]) -> str:
         """Run it to its end, relaying what it says; returns what went wrong, or ""."""
         shared = self.share_session()
-        environ = {**self.environ, **environ}
-        os.set_blocking(self.session.stdin, True)
-        child = Child(command, environ, "2", shared)
+        pump = Pump(self.session) if shared and Pump.possible else None
+        theirs = {}
+        if pump:
+            theirs = {8: pump.shim.fileno()}
+        elif shared:
+            theirs = {8: self.session.stdout, 9: self.session.stdin}
+            os.set_blocking(self.session.stdin, True)
+        child = Child(command, {**self.environ, **environ}, "2", theirs)
         try:
-            problem = self.relay(child.pipes[0], bool(shared))
+            problem = self.relay(child.pipes[0], shared, pump)
             status = child.wait()
         finally:
             child.kill()
             os.set_blocking(self.session.stdin, False)
+            if pump:
+                pump.close()
+            self.talk.end(1)
         if status == 0:
             return ""
         if status is not None and status < 0:  # the session is in the middle of it
             raise SessionLost(f"nix-copy-closure was killed by signal {-status}")
         return f"{problem or 'it gave no reason'} (nix-copy-closure, status {status})"
 
-    def relay(self, stderr: int, shared: bool) -> str:
+    def relay(self, stderr: int, shared: bool, pump: Pump | None) -> str:
         """Pass its stderr on to Nix line by line, and the session's meanwhile; returns
-        the first error it reported, which caused the others.  Of its progress, which
-        2.34 reports for every 8 KB, Nix gets what is newest ten times a second."""
-        rest, first = b"", ""
-        progress: dict[bytes, bytes] = {}  # by activity
-        due = 0.0
-        patience = COPY_TIMEOUT_S if self.nix.since_2_4 else OLD_COPY_TIMEOUT_S
+        what it says from the first error on."""
+        rest, problem = b"", ""
+        before, due = 0, 0.0
+        patience = COPY_TIMEOUT_S if pump else BLIND_COPY_TIMEOUT_S
         while True:
-            others = self.session.pipes()[int(shared) :]  # its stdout is then not ours
-            ready = wait_readable([stderr, *others], patience)
+            sources = [stderr, *self.session.pipes()[int(shared) :]]
+            if pump:
+                sources += [*pump.awaited, *pump.routes]
+            ready = wait_readable(sources, patience, pump.full if pump else ())
             if not ready:
                 raise SessionLost(f"no progress of copying in {patience // 60} minutes")
-            self.session.pump(ready - {stderr})
+            self.session.pump(ready - {self.session.stdout} if shared else ready)
+            if pump:
+                pump.serve(ready)
+                if pump.moved > before and time.monotonic() > due:
+                    self.talk.progress(pump.moved - before)
+                    due = time.monotonic() + 0.1
             if stderr not in ready:
                 continue
             data = os.read(stderr, 65536)
             *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
-            for line in lines:
-                if line.endswith(b'"type":105}'):
-                    progress[line.partition(b'"id":')[2]] = line
-                    continue
-                problem = error_text(decode(line))
-                if first or not problem:  # else it goes into our own message
-                    self.talk.relay(decode(line))
-                first = first or problem
-            if time.monotonic() > due:
-                for line in progress.values():
-                    self.talk.relay(decode(line))
-                progress, due = {}, time.monotonic() + 0.1
+            for line in map(decode, lines):
+                wrong = line.startswith("error:") and "(ignored)" not in line
+                if problem or wrong:  # it goes into our own message
+                    problem = f"{problem} {line}"[:TAIL_BYTES]
+                elif line.startswith("copying path '"):
+                    before = pump.moved if pump else 0
+                    self.tell_path(line)
+                elif line:
+                    self.talk.say(INFO, line)
             if not data:
-                return first
+                return " ".join(problem.split()).removeprefix("error: ")
+
+    def tell_path(self, line: str) -> None:
+        """Of `copying path 'P' to 'ssh://b1'...`: as Nix itself would, to its own."""
+        path, way, machine = f"{line}' ' '".split("'")[1:4]
+        here = self.nix.store.remote or "local"
+        ends = (machine, here) if "from" in way else (here, machine)
+        if self.nix.old:
+            self.talk.say(INFO, line)
+        self.talk.begin(1, line.rstrip("."), INFO, COPY_PATH, path, *ends)
 
 
 def program_version(program: str, nix: Nix, slots: SlotDirectory) -> tuple[int, ...]:
@@ -2276,22 +2435,6 @@ def parse_version(text: str) -> tuple[int, ...]:
     if len(numbers) < 2:
         return (1, 11)
     return (2, 18) if "Lix" in text else tuple(numbers)
-
-
-def error_text(line: str) -> str:
-    """The error in a line of nix-copy-closure's stderr, of either format, or ""."""
-    if "error (ignored)" in line:
-        return ""
-    if line.startswith("@nix ") and '"level":0' in line:
-        import json
-
-        try:
-            message = json.loads(line[5:])
-            text = str(message.get("raw_msg") or message.get("msg", ""))
-            return " ".join(text.split())
-        except (ValueError, AttributeError):
-            return ""
-    return line if line.startswith("error:") else ""
 
 
 def batches(paths: list[str]) -> Iterator[list[str]]:
@@ -2401,8 +2544,7 @@ class Sending:
             if awaited:
                 return chosen
             self.descriptor = chosen
-            with suppress(OSError):
-                os.pwrite(chosen, encode(" ".join(self.hashes)), 0)
+            write_into(chosen, " ".join(self.hashes))
         return -1
 
     def shares(self, descriptor: int) -> bool:
@@ -2454,7 +2596,7 @@ class Build:
         for as long as it is the machine or the way to it that fails."""
         while True:
             try:
-                self.slot = place.wait() if isinstance(place, Line) else place
+                self.slot = self.wait(place) if isinstance(place, Line) else place
                 self.link = self.hook.link(self.slot.machine)
                 self.attempt()
                 return
@@ -2464,6 +2606,18 @@ class Build:
                 if isinstance(error, (BuildFailed, BuildTimedOut, BuildBroken)):
                     raise
                 raise Error(self.failure(error)) from None
+            finally:
+                self.talk.end()
+
+    def wait(self, line: Line) -> Slot:
+        """In the end also say where the build goes, which Nix does not know."""
+        self.talk.begin(0, f"waiting for a builder for '{self.path}'")
+        if self.nix.old:
+            self.talk.say(INFO, f"waiting for a builder for '{self.path}'")
+        slot = line.wait()
+        name = slot.machine.name(self.nix)
+        self.talk.say(INFO, f"'{self.path}' has waited, and goes to '{name}'")
+        return slot
 
     def attempt(self) -> None:
         """All of it on the machine of our slot."""
@@ -2484,10 +2638,8 @@ class Build:
             self.trace("build-remote-start")
             self.begun, self.trouble_since = True, 0.0
             self.begin("building", "build", "on")
-            if self.nix.old:  # 2.x says so itself
-                self.talk.say(INFO, f"building '{self.path}' on '{self.link.name}'")
             self.build()
-            self.begin("fetching", "bring the outputs of", "from")
+            self.begin("fetching", "fetch the outputs of", "from")
             self.leave_slot()
             self.copier.fetch(self.missing, self.locks)
             self.session.finish()
@@ -2527,7 +2679,8 @@ class Build:
             wait_readable([], self.pause_s)
             self.pause_s = min(2 * self.pause_s, PAUSE_LIMIT_S)
             self.avoided.clear()
-        line = Line(self.hook, fit or self.fit, bool(again or self.verdict_elsewhere))
+        impatient = bool(again or self.verdict_elsewhere)
+        line = Line(self.hook, fit or self.fit, self.path, impatient)
         line.join()
         return line
 
@@ -2549,6 +2702,12 @@ class Build:
     def begin(self, phase: str, verb: str, preposition: str) -> None:
         self.task = verb, f" {preposition} ", f"'{self.link.name}'"
         self.slot.note(phase, self.path)
+        what = phase + verb.lstrip(LETTERS)
+        text = f"{what} '{self.path}' {preposition} '{self.link.name}'"
+        self.talk.begin(0, text)
+        self.talk.say(DEBUG, text)
+        if self.nix.old and phase != "connecting":
+            self.talk.say(INFO, text)
 
     def failure(self, error: Error) -> str:
         verb, preposition, machine = self.task
@@ -2606,11 +2765,10 @@ class Build:
             raise self.verdict(status, message)
 
     def verdict(self, status: int, message: str) -> Error:
-        import re
-
         # A daemon on the builder quotes the end of the log, which Nix has already.
-        message = message[:TAIL_BYTES]
-        message = re.split(r";?\s*[Ll]ast [0-9]+ log lines:", message)[0]
+        message, quotes, _ = message[:TAIL_BYTES].partition(" log lines:")
+        if quotes:
+            message = message.rstrip(DIGITS + " ")[: -len("last")].rstrip(" ;\n")
         message = message or "the log says why"
         text = f"build of '{self.path}' on '{self.link.name}' failed: {message}"
         kind = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}.get(status, BuildFailed)
@@ -2810,6 +2968,9 @@ class Hook:
         A machine with a live connection is accepted at once; else we open a session
         first, so that one that cannot be used costs no build a move.
         """
+        features = f" ({', '.join(sorted(request.features))})" * bool(request.features)
+        text = f"may '{request.derivation}' for {request.system}{features} be sent away?"
+        self.talk.say(DEBUG, text)
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
             self.talk.reply("decline" if self.nix.old else "decline-permanently")
@@ -2824,7 +2985,7 @@ class Hook:
             return None
         derivation = read_derivation(request.derivation, self.nix.store)
         build = Build(self, request.derivation, derivation, fit)
-        line = Line(self, fit)
+        line = Line(self, fit, request.derivation)
         for _ in fit:  # of which all may fail
             slot = self.find_slot(line, request)
             if not slot:
@@ -2881,6 +3042,9 @@ class Hook:
         try:
             link = self.link(slot.machine)
             if not link.proved():
+                text = f"connecting for '{build.path}' to '{link.name}'"
+                self.talk.begin(0, text)
+                self.talk.say(DEBUG, text)
                 if not link.live():
                     self.warm(build.fit)
                 self.session = self.open_session(link, build.path)
@@ -2895,6 +3059,8 @@ class Hook:
             if self.slots.first_time(text):
                 self.talk.say(ERROR, text)
             return False
+        finally:
+            self.talk.end()
 
     def open_session(self, link: Link, path: str) -> Session:
         """A session to build that derivation in; not greeted yet if the connection is
@@ -3010,14 +3176,16 @@ class Hook:
                 reason = "is where this build comes from"
             name = machine.name(self.nix)
             verdict = reason or "can build it"
-            self.talk.say(DEBUG, f"{request.derivation}: '{name}' {verdict}")
+            self.talk.say(DEBUG, f"'{name}' {verdict}")
             if reason:
                 reasons.append(f"'{name}' {reason}")
             else:
                 fit.append(machine)
         if not fit and not might_build_itself(self.nix, request):
             why = "; ".join(reasons)
-            self.talk.say(WARN, f"no machine can build '{request.derivation}': {why}")
+            if self.slots.first_time(why):
+                text = f"no machine can build '{request.derivation}', or others like it"
+                self.talk.say(WARN, f"{text}: {why}")
         return fit
 
 

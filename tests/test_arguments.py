@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import shlex
 import subprocess
@@ -23,13 +24,14 @@ from nix_build_remote import (
     Store,
     alias,
     batches,
-    error_text,
     find_program,
     is_old_call,
     load_machines,
     old_nix,
     parse_version,
+    printable,
     program_version,
+    quoted,
     ssh_options,
     user_ssh_options,
 )
@@ -430,22 +432,28 @@ def test_the_version_of_a_program_that_failed_is_not_kept(tmp_path: Path) -> Non
     assert asked(tmp_path) == 2
 
 
+# -- Messages -------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "line, error",
-    [
-        ("error: the disk is full", "error: the disk is full"),
-        ("copying 3 paths...", ""),
-        ('@nix {"action":"msg","level":0,"msg":"no space"}', "no space"),
-        ('@nix {"action":"msg","level":0,"msg":"a","raw_msg":"b\\n c"}', "b c"),
-        ('@nix {"action":"msg","level":3,"msg":"copying"}', ""),
-        ('@nix {"action":"msg","level":0', ""),
-        ('@nix ["level":0]', ""),
-        ('@nix [{"level":0}]', ""),
-    ],
-    ids=["plain", "no error", "json", "raw", "talk", "cut off", "bad", "a list"],
+    "text",
+    ["plain", 'say "no"', "a\\b\\", "two\nlines\tand a tab", "größer", "{}[]\x00"],
 )
-def test_the_error_in_a_line_is_found(line: str, error: str) -> None:
-    assert error_text(line) == error
+def test_what_is_quoted_is_json(text: str) -> None:
+    assert json.loads(quoted(text)) == text.replace("\x00", "")
+
+
+@pytest.mark.parametrize(
+    "text, left",
+    [
+        ("\x1b[31;1mred\x1b[0m", "red"),
+        ("\x1b[31", ""),
+        ("bell\x07, \x9b31m, \x7f\r\n", "bell, 31m, \n"),
+        ("no \udcff UTF-8", "no \ufffd UTF-8"),
+    ],
+)
+def test_control_characters_are_left_out(text: str, left: str) -> None:
+    assert printable(text) == left
 
 
 # -- Batches --------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def short(machine: Machine) -> str:
 def deal(directory: Path, candidates: list[Machine], builds: int) -> Counter[str]:
     """How many builds each machine gets, all of them running at once."""
     slots = SlotDirectory(str(directory))
-    held: list[Slot | None] = [slots.take(named(candidates)) for _ in range(builds)]
+    held: list[Slot | None] = [slots.take(named(candidates))[0] for _ in range(builds)]
     taken = Counter(short(slot.machine) for slot in held if slot)
     for slot in filter(None, held):
         slot.free()
@@ -190,20 +190,20 @@ def test_the_best_is(text: str, loads: tuple[int, int], best: str) -> None:
 
 def test_slots_go_to_the_first_written_on_full_ties(tmp_path: Path) -> None:
     slots = SlotDirectory(str(tmp_path))
-    slot = slots.take(named(machines("b1\nb2\nb3")))
+    slot = slots.take(named(machines("b1\nb2\nb3")))[0]
     assert slot and slot.machine.host == "b1"
 
 
 def test_no_slot_is_left_when_all_are_taken(tmp_path: Path) -> None:
     slots = SlotDirectory(str(tmp_path))
     candidates = machines("b1 - - 2\nb2 - - 1")
-    taken = [slots.take(named(candidates)) for _ in range(4)]
+    taken = [slots.take(named(candidates))[0] for _ in range(4)]
     assert [slot is not None for slot in taken] == [True, True, True, False]
 
 
 def test_a_freed_slot_can_be_taken_again(tmp_path: Path) -> None:
     slots = SlotDirectory(str(tmp_path))
-    first = slots.take(named(machines("b1")))
+    first = slots.take(named(machines("b1")))[0]
     assert first
     first.free()
-    assert slots.take(named(machines("b1")))
+    assert slots.take(named(machines("b1")))[0]

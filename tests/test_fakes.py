@@ -105,12 +105,31 @@ def test_messages_to_new_nix_are_json_after_accept(new: Client) -> None:
     _, *lines = new.build(CAP_B_DRV, CAP_A).after_accept
     assert lines
     for line in lines:
-        assert line.startswith("@nix ") and json.loads(line[5:])["action"] == "msg"
+        assert line.startswith("@nix ") and json.loads(line[5:])["action"]
 
 
 def test_messages_to_old_nix_are_plain_lines(old: Client) -> None:
     lines = old.build(CAP_B_DRV, CAP_A).after_accept
     assert lines and not [line for line in lines if line.startswith(("@", "#"))]
+
+
+def activities(lines: list[str], action: str) -> list[int]:
+    found = [json.loads(line[5:]) for line in lines if line.startswith("@nix {")]
+    return [message["id"] for message in found if message["action"] == action]
+
+
+def test_new_nix_is_told_of_activities_each_stopped_once(new: Client) -> None:
+    lines = new.build(CAP_B_DRV, CAP_A).lines
+    started = activities(lines, "start")
+    assert len(started) >= 5 and sorted(set(started)) == started
+    assert sorted(activities(lines, "stop")) == started
+
+
+@pytest.mark.parametrize("word", ["connecting", "sending", "building", "fetching"])
+def test_an_activity_says_what_is_done_and_where(word: str, new: Client) -> None:
+    lines = new.build(CAP_B_DRV, CAP_A).lines
+    text, *_ = [line for line in lines if f'"text":"{word} ' in line]
+    assert CAP_B_DRV in text and "root@b1" in text
 
 
 def test_old_build_traces_name_derivation_and_machine(old: Client) -> None:

@@ -81,7 +81,7 @@ def test_nothing_is_registered_if_the_connection_breaks(running: Scene) -> None:
     expression = 'mk "cut" "head -c 600000000 /dev/zero > $out" {}'
     run = start_arriving(running, expression)
     running.builder.stop_sshd(sessions=True)
-    poll(lambda: "cannot bring the outputs of '" in run.log, "the loss", timeout=30)
+    poll(lambda: "cannot fetch the outputs of '" in run.log, "the loss", timeout=30)
     assert not registered(running.client, running.output(expression))
     running.builder.start_sshd()
     assert valid(running.client, run.end().output)
