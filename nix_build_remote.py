@@ -13,7 +13,10 @@ __file__ = sys.argv[0]
 source = os.path.realpath(__file__)
 loader = SourceFileLoader(__name__, source)
 if os.stat(os.path.dirname(source)).st_mode & 0o1002 or os.stat(source).st_mtime < 2:
-    exec(compile(loader.get_data(source), source, "exec"))
+    text = loader.get_data(source)
+    if sys.argv[-1].isdigit():
+        text = text.rpartition(b"# ==== For people")[0]
+    exec(compile(text, source, "exec"))
 else:
     exec(loader.get_code(__name__))
 ' "$0" "$@"
@@ -70,7 +73,11 @@ Exit status:
     1    the hook failed
 
 Command line, for people:
+    nix_build_remote.py check [MACHINE...]    try the machines, say what is wrong
+    nix_build_remote.py status [--watch]      what is built where, and who waits
+    nix_build_remote.py explain [DERIVATION]  where it would go, and why not elsewhere
     nix_build_remote.py --help | --version
+    They take --json, and --machines FILE.
 """
 
 from __future__ import annotations
@@ -726,15 +733,18 @@ def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Entry]:
     yield from expand_builders(text, path, (*seen, path))
 
 
+def machine_entries(nix: Nix) -> Iterator[Entry]:
+    """From where that Nix has them."""
+    if not nix.old:
+        return expand_builders(nix.settings.get("builders", ""), "builders")
+    file = nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
+    return include("NIX_REMOTE_SYSTEMS", file, ())
+
+
 def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
     """The usable machines in the order written, and a complaint for each fault."""
     machines, complaints = [], []
-    if nix.old:
-        file = nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
-        entries = include("NIX_REMOTE_SYSTEMS", file, ())
-    else:
-        entries = expand_builders(nix.settings.get("builders", ""), "builders")
-    for where, text in entries:
+    for where, text in machine_entries(nix):
         try:
             if not text:
                 raise BadMachine(where)
@@ -3236,26 +3246,987 @@ def run_hook(arguments: list[str]) -> int:
     return status
 
 
-# ---- Command line -------------------------------------------------------------------
+# ---- Started by whom ----------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    if is_old_call(arguments) or (arguments and arguments[-1].isdigit()):
-        return run_hook(arguments)
-    if arguments == ["--version"]:
-        print(f"nix_build_remote.py {VERSION}")
-    elif arguments == ["--help"]:
-        print((__doc__ or "").partition('"$@"\n')[2].strip())
-    else:
-        print("usage: nix_build_remote.py --help | --version (Nix starts it itself)",
-              file=sys.stderr)  # fmt: skip
-        return 2
-    return 0
+def called_by_nix(arguments: list[str]) -> bool:
+    return is_old_call(arguments) or bool(arguments and arguments[-1].isdigit())
 
 
-if __name__ == "__main__":
-    exit_status = main()
+if __name__ == "__main__" and called_by_nix(sys.argv[1:]):
+    exit_status = run_hook(sys.argv[1:])
     if sys.stdout:
         sys.stdout.flush()
     os._exit(exit_status)  # taking Python apart in order would cost each build 2 ms
+
+
+# ==== For people =====================================================================
+
+# check, status and explain.  A hook never comes here, and need not even compile it.
+
+CHECK_TIMEOUT_S = 90  # for the tiny build
+ROOM_B = 100 << 20  # less than that is a full disk
+CLOCK_S = 60  # clocks may differ by that
+BAR = 20  # characters
+
+OK, NOTE, WRONG, UNKNOWN = "ok", "note", "wrong", "unknown"
+
+
+# ---- What people see ----------------------------------------------------------------
+
+
+class Screen:
+    """Standard output, with colours and renewal only if it is a terminal."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        import shutil
+
+        self.terminal = sys.stdout.isatty()
+        plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        self.colours = self.terminal and not plain
+        size = shutil.get_terminal_size()
+        self.width, self.height = max(40, size.columns), size.lines
+
+    def paint(self, text: str, state: str) -> str:
+        code = {OK: 32, NOTE: 33, WRONG: 31}.get(state)
+        return f"\x1b[{code}m{text}\x1b[0m" if code and self.colours else text
+
+    def wrap(self, text: str, indent: str, first: str) -> list[str]:
+        """Cut into lines; `first` stands before the first, `indent` before the rest."""
+        import textwrap
+
+        return textwrap.wrap(
+            printable(text), self.width, initial_indent=first, subsequent_indent=indent,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Rows of equally many cells, as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ("  ".join(f"{c:{w}}" for c, w in zip(row, widths)) for row in rows)
+    return [line.rstrip() for line in lines]
+
+
+def duration(seconds: float) -> str:
+    whole = max(0, int(seconds))
+    minutes, hours = whole // 60, whole // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def amount(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def short(derivation: str) -> str:
+    """Its name, without the store and the hash."""
+    return derivation.rpartition("/")[2][33:].removesuffix(".drv") or derivation
+
+
+def as_json(value: object) -> str:
+    import json
+
+    return json.dumps(value, indent=2)
+
+
+# ---- The machines, as the hook would find them --------------------------------------
+
+
+def output_of(command: list[str], environ: dict[str, str]) -> tuple[int, str, str]:
+    """Exit status, and what it wrote on both."""
+    import subprocess
+
+    done = subprocess.run(
+        command, env=environ, stdin=subprocess.DEVNULL, capture_output=True,
+        errors="replace", check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """Of `nix show-config`, which is `nix config show` from 2.20 on."""
+    pairs = (line.partition(" = ") for line in text.splitlines())
+    return {name: value.strip() for name, separator, value in pairs if separator}
+
+
+def calling_nix(environ: dict[str, str], machines: str) -> Nix:
+    """What the Nix here would tell the hook.  machines: another file of them, or "".
+
+    Raises Error if there is a Nix here that does not tell its settings.
+    """
+    if machines and not os.path.isfile(machines):
+        raise Error(f"there is no machines file {machines}")
+    machines = machines and os.path.abspath(machines)
+    more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
+    try:
+        program = find_program("nix", nix_directories(environ))
+    except Error:  # a Nix 1.x, or none
+        kind, machine = os.uname().sysname.lower(), os.uname().machine
+        machine = {"arm64": "aarch64"}.get(machine, machine)
+        if machines:
+            environ = {**environ, "NIX_REMOTE_SYSTEMS": machines}
+        return Nix(True, {"system": f"{machine}-{kind}"}, environ)
+    for words in (["config", "show"], ["show-config"]):
+        command = [program, *words]
+        status, text, complaint = output_of(command, {**environ, "NIX_CONFIG": more})
+        if status == 0:
+            break
+    else:
+        raise Error(f"'nix show-config' fails: {' '.join(complaint.split())}")
+    settings = settings_of(text)
+    if machines:
+        settings["builders"] = f"@{machines}"
+    return Nix(False, settings, environ)
+
+
+def where_machines_stand(nix: Nix) -> str:
+    if nix.old:
+        return nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
+    return f"builders = {nix.settings.get('builders', '')}"
+
+
+def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
+    """Those that people mean by these words, or all if there are none; and complaints
+    about the file."""
+    listed, complaints = load_machines(nix)
+    chosen = []
+    for word in words:
+        means = [m for m in listed if word in (m.host, m.uri, m.destination)]
+        if not means:
+            there = ", ".join(machine.host for machine in listed)
+            raise Error(f"no machine {word!r} is listed in {where_machines_stand(nix)}; "
+                        f"there are: {there or 'none'}")  # fmt: skip
+        chosen += means
+    return chosen or listed, complaints
+
+
+def line_of(machine: Machine) -> str:
+    """For a machines file that holds nothing else."""
+    import base64
+
+    host_key = base64.b64encode(machine.host_key.encode()).decode()
+    fields = [
+        machine.uri, ",".join(machine.systems), machine.key, str(machine.max_jobs),
+        f"{machine.speed:g}", ",".join(sorted(machine.supported)),
+        ",".join(sorted(machine.mandatory)), host_key,
+    ]  # fmt: skip
+    return " ".join(field or "-" for field in fields) + "\n"
+
+
+# ---- check --------------------------------------------------------------------------
+
+# Runs on the builder, on the standard input of its sh.  A login that allows nothing but
+# nix-store says nothing of all this.
+LOOK = """\
+exec 2> /dev/null
+echo "begin ."
+echo "path $PATH"
+echo "user $(id -un)"
+echo "nix $(nix-store --version)"
+for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
+    /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
+do [ -x "$place/nix-store" ] && echo "place $place/nix-store"; done
+echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
+echo "load $(uptime)"
+echo "time $(date +%s)"
+echo "disk $(df -Pk "${NIX_STORE_DIR:-/nix/store}" | tail -n 1)"
+export NIX_CONFIG='extra-experimental-features = nix-command'
+(nix config show || nix show-config) | grep -E '^(system|extra-platforms|system-features) ='
+"""
+
+COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
+
+
+class Finding(NamedTuple):
+    """what: the column; text: for people; brief: for the table; remedy: what to type or
+    to write, if it is wrong."""
+
+    what: str
+    state: str
+    brief: str
+    text: str
+    remedy: str = ""
+
+
+class Inspection:
+    """All that there is to find out about one machine."""
+
+    def __init__(self, machine: Machine, nix: Nix) -> None:
+        self.machine, self.nix = machine, nix
+        self.found: list[Finding] = []
+        self.phase = "waiting"
+        self.round_trip_s = 0.0
+        self.facts: dict[str, str] = {}
+        self.done = False
+
+    def run(self) -> None:
+        """As far as it goes: each step needs the ones before."""
+        try:
+            self.link = Link(self.machine, self.nix, self.nix.slot_directory)
+            steps = (self.reach, self.log_in, self.find_nix, self.measure, self.build)
+            if all(step() for step in steps):
+                slots = SlotDirectory(self.nix.slot_directory)
+                slots.note_success(self.machine.slot_name(self.nix))
+        except (Error, OSError) as error:
+            self.add(COLUMNS[min(len(self.found), 7)], WRONG, "FAILED", str(error))
+        except Stop:
+            pass
+        finally:
+            self.done = True
+
+    @property
+    def well(self) -> bool:
+        return self.done and not any(found.state == WRONG for found in self.found)
+
+    def add(
+        self, what: str, state: str, brief: str, text: str, remedy: str = ""
+    ) -> bool:
+        """Whether there is a point in going on."""
+        self.found.append(Finding(what, state, brief, text, remedy))
+        return state != WRONG
+
+    def port(self) -> str:
+        return f"-p {self.machine.port} " * bool(self.machine.port)
+
+    def target(self) -> str:
+        return self.port() + self.machine.destination
+
+    def ssh_line(self, *words: str) -> str:
+        """What a person types to do something there."""
+        key = f"-i {self.machine.key} " * bool(self.machine.key)
+        return " ".join([f"ssh {key}{self.target()}", *words])
+
+    def reach(self) -> bool:
+        """Name and port, if nothing stands between."""
+        import socket
+
+        self.phase = "connecting"
+        program, *options = self.link.command()
+        status, text, words = output_of([program, "-G", *options], self.link.environ)
+        if status != 0:
+            return self.add("ssh", WRONG, "FAILED", " ".join(words.split()))
+        pairs = (line.partition(" ") for line in text.splitlines())
+        asked = {name: value for name, _, value in pairs}
+        for name in ("proxycommand", "proxyjump"):
+            if asked.get(name, "none") != "none":
+                return True  # only ssh knows the way
+        host, port = asked.get("hostname", self.machine.host), asked.get("port", "22")
+        try:
+            start = time.monotonic()
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            start = time.monotonic()
+            with socket.socket(found[0][0]) as probe:
+                probe.settimeout(CONNECT_TIMEOUT_S)
+                probe.connect(found[0][4])
+            self.round_trip_s = time.monotonic() - start
+        except socket.gaierror as error:
+            return self.add("ssh", WRONG, "NO NAME", f"the name {host} is not known: "
+                            f"{error.strerror}", f"correct {self.machine.where}, or add "
+                            f"{host} to DNS, /etc/hosts or ~/.ssh/config")  # fmt: skip
+        except OSError as error:
+            words = error.strerror or "timed out"
+            _, remedy = trouble(words)
+            return self.add("ssh", WRONG, "FAILED", f"{host} port {port}: {words}",
+                            remedy)  # fmt: skip
+        return True
+
+    def log_in(self) -> bool:
+        """By an ssh of its own: a shared connection may have been made before something
+        changed."""
+        self.phase = "logging in"
+        key, target = os.path.expanduser(self.machine.key), self.target()
+        if key and "%" not in key and not os.path.isfile(key):
+            line = f"ssh-keygen -t ed25519 -N '' -f {key} && ssh-copy-id -i {key} {target}"
+            return self.add("login", WRONG, "NO KEY", f"there is no key {key}", line)
+        start = time.time()
+        child = Child(self.link.command("sh"), self.link.environ, "012")
+        stdin, stdout, stderr = child.pipes
+        os.write(stdin, LOOK.encode())
+        os.close(stdin)
+        child.pipes.remove(stdin)
+        answer, words, open_ends = b"", b"", {stdout, stderr}
+        deadline = time.monotonic() + GREETING_TIMEOUT_S
+        while open_ends and time.monotonic() < deadline:
+            for end in wait_readable(open_ends, 1):
+                data = os.read(end, 65536)
+                if not data:
+                    open_ends.remove(end)
+                elif end == stdout:
+                    answer += data
+                else:
+                    words += data
+        child.stop() if open_ends else child.wait()
+        child.kill()
+        for line in decode(answer).splitlines():
+            name, _, value = line.partition(" ")
+            self.facts.setdefault(name, value.removeprefix("= ").strip())
+        self.facts["asked"] = f"{start:.0f}"
+        self.facts["answered"] = f"{time.time():.0f}"
+        if child.status == 255 or open_ends:
+            return self.refused(words)
+        return True
+
+    def refused(self, words: bytes) -> bool:
+        """ssh's own words, and what to type, as exactly as they tell it."""
+        try:
+            self.link.complain(words)
+            text = "ssh ended without a word"
+        except Unreachable as error:
+            text = str(error)
+        _, remedy = trouble(text)
+        host, port = self.machine.host, self.port()
+        if "its host key is not" in text:
+            remedy = ("if that is right, and the machine has a new key, write this into "
+                      "the last field of its line: "
+                      f"ssh-keyscan -t ed25519 {port}{host} | cut -d' ' -f2- | base64 -w0")  # fmt: skip
+        elif "HAS CHANGED" in text:
+            name = f"[{host}]:{self.machine.port}" if self.machine.port else host
+            remedy = (f"if it was set up anew: ssh-keygen -R '{name}' && "
+                      f"{self.ssh_line('true')}")  # fmt: skip
+            text = "its host key has changed"
+        elif "Host key verification failed" in text:
+            remedy = f"compare its host key and say yes: {self.ssh_line('true')}"
+        elif "bad permissions" in text or "UNPROTECTED" in text:
+            remedy = f"chmod 600 {self.machine.key}"
+            text = f"the key {self.machine.key} may be read by others"
+        elif "Permission denied" in text:
+            text, remedy = self.denied(text)
+        brief = "DENIED" if "denied" in text else "FAILED"
+        return self.add("login", WRONG, brief, text, remedy.replace("HOST", host))
+
+    def denied(self, text: str) -> tuple[str, str]:
+        """Why a key does not let us in, as far as it can be seen from here."""
+        key, target = os.path.expanduser(self.machine.key), self.target()
+        if not key:
+            return text, f"ssh-copy-id {target} (it asks for a password)"
+        command = ["ssh-keygen", "-y", "-P", "", "-f", key]
+        if output_of(command, self.link.environ)[0] != 0:
+            return (f"the key {key} has a passphrase, or is none; {text}",
+                    f"take the passphrase off: ssh-keygen -p -N '' -f {key}")  # fmt: skip
+        return text, f"ssh-copy-id -i {key} {target}"
+
+    def find_nix(self) -> bool:
+        self.phase = "asking nix-store"
+        user = self.facts.get("user", "")
+        if "begin" in self.facts and not self.facts.get("nix"):
+            place = self.facts.get("place", "")
+            remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
+            if place:
+                remedy = self.ssh_line("ln", "-s", place, "/usr/local/bin/")
+            self.add("ssh", OK, "ok", "reached")
+            self.add("login", OK, user, f"logs in as {user}")
+            return self.add("nix", WRONG, "NONE", "no nix-store in the PATH of a login "
+                            "without a terminal", remedy)  # fmt: skip
+        session = Session(self.link)
+        try:
+            session.greet()
+            times = []
+            for _ in range(3):
+                start = time.monotonic()
+                session.ask_valid([], False)
+                session.valid()
+                times.append(time.monotonic() - start)
+            round_trip_s = min([self.round_trip_s or math.inf, *times])
+            self.add("ssh", OK, f"{1000 * round_trip_s:.1f} ms",
+                     f"reached, round trip {1000 * round_trip_s:.1f} ms")  # fmt: skip
+            self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
+            version = self.facts.get("nix", "").rpartition(" ")[2]
+            protocol = f"{session.version >> 8}.{session.version & 255}"
+            self.add("nix", OK, version or protocol,
+                     f"nix-store {version}, serve protocol {protocol}")  # fmt: skip
+        except SessionLost as error:
+            return self.add("nix", WRONG, "FAILED", str(error), trouble(str(error))[1])
+        finally:
+            session.cancel()
+        return True
+
+    def measure(self) -> bool:
+        """What the builder says of itself, beside what is claimed here."""
+        if "begin" not in self.facts:
+            for what in ("offers", "disk", "clock", "cores"):
+                self.add(what, UNKNOWN, "-", "that login allows nothing but nix-store")
+            return True
+        return all([self.offers(), self.disk(), self.clock(), self.cores()])
+
+    def offers(self) -> bool:
+        """Systems and features; only 2.x tells."""
+        machine, where = self.machine, self.machine.where
+        if "system" not in self.facts:
+            return self.add("offers", UNKNOWN, "-", "its Nix does not say for what it "
+                            "builds")  # fmt: skip
+        systems = [self.facts["system"], *self.facts.get("extra-platforms", "").split()]
+        features = self.facts.get("system-features", "").split()
+        if lacking := sorted(set(machine.systems) - {*systems, "builtin"}):
+            return self.add("offers", WRONG, "SYSTEM", f"{where} says that it builds "
+                            f"{', '.join(lacking)}, but its Nix builds "
+                            f"{', '.join(systems)}", "write into the second field: "
+                            f"{','.join(sorted(set(machine.systems) & set(systems))) or systems[0]}")  # fmt: skip
+        claimed = machine.supported | machine.mandatory
+        if lacking := sorted(claimed - set(features)):
+            return self.add("offers", WRONG, "FEATURE", f"{where} says that it has "
+                            f"{', '.join(lacking)}, but its Nix offers "
+                            f"{', '.join(features) or 'no features'}", "take it out "
+                            "there, or write into nix.conf on the builder: "
+                            f"extra-system-features = {' '.join(lacking)}")  # fmt: skip
+        more = sorted(set(features) - claimed - {"nixos-test", "benchmark"})
+        text = f"it also offers {', '.join(more)}, which {where} does not claim"
+        if more:
+            return self.add("offers", NOTE, "ok", text)
+        return self.add("offers", OK, "ok", "builds what is claimed")
+
+    def disk(self) -> bool:
+        words = self.facts.get("disk", "").split()
+        if len(words) < 6 or not words[3].isdigit():
+            return self.add("disk", UNKNOWN, "-", "it does not say how full its disk is")
+        free = int(words[3]) << 10
+        if free < ROOM_B:
+            return self.add("disk", WRONG, amount(free), f"only {amount(free)} are free "
+                            "in its store", self.ssh_line("nix-collect-garbage -d"))  # fmt: skip
+        return self.add("disk", OK, amount(free), f"{amount(free)} free in its store")
+
+    def clock(self) -> bool:
+        if not self.facts.get("time", "").isdigit():
+            return self.add("clock", UNKNOWN, "-", "it does not say what time it is")
+        there = int(self.facts["time"])
+        before, after = int(self.facts["asked"]), int(self.facts["answered"])
+        off = there - max(before, min(there, after))
+        if abs(off) > CLOCK_S:
+            side = "ahead" if off > 0 else "behind"
+            return self.add("clock", WRONG, f"{off:+} s", f"its clock is "
+                            f"{duration(abs(off))} {side} of the one here",
+                            self.ssh_line("timedatectl set-ntp true"))  # fmt: skip
+        return self.add("clock", OK, f"{off:+} s" if off else "ok", "its clock is right")
+
+    def cores(self) -> bool:
+        cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
+        load = self.facts.get("load", "").rpartition(":")[2].split(",")[0].split()[:1]
+        if not cores.isdigit():
+            return self.add("cores", UNKNOWN, "-", "it does not say how many cores it has")
+        text = f"{cores} cores for {jobs} jobs, load {(load or ['unknown'])[0]}"
+        state = NOTE if jobs > 2 * int(cores) else OK
+        return self.add("cores", state, f"{cores}/{jobs}", text)
+
+    def build(self) -> bool:
+        """A real one, by the Nix here and this very hook."""
+        import tempfile
+
+        self.phase = "building"
+        nix, machine = self.nix, self.machine
+        mine = os.path.realpath(__file__)
+        if os.geteuid() != 0 and not os.access(nix.store.real, os.W_OK):
+            return self.add("build", UNKNOWN, "-", "not tried: the daemon builds here, so "
+                            "try it as root")  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            features = " ".join(f'"{name}"' for name in sorted(machine.mandatory))
+            paths = {name: f"{folder}/{name}" for name in ("nix", "machines", "log")}
+            with open(paths["nix"], "w", encoding="utf-8") as file:
+                file.write(f"""derivation {{
+                    name = "check"; system = "{machine.systems[0]}";
+                    builder = "/bin/sh"; args = [ "-c" "echo well > $out" ];
+                    requiredSystemFeatures = [ {features} ];
+                    random = "{os.urandom(8).hex()}"; }}""")
+            with open(paths["machines"], "w", encoding="utf-8") as file:
+                file.write(line_of(machine))
+            program = find_program("nix-build", nix_directories(nix.environ))
+            command = [program, paths["nix"], "--no-out-link", "--max-jobs", "0"]
+            more = {"NIX_BUILD_HOOK": mine, "NIX_REMOTE_SYSTEMS": paths["machines"]}
+            if not nix.old:
+                command += ["--option", "build-hook", mine]
+                command += ["--option", "builders", f"@{paths['machines']}"]
+                more = {}
+            with open(paths["log"], "w+b") as log:
+                out = {1: log.fileno(), 2: log.fileno()}
+                start = time.monotonic()
+                child = Child(command, child_environ(nix, **more), "", out)
+                status = child.wait(CHECK_TIMEOUT_S)
+                took = time.monotonic() - start
+                child.stop()
+                log.seek(0)
+                said = decode(log.read())
+        return self.judge(status, took, said)
+
+    def judge(self, status: int | None, took: float, said: str) -> bool:
+        if status is None:
+            return self.add("build", WRONG, "NO END", "a tiny build did not end within "
+                            f"{CHECK_TIMEOUT_S} s; all its slots may be taken")  # fmt: skip
+        lines = [line for line in said.splitlines() if line.strip()]
+        if status != 0:
+            told = [n for n, line in enumerate(lines) if "cannot" in line or "error" in line]
+            text = " ".join(" ".join(lines[told[0] if told else -3 :]).split())
+            return self.add("build", WRONG, "FAILED", f"a tiny build failed: {text}",
+                            trouble(text)[1])  # fmt: skip
+        if "does not trust its user" in said:
+            user = self.facts.get("user") or "USER"
+            return self.add("build", WRONG, "LIMITED", "its Nix does not trust the user "
+                            f"{user}: builds work, but take longer (the derivation's "
+                            "closure is sent), and unsigned inputs will be refused",
+                            "on the builder, in /etc/nix/nix.conf: extra-trusted-users = "
+                            f"{user} (in 2.3 and older: trusted-users = root {user}); then: systemctl "
+                            "restart nix-daemon")  # fmt: skip
+        return self.add("build", OK, f"{took:.1f} s", f"built something in {took:.1f} s")
+
+
+def check(options: Options, nix: Nix, screen: Screen) -> int:
+    """Inspect the machines, all at once; 0 only if all is well."""
+    import threading
+
+    machines, complaints = machines_named(options.words, nix)
+    if not machines:
+        complaints.append(f"no machines are listed ({where_machines_stand(nix)})")
+    else:
+        SlotDirectory(nix.slot_directory).make()
+    inspections = [Inspection(machine, nix) for machine in machines]
+    for inspection in inspections:
+        threading.Thread(target=inspection.run, daemon=True).start()
+    watch_inspections(inspections, screen)
+    if options.json:
+        print(as_json({
+            "complaints": complaints,
+            "machines": [
+                {"machine": i.machine.name(nix), "where": i.machine.where,
+                 "well": i.well, "findings": [
+                    dict(zip(("what", "state", "brief", "text", "remedy"), finding))
+                    for finding in i.found]}
+                for i in inspections
+            ],
+        }))  # fmt: skip
+    else:
+        show_inspections(inspections, complaints, screen)
+    return 0 if all(i.well for i in inspections) and not complaints else 1
+
+
+def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
+    """Until all are done, say on standard error how far they are."""
+    terminal = sys.stderr.isatty()
+    told: set[Inspection] = set()
+    while len(told) < len(inspections):
+        time.sleep(0.1)
+        for inspection in inspections:
+            if inspection.done and inspection not in told:
+                told.add(inspection)
+                if not terminal:
+                    state = "well" if inspection.well else "not well"
+                    text = f"{inspection.machine.host} is {state}"
+                    print(f"{text} ({len(told)} of {len(inspections)})", file=sys.stderr)
+        if terminal:
+            busy = [f"{i.machine.host} {i.phase}" for i in inspections if not i.done]
+            text = f"{len(told)} of {len(inspections)} done; {', '.join(busy)}"
+            text = text[: screen.width - 1] if busy else ""
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def show_inspections(
+    inspections: list[Inspection], complaints: list[str], screen: Screen
+) -> None:
+    for complaint in complaints:
+        print(screen.paint("\n".join(screen.wrap(complaint, "    ", "")), WRONG))
+    rows = [["machine", *COLUMNS]]
+    for inspection in inspections:
+        brief = {found.what: found.brief for found in inspection.found}
+        cells = [brief.get(column, "-") for column in COLUMNS]
+        rows.append([inspection.machine.host, *cells])
+    lines = table(rows)
+    if max(map(len, lines)) > screen.width:  # then each machine's name has its own line
+        lines = table([row[1:] for row in rows])
+        lines = [lines[0], *(f"{r[0]}\n{line}" for r, line in zip(rows[1:], lines[1:]))]
+    if inspections:
+        print(lines[0])
+    for line, inspection in zip(lines[1:], inspections):
+        print(screen.paint(line, OK if inspection.well else WRONG))
+        for found in inspection.found:
+            if found.state in (WRONG, NOTE):
+                text = f"{found.what}: {found.text}"
+                print("\n".join(screen.wrap(text, "        ", "    ")))
+            if found.state == WRONG and found.remedy:
+                print("\n".join(screen.wrap(found.remedy, "        ", "    to do: ")))
+
+
+# ---- status -------------------------------------------------------------------------
+
+
+class Holder(NamedTuple):
+    """Who holds a lock, as its file says; pid 0 if that is not known."""
+
+    pid: int
+    since: float
+    phase: str
+    derivation: str
+
+    @classmethod
+    def parse(cls, line: str) -> Holder:
+        """What is said of a process that has ended, or by another program, is not
+        believed."""
+        try:
+            pid, start, since, phase, derivation = line.split(" ")
+            if is_alive(int(pid), start):
+                return cls(int(pid), float(since), phase, derivation)
+        except ValueError:
+            pass
+        return cls(0, 0.0, "", "")
+
+    def text(self, now: float) -> str:
+        if not self.pid:
+            return "taken by another program, such as Nix's own hook"
+        age = duration(now - self.since)
+        return f"{self.phase:10} {short(self.derivation)} for {age}, pid {self.pid}"
+
+
+def is_alive(pid: int, start: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return decode(file.read().rpartition(b")")[2].split()[19]) == start
+    except OSError:
+        if os.path.exists("/proc/self/stat"):
+            return False
+    try:  # a system that does not tell when it began
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class Load(NamedTuple):
+    """How things are with one machine."""
+
+    machine: Machine
+    building: list[Holder]
+    fetching: list[Holder]
+    outage: Outage | None
+
+
+class Waiter(NamedTuple):
+    place: int
+    holder: Holder
+    names: list[str]  # of the slot files of the machines waited for
+
+
+class Overview(NamedTuple):
+    loads: list[Load]
+    waiters: list[Waiter]
+
+
+class Looker:
+    """Reads the locks in the slot directory without ever seeming to hold one."""
+
+    def __init__(self, nix: Nix) -> None:
+        self.nix, self.slots = nix, SlotDirectory(nix.slot_directory)
+
+    def look(self, machines: list[Machine]) -> Overview:
+        """Raises Error if we may not read what is there."""
+        try:
+            lock = os.open(f"{self.slots.path}/main-lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # no hook has ever run
+            return Overview([Load(m, [], [], None) for m in machines], [])
+        except OSError as error:
+            raise Error(f"cannot look into {self.slots.path}: {error.strerror}; try it "
+                        "as root") from None  # fmt: skip
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            own = os.listdir(self.slots.own) if os.path.isdir(self.slots.own) else []
+            loads = [self.load(machine, own) for machine in machines]
+            places = [entry for entry in own if entry.startswith("line-")]
+            places.sort(key=lambda entry: (entry[:13], int(entry.rpartition(".")[2])))
+            waiters = list(filter(None, map(self.waiter, places)))
+        except PermissionError as error:
+            raise Error(f"cannot read {error.filename}; try it as root") from None
+        finally:
+            os.close(lock)
+        return Overview(loads, waiters)
+
+    def load(self, machine: Machine, own: list[str]) -> Load:
+        name = machine.slot_name(self.nix)
+        slots = [f"{self.slots.path}/{name}-{n}" for n in range(machine.max_jobs)]
+        places = sorted(e for e in own if e.startswith(f"{name}.fetch-"))
+        building = list(filter(None, map(self.holder, slots)))
+        fetching = [self.holder(f"{self.slots.own}/{place}") for place in places]
+        outage = self.slots.outage(name)
+        if outage and outage.old:
+            outage = None
+        return Load(machine, building, list(filter(None, fetching)), outage)
+
+    def holder(self, path: str) -> Holder | None:
+        text = self.held(path)
+        return None if text is None else Holder.parse(text.partition("\n")[0])
+
+    def waiter(self, place: str) -> Waiter | None:
+        text = self.held(f"{self.slots.own}/{place}")
+        if text is None:
+            return None
+        first, *names = text.split("\n")
+        number = int(place.rpartition(".")[2])
+        return Waiter(number, Holder.parse(first), names)
+
+    def held(self, path: str) -> str | None:
+        """What the file says, if somebody holds its lock."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        try:
+            if try_lock(descriptor, fcntl.LOCK_SH):
+                return None
+            return decode(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+        finally:
+            os.close(descriptor)
+
+
+def status(options: Options, nix: Nix, screen: Screen) -> int:
+    """What runs where, once or again and again."""
+    while True:
+        machines, complaints = machines_named(options.words, nix)
+        overview = Looker(nix).look(machines)
+        if options.json:
+            print(as_json(overview_json(overview, nix)))
+        else:
+            lines = overview_lines(overview, nix, screen)
+            if not machines:
+                lines = [f"no machines are listed ({where_machines_stand(nix)})"]
+            for complaint in complaints:
+                lines += screen.wrap(complaint, "    ", "")
+            if options.watch and screen.terminal:
+                lines = lines[: screen.height - 1]
+                print("\x1b[H\x1b[J", end="")
+            print("\n".join(lines), flush=True)
+        if not options.watch:
+            return 0
+        time.sleep(1)
+
+
+def bar(taken: int, slots: int) -> str:
+    """One character a slot, or fewer."""
+    width = min(slots, BAR)
+    full = math.ceil(width * taken / slots) if slots else 0
+    return f"[{'#' * full}{'.' * (width - full)}]"
+
+
+def overview_lines(overview: Overview, nix: Nix, screen: Screen) -> list[str]:
+    now = time.time()
+    lines = []
+    heads = [
+        [load.machine.host, bar(len(load.building), load.machine.max_jobs),
+         f"{len(load.building)} of {load.machine.max_jobs} slots taken"]
+        for load in overview.loads
+    ]  # fmt: skip
+    for head, load in zip(table(heads) if heads else [], overview.loads):
+        lines.append(screen.paint(head, NOTE if load.outage else OK))
+        lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
+        if load.outage:
+            left = load.outage.until - now
+            until = f"for {duration(left)} more" if left > 0 else "until it answers"
+            text = f"left alone {until}, failed {load.outage.failures} times"
+            lines += screen.wrap(f"{text}: {load.outage.words}", "        ", "    ")
+    hosts = {load.machine.slot_name(nix): load.machine.host for load in overview.loads}
+    before: list[str] = []
+    for waiter in overview.waiters:
+        known = sorted({hosts.get(name, name) for name in waiter.names if name})
+        if waiter.names != before:
+            lines += screen.wrap(f"waiting for {', '.join(known)}:", "    ", "")
+        before = waiter.names
+        lines.append(f"    {waiter.place + 1}. {waiter.holder.text(now)}")
+    return lines
+
+
+def overview_json(overview: Overview, nix: Nix) -> dict[str, object]:
+    def holders(found: list[Holder]) -> list[dict[str, object]]:
+        return [dict(zip(Holder.__annotations__, holder)) for holder in found]
+
+    machines = [
+        {
+            "machine": load.machine.name(nix),
+            "slots": load.machine.max_jobs,
+            "taken": len(load.building),
+            "building": holders(load.building),
+            "fetching": holders(load.fetching),
+            "away": load.outage and dict(zip(Outage.__annotations__, load.outage)),
+        }
+        for load in overview.loads
+    ]
+    waiting = [
+        {"place": w.place + 1, **holders([w.holder])[0], "slot-names": w.names}
+        for w in overview.waiters
+    ]
+    return {"machines": machines, "waiting": waiting}
+
+
+# ---- explain ------------------------------------------------------------------------
+
+
+def wanted_build(options: Options, nix: Nix) -> Request:
+    """The request that Nix would make for that derivation, or for the options."""
+    features = frozenset(filter(None, options.features.split(",")))
+    if not options.words:
+        system = options.system or nix.settings["system"]
+        return Request(False, system, "", features)
+    path = os.path.realpath(options.words[0])
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            derivation = Derivation.parse(file.read())
+    except (Error, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise Error(f"cannot read the derivation {path}: {reason}; get one with: "
+                    "nix-instantiate FILE") from None  # fmt: skip
+    environment = dict(derivation.environment)
+    words = environment.get("requiredSystemFeatures", "").split()
+    if "__json" in environment:
+        import json
+
+        with suppress(ValueError, TypeError, AttributeError):
+            words += json.loads(environment["__json"]).get("requiredSystemFeatures", [])
+    return Request(False, derivation.platform, path, features.union(words))
+
+
+def explain(options: Options, nix: Nix, screen: Screen) -> int:
+    """Where a build would go now, and why not elsewhere; 0 if anywhere."""
+    request = wanted_build(options, nix)
+    machines, complaints = machines_named([], nix)
+    try:
+        overview = Looker(nix).look(machines)
+    except Error as error:
+        complaints.append(f"{error}; all slots are taken to be free")
+        overview = Overview([Load(m, [], [], None) for m in machines], [])
+    ranked, out = [], []
+    for load in overview.loads:
+        machine, taken = load.machine, len(load.building)
+        reason = unfit(machine, request, nix)
+        if not reason and load.outage and load.outage.until > time.time():
+            left = duration(load.outage.until - time.time())
+            reason = f"is left alone for {left} more: {load.outage.words}"
+        if not reason and taken >= machine.max_jobs:
+            reason = f"has no free slot: all {taken} are taken"
+        if reason:
+            out.append((machine, reason))
+        else:
+            ranked.append((rank(machine, taken), machine))
+    ranked.sort(key=lambda pair: pair[0])
+    itself = might_build_itself(nix, request)
+    if options.json:
+        print(as_json({
+            "derivation": request.derivation, "system": request.system,
+            "features": sorted(request.features), "complaints": complaints,
+            "here": itself,
+            "machines": [
+                {"machine": m.name(nix), "load": key[2], "slots": m.max_jobs,
+                 "speed": m.speed, "rank": key[0]} for key, m in ranked],
+            "left-out": [
+                {"machine": m.name(nix), "where": m.where, "reason": reason}
+                for m, reason in out],
+        }))  # fmt: skip
+    else:
+        show_choice(request, ranked, out, itself, screen)
+        for complaint in complaints:
+            print("\n".join(screen.wrap(complaint, "    ", "")))
+    return 0 if ranked else 1
+
+
+def show_choice(
+    request: Request,
+    ranked: list[tuple[tuple[int, float, int], Machine]],
+    out: list[tuple[Machine, str]],
+    itself: bool,
+    screen: Screen,
+) -> None:
+    features = ", ".join(sorted(request.features)) or "no features"
+    what = request.derivation or "A build"
+    print("\n".join(screen.wrap(f"{what} needs {request.system} and {features}.", "  ", "")))
+    if ranked:
+        rows = [["", "machine", "taken", "speed", "taken / speed", "rounded"]]
+        for number, (key, machine) in enumerate(ranked, 1):
+            taken, speed = key[2], machine.speed
+            rows.append([f"{number}.", machine.host, f"{taken} of {machine.max_jobs}",
+                         f"{speed:g}", f"{taken / speed:.2f}", str(key[0])])  # fmt: skip
+        print("\n".join(table(rows)))
+        print("The first would be asked; of equals the faster, then the less loaded, then "
+              "the first written.")  # fmt: skip
+    else:
+        print(screen.paint("No machine can take it now.", WRONG))
+    if out:
+        print("Left out:")
+    for machine, reason in out:
+        text = f"{machine.host} {reason} ({machine.where})"
+        print("\n".join(screen.wrap(text, "        ", "    ")))
+    print("Nix here may build it itself." if itself else
+          "Nix here can never build it itself (max-jobs, system or features).")  # fmt: skip
+
+
+# ---- Command line -------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    words: list[str]
+    machines: str
+    json: bool
+    watch: bool
+    system: str
+    features: str
+
+
+def parse_options(arguments: list[str]) -> tuple[str, Options]:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="nix_build_remote.py",
+        usage="nix_build_remote.py check | status | explain | --help | --version",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
+    for verb, text in (
+        ("check", "try each machine, and say what is wrong and what to do"),
+        ("status", "show what is built where, and who waits"),
+        ("explain", "show where a build would go, and why not elsewhere"),
+    ):
+        part = verbs.add_parser(verb, help=text, description=text)
+        part.add_argument("--machines", default="", metavar="FILE",
+                          help="instead of those that the hook would use")  # fmt: skip
+        part.add_argument("--json", action="store_true", help="for programs")
+        if verb == "explain":
+            part.add_argument("words", nargs="?", metavar="DERIVATION", default="")
+            part.add_argument("--system", default="", help="such as x86_64-linux")
+            part.add_argument("--features", default="", help="such as kvm,big-parallel")
+        else:
+            part.add_argument("words", nargs="*", metavar="MACHINE")
+        if verb == "status":
+            part.add_argument("--watch", action="store_true", help="renew it each second")
+    given = vars(parser.parse_args(arguments))
+    words = given["words"]
+    return given["verb"], Options(
+        words=[words] if isinstance(words, str) and words else list(words),
+        machines=given["machines"],
+        json=given["json"],
+        watch=given.get("watch", False),
+        system=given.get("system", ""),
+        features=given.get("features", ""),
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """For people; returns the exit status."""
+    if arguments == ["--version"]:
+        print(f"nix_build_remote.py {VERSION}")
+        return 0
+    if arguments == ["--help"]:
+        print((__doc__ or "").partition('"$@"\n')[2].strip())
+        return 0
+    verb, options = parse_options(arguments)
+    environ = dict(os.environ)
+    run = {"check": check, "status": status, "explain": explain}[verb]
+    try:
+        return run(options, calling_nix(environ, options.machines), Screen(environ))
+    except Error as error:
+        print(f"nix_build_remote.py: {error}", file=sys.stderr)
+    except (KeyboardInterrupt, BrokenPipeError, Stop):
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    exit_status = main(sys.argv[1:])
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(exit_status)
