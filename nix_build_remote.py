@@ -2686,6 +2686,9 @@ class Build:
         else:
             fit = [other for other in self.fit if other not in self.avoided]
         if not fit:
+            everywhere = {other.slot_name(self.nix): other for other in self.fit}
+            if why := self.hook.despair(everywhere):
+                raise Error(self.failure(Error(why)))
             wait_readable([], self.pause_s)
             self.pause_s = min(2 * self.pause_s, PAUSE_LIMIT_S)
             self.avoided.clear()
@@ -3155,9 +3158,9 @@ class Hook:
         return True
 
     def despair(self, machines: dict[str, Machine]) -> str:
-        """What to say if it is no use to wait longer for these, who are all away."""
+        """What to say if all of these have failed and it is no use to wait longer."""
         outages = list(filter(None, map(self.slots.outage, machines)))
-        if not outages:
+        if len(outages) < len(machines):
             return ""
         last = max(outages, key=lambda outage: outage.since)
         if all(outage.hopeless for outage in outages):

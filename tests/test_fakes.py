@@ -588,8 +588,8 @@ def test_no_newcomer_takes_a_slot_while_somebody_waits(client: Client) -> None:
 def with_a_bug(client: Client) -> Client:
     source = client.hook.read_text(encoding="utf-8")
     client.hook.unlink()
-    start, end = source.rsplit('\nif __name__ == "__main__":', 1)
-    bug = f'{start}\nrank = None\nif __name__ == "__main__":{end}'
+    start, end = source.split('\nif __name__ == "__main__"', 1)
+    bug = f'{start}\nrank = None\nif __name__ == "__main__"{end}'
     client.hook.write_text(bug, encoding="utf-8")
     return client
 
