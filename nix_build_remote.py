@@ -1313,6 +1313,11 @@ def quoted(text: str) -> str:
     return '"' + text.replace("\n", "\\n").replace("\t", "\\t") + '"'
 
 
+def short(derivation: str) -> str:
+    """Its name, without the store and the hash."""
+    return derivation.rpartition("/")[2][33:].removesuffix(".drv") or derivation
+
+
 class Talk:
     """Replies, messages and activities to Nix, on descriptor 2, in its dialect."""
 
@@ -2621,7 +2626,7 @@ class Build:
 
     def wait(self, line: Line) -> Slot:
         """In the end also say where the build goes, which Nix does not know."""
-        self.talk.begin(0, f"waiting for a builder for '{self.path}'")
+        self.talk.begin(0, f"waiting for a builder for {short(self.path)}")
         if self.nix.old:
             self.talk.say(INFO, f"waiting for a builder for '{self.path}'")
         slot = line.wait()
@@ -2717,7 +2722,8 @@ class Build:
         self.slot.note(phase, self.path)
         what = phase + verb.lstrip(LETTERS)
         text = f"{what} '{self.path}' {preposition} '{self.link.name}'"
-        self.talk.begin(0, text)
+        brief = f"{what} {short(self.path)} {preposition} {self.link.name}"
+        self.talk.begin(0, brief)
         self.talk.say(DEBUG, text)
         if self.nix.old and phase != "connecting":
             self.talk.say(INFO, text)
@@ -3055,7 +3061,7 @@ class Hook:
         try:
             link = self.link(slot.machine)
             if not link.proved():
-                text = f"connecting for '{build.path}' to '{link.name}'"
+                text = f"connecting for {short(build.path)} to {link.name}"
                 self.talk.begin(0, text)
                 self.talk.say(DEBUG, text)
                 if not link.live():
@@ -3327,11 +3333,6 @@ def amount(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def short(derivation: str) -> str:
-    """Its name, without the store and the hash."""
-    return derivation.rpartition("/")[2][33:].removesuffix(".drv") or derivation
-
-
 def as_json(value: object) -> str:
     import json
 
@@ -3443,6 +3444,9 @@ export NIX_CONFIG='extra-experimental-features = nix-command'
 (nix config show || nix show-config) | grep -E '^(system|extra-platforms|system-features) ='
 """
 
+# What every Nix offers, or so few builds require that it is no loss not to claim it.
+RARE_FEATURES = ("benchmark", "nixos-test", "uid-range", "ca-derivations",
+                 "recursive-nix")  # fmt: skip
 COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
@@ -3677,7 +3681,7 @@ class Inspection:
                             f"{', '.join(features) or 'no features'}", "take it out "
                             "there, or write into nix.conf on the builder: "
                             f"extra-system-features = {' '.join(lacking)}")  # fmt: skip
-        more = sorted(set(features) - claimed - {"nixos-test", "benchmark"})
+        more = sorted(set(features) - claimed - set(RARE_FEATURES))
         text = f"it also offers {', '.join(more)}, which {where} does not claim"
         if more:
             return self.add("offers", NOTE, "ok", text)
@@ -3877,7 +3881,8 @@ class Holder(NamedTuple):
         if not self.pid:
             return "taken by another program, such as Nix's own hook"
         age = duration(now - self.since)
-        return f"{self.phase:10} {short(self.derivation)} for {age}, pid {self.pid}"
+        phase = "" if self.phase == "waiting" else f"{self.phase:10} "
+        return f"{phase}{short(self.derivation)} for {age}, pid {self.pid}"
 
 
 def is_alive(pid: int, start: str) -> bool:
@@ -4146,8 +4151,8 @@ def show_choice(
             rows.append([f"{number}.", machine.host, f"{taken} of {machine.max_jobs}",
                          f"{speed:g}", f"{taken / speed:.2f}", str(key[0])])  # fmt: skip
         print("\n".join(table(rows)))
-        print("The first would be asked; of equals the faster, then the less loaded, then "
-              "the first written.")  # fmt: skip
+        print("The first is asked first.  Of equals: the faster, then the less loaded,\n"
+              "then the one that is written first.")  # fmt: skip
     else:
         print(screen.paint("No machine can take it now.", WRONG))
     if out:
