@@ -1427,7 +1427,8 @@ def wait_readable(
         poll.register(descriptor, select.POLLIN)
     for descriptor in full:
         poll.register(descriptor, select.POLLOUT)
-    events = poll.poll(None if timeout_s == math.inf else timeout_s * 1000)
+    most = (1 << 31) - 1  # milliseconds that poll can take: 24 days
+    events = poll.poll(None if timeout_s == math.inf else min(timeout_s * 1000, most))
     ready = {descriptor for descriptor, event in events if descriptor != 2}
     if not ready and any(event & NO_READER for _, event in events):
         raise NixGone
