@@ -439,7 +439,7 @@ class Nix(NamedTuple):
 
     def number(self, setting: str) -> int:
         text = self.settings.get(setting, "")
-        return int(text) if text.isdecimal() else 0
+        return min(int(text[:20]), (1 << 64) - 1) if text.isdecimal() else 0
 
     def enabled(self, setting: str) -> bool:
         return self.settings.get(setting) == "true"
