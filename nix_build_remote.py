@@ -2445,7 +2445,7 @@ def parse_version(text: str) -> tuple[int, ...]:
     numbers: list[int] = []
     for part in text.split(" ")[-1].strip().split("."):
         digits = part[: len(part) - len(part.lstrip(DIGITS))]
-        numbers += [int(digits)] if digits else []
+        numbers += [int(digits[:9])] if digits else []
         if digits != part:  # 2.35pre20260101_abc
             break
     if len(numbers) < 2:
