@@ -874,7 +874,7 @@ class Outage(NamedTuple):
     def parse(cls, text: str) -> Outage | None:
         try:
             failures, since, until, words = text.split(" ", 3)
-            found = cls(int(failures), float(since), float(until), words)
+            found = cls(int(failures[:9]), float(since), float(until), words)
         except ValueError:
             return None
         return found if math.isfinite(found.since + found.until) else None
