@@ -2394,7 +2394,7 @@ class Copier:
             if stderr not in ready:
                 continue
             data = os.read(stderr, 65536)
-            *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
+            *lines, rest = (rest[:65536] + data).split(b"\n") if data else (rest, b"")
             for line in map(decode, lines):
                 wrong = line.startswith("error:") and "(ignored)" not in line
                 if problem or wrong:  # it goes into our own message
