@@ -1936,6 +1936,8 @@ class Remote(Child):
     def receive(self, deadline: float) -> bytes:
         """The next message; OSError if none comes."""
         length = int.from_bytes(self.read(4, deadline), "big")
+        if length > 65536:
+            raise OSError("ssh's master sends too much")
         return self.read(length, deadline)
 
     def read(self, count: int, deadline: float) -> bytes:
