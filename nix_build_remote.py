@@ -2386,7 +2386,7 @@ class Copier:
                 sources += [*pump.awaited, *pump.routes]
             ready = wait_readable(sources, patience, pump.full if pump else ())
             if not ready:
-                raise SessionLost(f"no progress of copying in {patience // 60} minutes")
+                raise SessionLost(f"no progress of copying in {patience} s")
             self.session.pump(ready - {self.session.stdout} if shared else ready)
             if pump:
                 pump.serve(ready)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from farm import Host, poll
-from scene import Run, Scene, other, registered, scene, valid, verified
+from scene import INSTALLED, Run, Scene, other, registered, scene, valid, verified
 
 pytestmark = pytest.mark.engines
 
@@ -103,6 +103,23 @@ def test_a_copy_that_is_killed_is_made_again(running: Scene) -> None:
     outcome = run.end()
     assert copies
     assert valid(running.client, outcome.output)
+
+
+def test_a_copy_that_stands_still_is_made_again(running: Scene) -> None:
+    text = running.client.read(INSTALLED)
+    # Python 3.9, of the client with 2.3, cannot see the data move.
+    for constant, seconds in ("\nCOPY_TIMEOUT_S = ", 2), ("\nBLIND_COPY_TIMEOUT_S = ", 20):
+        assert text.count(constant) == 1
+        text = text.replace(constant, f"{constant}{seconds} or ")
+    running.client.write(INSTALLED, text, 0o755)
+    expression = 'mk "still" "head -c 600000000 /dev/zero > $out" {}'
+    run = start_arriving(running, expression)
+    stores = [p.pid for p in running.builder.processes() if "--serve" in p.cmdline]
+    running.builder.signal(signal.SIGSTOP, *stores)
+    run.says("no progress of copying in 2")
+    running.builder.signal(signal.SIGCONT, *stores)
+    assert stores
+    assert valid(running.client, run.end().output)
 
 
 def test_nothing_is_registered_if_the_store_is_full(running: Scene) -> None:
