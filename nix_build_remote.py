@@ -2990,20 +2990,10 @@ class Hook:
         A machine with a live connection is accepted at once; else we open a session
         first, so that one that cannot be used costs no build a move.
         """
-        features = f" ({', '.join(sorted(request.features))})" * bool(request.features)
-        text = f"may '{request.derivation}' for {request.system}{features} be sent away?"
-        self.talk.say(DEBUG, text)
-        if not machines:
-            self.talk.say(DEBUG, "no machines are listed")
-            self.talk.reply("decline" if self.nix.old else "decline-permanently")
-            return None
-        if self.origin and might_build_itself(self.nix, request):
-            self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
-            self.talk.reply("decline" if request.willing else "postpone")
-            return None
-        fit = self.eligible(request, machines)
+        reply = self.without_looking(request, machines)
+        fit = [] if reply else self.eligible(request, machines)
         if not fit:
-            self.talk.reply("decline")
+            self.talk.reply(reply or "decline")
             return None
         derivation = read_derivation(request.derivation, self.nix.store)
         build = Build(self, request.derivation, derivation, fit)
@@ -3020,6 +3010,19 @@ class Hook:
             return build, line
         self.talk.reply(self.turn_down(line, request))
         return None
+
+    def without_looking(self, request: Request, machines: list[Machine]) -> str:
+        """The reply if nothing is ever sent away from here, or this is not; or ""."""
+        features = f" ({', '.join(sorted(request.features))})" * bool(request.features)
+        text = f"may '{request.derivation}' for {request.system}{features} be sent away?"
+        self.talk.say(DEBUG, text)
+        if not machines:
+            self.talk.say(DEBUG, "no machines are listed")
+            return "decline" if self.nix.old else "decline-permanently"
+        if self.origin and might_build_itself(self.nix, request):
+            self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
+            return "decline" if request.willing else "postpone"
+        return ""
 
     def turn_down(self, line: Line, request: Request) -> str:
         """The reply to what no machine can take now."""
@@ -3556,31 +3559,34 @@ class Inspection:
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", line)
         start = time.time()
         child = Child(self.link.command("sh"), self.link.environ, "012")
-        stdin, stdout, stderr = child.pipes
-        os.write(stdin, LOOK.encode())
-        os.close(stdin)
-        child.pipes.remove(stdin)
-        answer, words, open_ends = b"", b"", {stdout, stderr}
-        deadline = time.monotonic() + GREETING_TIMEOUT_S
-        while open_ends and time.monotonic() < deadline:
-            for end in wait_readable(open_ends, 1):
-                data = os.read(end, 65536)
-                if not data:
-                    open_ends.remove(end)
-                elif end == stdout:
-                    answer += data
-                else:
-                    words += data
-        child.stop() if open_ends else child.wait()
-        child.kill()
+        answer, words = self.converse(child, LOOK.encode())
         for line in decode(answer).splitlines():
             name, _, value = line.partition(" ")
-            self.facts.setdefault(name, value.removeprefix("= ").strip())
+            self.facts.setdefault(name, printable(value.removeprefix("= ").strip()))
         self.facts["asked"] = f"{start:.0f}"
         self.facts["answered"] = f"{time.time():.0f}"
-        if child.status == 255 or open_ends:
-            return self.refused(words)
-        return True
+        return self.refused(words) if child.status == 255 else True
+
+    def converse(self, child: Child, question: bytes) -> tuple[bytes, bytes]:
+        """All that it writes on both, if it ends in time; with 255 if it does not."""
+        stdin, stdout, stderr = child.pipes
+        said: dict[int, bytes] = {stdout: b"", stderr: b""}
+        with suppress(BrokenPipeError):
+            os.write(stdin, question)
+        child.pipes.remove(stdin)
+        os.close(stdin)
+        there = set(said)
+        deadline = time.monotonic() + GREETING_TIMEOUT_S
+        while there and time.monotonic() < deadline:
+            for end in wait_readable(there, 1):
+                data = os.read(end, 65536)
+                said[end] = (said[end] + data)[-WIRE_LIMIT_BYTES:]
+                there -= set() if data else {end}
+        if child.wait(0 if there else math.inf) is None:
+            child.stop()
+            child.status = 255
+        child.kill()
+        return said[stdout], said[stderr]
 
     def refused(self, words: bytes) -> bool:
         """ssh's own words, and what to type, as exactly as they tell it."""
@@ -3727,39 +3733,42 @@ class Inspection:
         import tempfile
 
         self.phase = "building"
-        nix, machine = self.nix, self.machine
         mine = os.path.realpath(__file__)
-        if os.geteuid() != 0 and not os.access(nix.store.real, os.W_OK):
+        if os.geteuid() != 0 and not os.access(self.nix.store.real, os.W_OK):
             return self.add("build", UNKNOWN, "-", "not tried: the daemon builds here, so "
                             "try it as root")  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            features = " ".join(f'"{name}"' for name in sorted(machine.mandatory))
-            paths = {name: f"{folder}/{name}" for name in ("nix", "machines", "log")}
-            with open(paths["nix"], "w", encoding="utf-8") as file:
-                file.write(f"""derivation {{
-                    name = "check"; system = "{machine.systems[0]}";
-                    builder = "/bin/sh"; args = [ "-c" "echo well > $out" ];
-                    requiredSystemFeatures = [ {features} ];
-                    random = "{os.urandom(8).hex()}"; }}""")
-            with open(paths["machines"], "w", encoding="utf-8") as file:
-                file.write(line_of(machine))
-            program = find_program("nix-build", nix_directories(nix.environ))
-            command = [program, paths["nix"], "--no-out-link", "--max-jobs", "0"]
-            more = {"NIX_BUILD_HOOK": mine, "NIX_REMOTE_SYSTEMS": paths["machines"]}
-            if not nix.old:
-                command += ["--option", "build-hook", mine]
-                command += ["--option", "builders", f"@{paths['machines']}"]
-                more = {}
-            with open(paths["log"], "w+b") as log:
+            command, environ = self.tiny_build(folder, mine)
+            with open(f"{folder}/log", "w+b") as log:
                 out = {1: log.fileno(), 2: log.fileno()}
                 start = time.monotonic()
-                child = Child(command, child_environ(nix, **more), "", out)
+                child = Child(command, environ, "", out)
                 status = child.wait(CHECK_TIMEOUT_S)
                 took = time.monotonic() - start
                 child.stop()
                 log.seek(0)
                 said = decode(log.read())
         return self.judge(status, took, said)
+
+    def tiny_build(self, folder: str, hook: str) -> tuple[list[str], dict[str, str]]:
+        """A command, and its environment, that builds something new on this machine."""
+        features = " ".join(f'"{name}"' for name in sorted(self.machine.mandatory))
+        with open(f"{folder}/tiny.nix", "w", encoding="utf-8") as file:
+            file.write(f"""derivation {{
+                name = "check"; system = "{self.machine.systems[0]}";
+                builder = "/bin/sh"; args = [ "-c" "echo well > $out" ];
+                requiredSystemFeatures = [ {features} ];
+                random = "{os.urandom(8).hex()}"; }}""")
+        machines = f"{folder}/machines"
+        with open(machines, "w", encoding="utf-8") as file:
+            file.write(line_of(self.machine))
+        program = find_program("nix-build", nix_directories(self.nix.environ))
+        command = [program, f"{folder}/tiny.nix", "--no-out-link", "--max-jobs", "0"]
+        if self.nix.old:
+            more = {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
+            return command, child_environ(self.nix, **more)
+        command += ["--option", "build-hook", hook, "--option", "builders", f"@{machines}"]
+        return command, child_environ(self.nix)
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
         if status is None:
@@ -4103,20 +4112,7 @@ def explain(options: Options, nix: Nix, screen: Screen) -> int:
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
         overview = Overview([Load(m, [], [], None) for m in machines], [])
-    ranked, out = [], []
-    for load in overview.loads:
-        machine, taken = load.machine, len(load.building)
-        reason = unfit(machine, request, nix)
-        if not reason and load.outage and load.outage.until > time.time():
-            left = duration(load.outage.until - time.time())
-            reason = f"is left alone for {left} more: {load.outage.words}"
-        if not reason and taken >= machine.max_jobs:
-            reason = f"has no free slot: all {taken} are taken"
-        if reason:
-            out.append((machine, reason))
-        else:
-            ranked.append((rank(machine, taken), machine))
-    ranked.sort(key=lambda pair: pair[0])
+    ranked, out = judge_machines(overview, request, nix)
     itself = might_build_itself(nix, request)
     if options.json:
         print(as_json({
@@ -4137,9 +4133,33 @@ def explain(options: Options, nix: Nix, screen: Screen) -> int:
     return 0 if ranked else 1
 
 
+Ranked = list[tuple[tuple[int, float, int], Machine]]
+
+
+def judge_machines(
+    overview: Overview, request: Request, nix: Nix
+) -> tuple[Ranked, list[tuple[Machine, str]]]:
+    """Those that could take it now, the best first; and why not the others."""
+    ranked, out = [], []
+    for load in overview.loads:
+        machine, taken = load.machine, len(load.building)
+        reason = unfit(machine, request, nix)
+        if not reason and load.outage and load.outage.until > time.time():
+            left = duration(load.outage.until - time.time())
+            reason = f"is left alone for {left} more: {load.outage.words}"
+        if not reason and taken >= machine.max_jobs:
+            reason = f"has no free slot: all {taken} are taken"
+        if reason:
+            out.append((machine, reason))
+        else:
+            ranked.append((rank(machine, taken), machine))
+    ranked.sort(key=lambda pair: pair[0])
+    return ranked, out
+
+
 def show_choice(
     request: Request,
-    ranked: list[tuple[tuple[int, float, int], Machine]],
+    ranked: Ranked,
     out: list[tuple[Machine, str]],
     itself: bool,
     screen: Screen,
