@@ -2291,6 +2291,7 @@ class Copier:
     ) -> None:
         self.program, self.version, self.talk = program, version, talk
         self.session, self.nix = session, session.link.nix
+        self.told = 0.0  # of progress, last
         self.environ = session.link.copy_environ()
         if self.nix.store.remote:
             self.environ["NIX_REMOTE"] = self.nix.store.remote
@@ -2378,7 +2379,6 @@ class Copier:
         """Pass its stderr on to Nix line by line, and the session's meanwhile; returns
         what it says from the first error on."""
         rest, problem = b"", ""
-        before, due = 0, 0.0
         patience = COPY_TIMEOUT_S if pump else BLIND_COPY_TIMEOUT_S
         while True:
             sources = [stderr, *self.session.pipes()[int(shared) :]]
@@ -2390,9 +2390,7 @@ class Copier:
             self.session.pump(ready - {self.session.stdout} if shared else ready)
             if pump:
                 pump.serve(ready)
-                if pump.moved > before and time.monotonic() > due:
-                    self.talk.progress(pump.moved - before)
-                    due = time.monotonic() + 0.1
+                self.tell_progress(pump)
             if stderr not in ready:
                 continue
             data = os.read(stderr, 65536)
@@ -2401,22 +2399,28 @@ class Copier:
                 wrong = line.startswith("error:") and "(ignored)" not in line
                 if problem or wrong:  # it goes into our own message
                     problem = f"{problem} {line}"[:TAIL_BYTES]
-                elif line.startswith("copying path '"):
-                    before = pump.moved if pump else 0
-                    self.tell_path(line)
                 elif line:
-                    self.talk.say(INFO, line)
+                    self.tell_line(line, pump)
             if not data:
                 return " ".join(problem.split()).removeprefix("error: ")
 
-    def tell_path(self, line: str) -> None:
-        """Of `copying path 'P' to 'ssh://b1'...`: as Nix itself would, to its own."""
+    def tell_progress(self, pump: Pump) -> None:
+        """At most ten times a second."""
+        if pump.moved and time.monotonic() > self.told + 0.1:
+            self.told = time.monotonic()
+            self.talk.progress(pump.moved)
+
+    def tell_line(self, line: str, pump: Pump | None) -> None:
+        """Of `copying path 'P' to 'ssh://b1'...` as Nix itself would, to its own."""
+        if self.nix.old or not line.startswith("copying path '"):
+            self.talk.say(INFO, line)
+            return
         path, way, machine = f"{line}' ' '".split("'")[1:4]
         here = self.nix.store.remote or "local"
         ends = (machine, here) if "from" in way else (here, machine)
-        if self.nix.old:
-            self.talk.say(INFO, line)
         self.talk.begin(1, line.rstrip("."), INFO, COPY_PATH, path, *ends)
+        if pump:
+            pump.moved = 0
 
 
 def program_version(program: str, nix: Nix, slots: SlotDirectory) -> tuple[int, ...]:
