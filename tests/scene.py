@@ -8,6 +8,7 @@ Nothing is built on the client itself, unless a test gives nix-build `-j1`.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -29,8 +30,11 @@ from farm import (
     unavailable,
 )
 
-HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
+TESTS = Path(__file__).resolve().parent
+HOOK = TESTS.parent / "nix_build_remote.py"
 INSTALLED = "/usr/local/bin/nix_build_remote.py"
+DRIVER = "/usr/local/lib/old_nix.py"
+SLOTS = "/nix/var/nix/current-load"
 
 # Every expression may use `mk NAME SCRIPT ATTRIBUTES`, and `shell` to add the builder.
 PRELUDE = """\
@@ -42,6 +46,13 @@ let
 in
 """
 
+
+# An ssh on the client that notes down each connection that is begun.
+JOURNAL = "/tmp/connections"
+SSH = f"""#!/bin/sh
+case " $* " in *" -N "*) echo "$*" >> {JOURNAL};; esac
+exec /usr/bin/ssh "$@"
+"""
 
 MAY_STAY = ("nix-daemon", "delay.py", "-oControlPersist=", "[mux]", "sshd: ", "sshd-session: ")
 
@@ -180,6 +191,13 @@ class Scene(NamedTuple):
         """
         poll(lambda: not self.busy(), f"the end of {self.busy()}")
 
+    def clear(self) -> None:
+        """End every Nix here, and wait for what that ends."""
+        for process in self.client.processes():
+            if re.search("nix-build |old_nix", process.cmdline):
+                self.client.signal(signal.SIGKILL, process.pid)
+        self.settle()
+
     def busy(self) -> list[str]:
         return [
             f"{host.name}: {process.cmdline}"
@@ -206,6 +224,57 @@ def verified(host: Host) -> bool:
     command = ("nix-store", "--verify", "--check-contents")
     done = host.run(*command, check=False)
     return done.returncode == 0 and "error" not in done.stderr
+
+
+def rewrite_hook(nix: Scene, **constants: float) -> None:
+    """Install the hook with other values of some of its constants."""
+    text = HOOK.read_text(encoding="utf-8")
+    for name, value in constants.items():
+        pattern = rf"(?m)^{name} = [^ #\n]+( [*] \S+)*"
+        text, count = re.subn(pattern, f"{name} = {value}", text)
+        assert count == 1, name
+    nix.client.write(INSTALLED, text, 0o755)
+    # The compiled program is told from an older one by its source's size and second.
+    nix.client.run("rm", "-rf", f"{os.path.dirname(INSTALLED)}/__pycache__")
+
+
+def forget(nix: Scene) -> None:
+    """End all connections, and forget what was learnt."""
+    masters = [
+        process.pid
+        for process in nix.client.processes()
+        if re.search(r"ssh: \S+ \[mux\]|ssh -N -oControlMaster=yes", process.cmdline)
+    ]
+    nix.client.signal(signal.SIGKILL, *masters)
+    nix.client.run("rm", "-rf", SLOTS, JOURNAL)
+
+
+def begun(nix: Scene, host: str) -> int:
+    """How many connections to that host hooks have begun; for clients with SSH."""
+    journal = nix.client.path(JOURNAL)
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return sum(line.endswith(f"-- {host}") for line in lines)
+
+
+def outage(nix: Scene, host: str) -> str:
+    """What is noted down of that host: failures, since, until, words; or nothing."""
+    notes = nix.client.path(f"{SLOTS}/own").glob(f"*{host}.down")
+    return next((note.read_text() for note in notes), "")
+
+
+def go_away(builder: Host, how: str = "refusing") -> None:
+    """Nothing listens there any more, or ("silent") nothing answers at all."""
+    if how == "silent":
+        builder.swallow(True)
+    else:
+        builder.stop_sshd(sessions=True)
+
+
+def come_back(builder: Host) -> None:
+    if builder.swallows:
+        builder.swallow(False)
+    if not builder.sshd_pid:
+        builder.start_sshd()
 
 
 def engines(config: pytest.Config) -> list[str]:
@@ -258,6 +327,7 @@ def scene(
         conf = f"max-jobs = 0\n{client_conf}"
         here = lab.host("client", engine(client), nix_conf=conf)
         here.copy(HOOK, INSTALLED)
+        here.copy(TESTS / "old_nix.py", DRIVER)
         for builder in there:
             connect(here, builder)
         # two of 2.3 that find no store stumble over each other while they make it
@@ -265,4 +335,29 @@ def scene(
             host.run("nix-store", "--init")
         running = Scene(here, there)
         running.machines("".join(f"{builder.name} - - 4\n" for builder in there))
+        yield running
+
+
+@contextlib.contextmanager
+def distrustful(client: str, builder: str, conf: str = "") -> Iterator[Scene]:
+    """A builder whose daemon trusts only root, and where we are the user `nix`.
+
+    What the client builds itself it signs with a key that the builder knows, but not if
+    it gets `--option secret-key-files ""`.
+    """
+    secret = "secret-key-files = /etc/nix/secret\n"
+    conf = f"trusted-users = root\n{conf}"
+    with scene(client, builder, client_conf=secret, builder_conf=conf) as running:
+        there = running.builder
+        running.client.run(
+            *("nix-store", "--generate-binary-cache-key", "client"),
+            *("/etc/nix/secret", "/etc/nix/public"),
+        )
+        public = running.client.read("/etc/nix/public")
+        with there.path("/etc/nix/nix.conf").open("a") as file:
+            file.write(f"trusted-public-keys = {public}\n")
+        there.add_user("nix")
+        connect(running.client, there, "nix")
+        there.start_daemon()
+        running.machines("nix@b1 - - 4\n")
         yield running

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import itertools
 import re
-import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from farm import poll
-from scene import HOOK, INSTALLED, Run, Scene, other, scene
+from scene import (
+    SLOTS,
+    SSH,
+    Run,
+    Scene,
+    begun,
+    come_back,
+    forget,
+    go_away,
+    other,
+    outage,
+    rewrite_hook,
+    scene,
+)
 
-DRIVER = "/usr/local/lib/old_nix.py"
-TESTS = Path(__file__).resolve().parent
-SLOTS = "/nix/var/nix/current-load"
-JOURNAL = "/tmp/connections"
-WRAPPER = f"""#!/bin/sh
-case " $* " in *" -N "*) echo "$*" >> {JOURNAL};; esac
-exec /usr/bin/ssh "$@"
-"""
 LONG_S = 120
 
 numbers = itertools.count()
@@ -39,84 +42,37 @@ def some(count: int, script: str = "hostname > $out") -> str:
 HELD = "touch /tmp/held; while ! [ -e /tmp/go ]; do sleep 0.02; done; hostname > $out"
 
 
-def begun(nix: Scene, host: str) -> int:
-    """How many connections to that host hooks have begun."""
-    journal = nix.client.path(JOURNAL)
-    lines = journal.read_text().splitlines() if journal.exists() else []
-    return sum(line.endswith(f"-- {host}") for line in lines)
-
-
-def outage(nix: Scene, host: str) -> str:
-    """What is noted down of that host: failures, since, until, words; or nothing."""
-    path = nix.client.path(f"{SLOTS}/own/ssh:__{host}.down")
-    return path.read_text() if path.exists() else ""
-
-
 def built_on(nix: Scene, expression: str, *options: str) -> set[str]:
     outcome = nix.build(expression, *options, timeout=LONG_S)
     return {nix.client.read(path).strip() for path in outcome.outputs}
-
-
-def forget(nix: Scene) -> None:
-    """End all connections, and forget what was learnt."""
-    masters = [
-        process.pid
-        for process in nix.client.processes()
-        if re.search(r"ssh: \S+ \[mux\]|ssh -N -oControlMaster=yes", process.cmdline)
-    ]
-    nix.client.signal(signal.SIGKILL, *masters)
-    nix.client.run("rm", "-rf", SLOTS, JOURNAL)
 
 
 @pytest.fixture(scope="module")
 def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
     builder = other(pytestconfig, client_engine)
     with scene(client_engine, builder, builder) as running:
-        running.client.write("/usr/local/bin/ssh", WRAPPER, 0o755)
-        running.client.copy(TESTS / "old_nix.py", DRIVER)
+        running.client.write("/usr/local/bin/ssh", SSH, 0o755)
         yield running
 
 
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
     forget(hosts)
-    text = HOOK.read_text(encoding="utf-8")
-    assert text.count("\nCONNECT_TIMEOUT_S = 10 ") == 1
-    hasty = text.replace("\nCONNECT_TIMEOUT_S = 10 ", "\nCONNECT_TIMEOUT_S = 3 ")
-    hosts.client.write(INSTALLED, hasty, 0o755)
+    rewrite_hook(hosts, CONNECT_TIMEOUT_S=3)
     hosts.machines("b1 - - 4 8\nb2 - - 4\n")
     for builder in hosts.builders:
         builder.run("rm", "-f", "/tmp/go", "/tmp/held")
     yield hosts
     for builder in hosts.builders:
         builder.write("/tmp/go", "")
-        builder.swallow(False) if builder.swallows else None
-        if not builder.sshd_pid:
-            builder.start_sshd()
-    for process in hosts.client.processes():
-        if re.search("nix-build |old_nix", process.cmdline):
-            hosts.client.signal(signal.SIGKILL, process.pid)
-    hosts.settle()
+        come_back(builder)
+    hosts.clear()
 
 
 @pytest.fixture(params=["silent", "refusing"])
 def without_b1(request: pytest.FixtureRequest, nix: Scene) -> Scene:
-    go_away(nix, request.param)
+    go_away(nix.builder, request.param)
     return nix
-
-
-def go_away(nix: Scene, how: str = "refusing") -> None:
-    if how == "silent":
-        nix.builder.swallow(True)
-    else:
-        nix.builder.stop_sshd(sessions=True)
-
-
-def come_back(nix: Scene) -> None:
-    if nix.builder.swallows:
-        nix.builder.swallow(False)
-    else:
-        nix.builder.start_sshd()
 
 
 # -- The others are spared ------------------------------------------------------------
@@ -145,7 +101,7 @@ def test_it_is_told_of_once_in_sshs_own_words(without_b1: Scene) -> None:
 
 
 def test_while_it_fails_it_is_left_alone_for_longer_and_longer(nix: Scene) -> None:
-    go_away(nix)
+    go_away(nix.builder)
     built_on(nix, some(1))
     first = [float(word) for word in outage(nix, "b1").split()[:3]]
     poll(lambda: time.time() > first[2], "the end of the first delay", timeout=5)
@@ -163,7 +119,7 @@ def test_while_it_fails_it_is_left_alone_for_longer_and_longer(nix: Scene) -> No
 def test_a_machine_that_is_back_is_used_again(without_b1: Scene) -> None:
     nix = without_b1
     assert built_on(nix, some(1)) == {"b2"}
-    come_back(nix)
+    come_back(nix.builder)
     poll(lambda: built_on(nix, some(1)) == {"b1"}, "a build on b1", timeout=60)
     assert outage(nix, "b1") == ""
 
@@ -171,10 +127,10 @@ def test_a_machine_that_is_back_is_used_again(without_b1: Scene) -> None:
 @pytest.mark.engines
 def test_what_only_it_can_build_waits_for_it(nix: Scene) -> None:
     nix.machines("b1 - - 4\n")
-    go_away(nix)
+    go_away(nix.builder)
     run = nix.start(some(2), "--option", "build-poll-interval", "1")
     waits(run)
-    come_back(nix)
+    come_back(nix.builder)
     assert run.end(LONG_S).status == 0
 
 
@@ -183,11 +139,11 @@ def test_an_accepted_build_waits_for_it_too(nix: Scene) -> None:
     nix.machines("b1 - - 4\n")
     run = nix.start(some(1, HELD))
     poll(nix.builder.path("/tmp/held").exists, "the build", timeout=30)
-    go_away(nix)
+    go_away(nix.builder)
     run.says("trying again")
     poll(lambda: int((outage(nix, "b1") or "0").split()[0]) > 1, "tries", timeout=60)
     nix.builder.write("/tmp/go", "")
-    come_back(nix)
+    come_back(nix.builder)
     assert run.end(LONG_S).status == 0
 
 
@@ -228,12 +184,9 @@ def test_what_was_put_right_is_used_at_once(nix: Scene) -> None:
 
 
 def test_the_15_minutes_are_over_at_some_time(nix: Scene) -> None:
-    text = nix.client.read(INSTALLED)
-    assert text.count("AWAY_TIMEOUT_S = 15 * 60 ") == 1
-    changed = text.replace("AWAY_TIMEOUT_S = 15 * 60 ", "AWAY_TIMEOUT_S = 2 ")
-    nix.client.write(INSTALLED, changed, 0o755)
+    rewrite_hook(nix, AWAY_TIMEOUT_S=2)
     nix.machines("b1 - - 4\n")
-    go_away(nix)
+    go_away(nix.builder)
     poll_often = ("--option", "build-poll-interval", "1")
     outcome = nix.build(some(1), *poll_often, check=False, timeout=LONG_S)
     assert outcome.status != 0 and "no machine for it was there" in outcome.log

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from farm import Host, connect
+from farm import Host
 from scene import (
     INSTALLED,
     Outcome,
     Scene,
+    distrustful,
     other,
     scene,
     suitable,
@@ -383,31 +384,6 @@ def publish(client: Host, path: str, builder: Host) -> None:
     builder.copy(client.path("/tmp/cache.tar"), "/tmp/cache.tar")
     builder.run("mkdir", "-p", "/var/cache/nix")
     builder.run("tar", "-C", "/var/cache/nix", "-xf", "/tmp/cache.tar")
-
-
-@contextlib.contextmanager
-def distrustful(client: str, builder: str, conf: str = "") -> Iterator[Scene]:
-    """A builder whose daemon trusts only root, and where we are the user `nix`.
-
-    What the client builds itself it signs with a key that the builder knows, but not if
-    it gets `--option secret-key-files ""`.
-    """
-    secret = "secret-key-files = /etc/nix/secret\n"
-    conf = f"trusted-users = root\n{conf}"
-    with scene(client, builder, client_conf=secret, builder_conf=conf) as running:
-        there = running.builder
-        running.client.run(
-            *("nix-store", "--generate-binary-cache-key", "client"),
-            *("/etc/nix/secret", "/etc/nix/public"),
-        )
-        public = running.client.read("/etc/nix/public")
-        with there.path("/etc/nix/nix.conf").open("a") as file:
-            file.write(f"trusted-public-keys = {public}\n")
-        there.add_user("nix")
-        connect(running.client, there, "nix")
-        there.start_daemon()
-        running.machines("nix@b1 - - 4\n")
-        yield running
 
 
 INPUT = 'mk "input" "hostname > $out" {}'

@@ -13,8 +13,18 @@ from pathlib import Path
 import fakes
 import pytest
 from farm import connect, poll
-from scene import HOOK, INSTALLED, Scene, other, scene, valid
-from test_builds import DEPENDENT, INPUT, LOCAL, distrustful
+from scene import (
+    HOOK,
+    INSTALLED,
+    SLOTS,
+    Scene,
+    distrustful,
+    other,
+    rewrite_hook,
+    scene,
+    valid,
+)
+from test_builds import DEPENDENT, INPUT, LOCAL
 
 from nix_build_remote import (
     SOCKET_LIMIT_BYTES,
@@ -26,7 +36,6 @@ from nix_build_remote import (
 )
 
 TESTS = Path(__file__).resolve().parent
-SLOTS = "/nix/var/nix/current-load"
 SSHD_CONF = "/etc/ssh/sshd_config"
 SSHD_LOG = "/var/log/sshd.log"
 # What ssh says when something goes wrong with a shared connection.
@@ -101,14 +110,6 @@ def sshd(nix: Scene, *settings: str) -> None:
     text = "\n".join([*settings, "# plain", plain])
     nix.builder.write(SSHD_CONF, text)
     nix.builder.restart_sshd(sessions=True)
-
-
-def rewrite_hook(nix: Scene, constant: str, value: str) -> None:
-    """Install the hook with another value of one of its constants."""
-    source = HOOK.read_text(encoding="utf-8")
-    changed, count = re.subn(rf"(?m)^{constant} = \S+", f"{constant} = {value}", source)
-    assert count == 1
-    nix.client.write(INSTALLED, changed, 0o755)
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +194,14 @@ def test_every_machine_has_a_connection_of_its_own(nix: Scene) -> None:
 
 
 def test_an_idle_connection_ends_by_itself(nix: Scene) -> None:
-    rewrite_hook(nix, "IDLE_S", "1")
+    rewrite_hook(nix, IDLE_S=1)
     nix.build(one())
     poll(lambda: not masters(nix), "the end of the connection", timeout=SOON_S)
     assert sockets(nix) == []
 
 
 def test_a_connection_in_use_is_not_idle(nix: Scene) -> None:
-    rewrite_hook(nix, "IDLE_S", "1")
+    rewrite_hook(nix, IDLE_S=1)
     outcome = nix.build(one("sleep 2.5; hostname > $out"))
     assert nix.client.read(outcome.output) == "b1\n"
     assert logins(nix) == 1
@@ -350,7 +351,7 @@ def test_a_stale_socket_is_no_obstacle(nix: Scene) -> None:
 
 
 def test_a_build_moves_when_its_master_stands_still(nix: Scene) -> None:
-    rewrite_hook(nix, "GREETING_TIMEOUT_S", "1")
+    rewrite_hook(nix, GREETING_TIMEOUT_S=1)
     nix.machines("b1 - - 1\n")
     nix.build(one())
     still = masters(nix)
@@ -402,7 +403,7 @@ def test_a_build_moves_when_its_builder_goes_away(nix: Scene) -> None:
 
 def test_a_build_moves_when_the_network_to_its_builder_is_silent(nix: Scene) -> None:
     """The connection seems to live, so the build is accepted at once."""
-    rewrite_hook(nix, "ALIVE_INTERVAL_S", "1")
+    rewrite_hook(nix, ALIVE_INTERVAL_S=1)
     nix.build(one())
     nix.machines("b1 - - 1 9\nb2 - - 1\n")
     nix.builder.swallow(True)
@@ -436,7 +437,7 @@ def test_a_connection_is_in_no_group_of_nixs(nix: Scene) -> None:
 @pytest.fixture(params=["silent", "refusing"])
 def dead(request: pytest.FixtureRequest, nix: Scene) -> Iterator[Scene]:
     """b1 is the likeliest, and either never answers or has nothing that listens."""
-    rewrite_hook(nix, "CONNECT_TIMEOUT_S", "2")
+    rewrite_hook(nix, CONNECT_TIMEOUT_S=2)
     nix.machines("b1 - - 4 8\nb2 - - 4\n")
     silent = request.param == "silent"
     nix.builder.swallow(True) if silent else nix.builder.stop_sshd(sessions=True)

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from farm import connect
-from scene import HOOK, INSTALLED, Scene, other, scene, suitable
-from test_away import forget
-from test_builds import distrustful
+from scene import HOOK, INSTALLED, Scene, distrustful, forget, other, scene, suitable
 
 LONG_S = 60
 CONF = f"""

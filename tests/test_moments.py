@@ -13,9 +13,8 @@ from collections.abc import Iterator
 
 import pytest
 from farm import poll
-from scene import Run, Scene, other, scene, valid, verified
+from scene import SLOTS, Run, Scene, other, scene, valid, verified
 
-SLOTS = "/nix/var/nix/current-load"
 SOON_S = 20
 numbers = itertools.count()
 

@@ -15,10 +15,8 @@ from typing import Any, NamedTuple, TextIO
 
 import pytest
 from farm import FarmError, Host, Inside, poll
-from scene import INSTALLED, PRELUDE, Scene, scene
+from scene import DRIVER, INSTALLED, PRELUDE, TESTS, Scene, scene
 
-TESTS = Path(__file__).resolve().parent
-DRIVER = "/usr/local/lib/old_nix.py"
 MACHINES = "/etc/old/machines"
 SLOTS = "/run/slots"
 ENVIRON = {"NIX_REMOTE_SYSTEMS": MACHINES, "NIX_CURRENT_LOAD": SLOTS}
@@ -141,7 +139,6 @@ class OldNix(NamedTuple):
 @pytest.fixture(scope="module")
 def hosts(client_engine: str) -> Iterator[Scene]:
     with scene(client_engine, client_engine, client_engine) as running:
-        running.client.copy(TESTS / "old_nix.py", DRIVER)
         running.client.copy(TESTS / "delay.py", "/usr/local/bin/delay.py")
         yield running
 

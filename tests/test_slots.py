@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import pytest
 from farm import Host, is_taken, poll
-from scene import INSTALLED, PRELUDE, Run, Scene, registered, scene
+from scene import INSTALLED, PRELUDE, SLOTS, Run, Scene, registered, scene
 
-SLOTS = "/nix/var/nix/current-load"
 POLL = ("--option", "build-poll-interval", "1")
 SOON_S = 20
 LONG_S = 120

@@ -7,19 +7,14 @@ import fcntl
 import itertools
 import json
 import os
-import re
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TextIO
 
 import pytest
 from farm import is_taken, poll
-from scene import HOOK, INSTALLED, Run, Scene, other, scene
+from scene import DRIVER, HOOK, INSTALLED, SLOTS, Run, Scene, other, scene
 
-TESTS = Path(__file__).resolve().parent
-DRIVER = "/usr/local/lib/old_nix.py"
-SLOTS = "/nix/var/nix/current-load"
 WAITING = "waiting for a builder"
 SOON_S = 20
 LONG_S = 120
@@ -91,7 +86,6 @@ def start_and_wait(nix: Scene, count: int, slots: int) -> Run:
 @pytest.fixture(scope="module")
 def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
     with scene(client_engine, other(pytestconfig, client_engine)) as running:
-        running.client.copy(TESTS / "old_nix.py", DRIVER)
         yield running
 
 
@@ -104,10 +98,7 @@ def nix(hosts: Scene) -> Iterator[Scene]:
     hosts.machines("b1 - - 1\n")
     yield hosts
     hosts.builder.write("/tmp/go", "")
-    for process in hosts.client.processes():
-        if re.search("nix-build |old_nix", process.cmdline):
-            hosts.client.signal(signal.SIGKILL, process.pid)
-    hosts.settle()
+    hosts.clear()
 
 
 def let_eight_wait(nix: Scene) -> None:
