@@ -1892,7 +1892,8 @@ class Remote(Child):
     OpenSSH, version 4): an ssh for each build would take 6 ms of processor time.  The
     program ends when the control connection is closed.
 
-    Raises OSError if there is no master or it refuses, SessionLost if it dies.
+    Raises OSError if there is no master, if it refuses or is just dying, SessionLost if
+    it says nothing.
     """
 
     HELLO, NEW_SESSION = 1, 0x10000002
@@ -1923,7 +1924,7 @@ class Remote(Child):
                 raise OSError(f"ssh's master opens no session: {answer!r}")
         except BaseException as error:
             self.kill()
-            if isinstance(error, (TimeoutError, ConnectionError)):
+            if isinstance(error, TimeoutError):
                 raise SessionLost("the connection does not answer") from None
             raise
         finally:
