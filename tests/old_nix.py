@@ -5,7 +5,10 @@
 Starts the hook, asks it, reads it and ends it as those versions do, over a real local
 store that the installed Nix looks after. Builds every derivation's whole graph, in
 dependency order and as many at once as the hook accepts, and prints what happened as
-JSON. Nothing is built here: what the hook declines stays unbuilt.
+JSON. Nothing is built here: what the hook declines stays unbuilt. Only with `--build`
+it does as nix-build does: it builds here what is declined, if --max-jobs lets it, prints
+the outputs and fails if there is one that it has not. The hook's messages and logs are
+shown in any case, on stderr.
 
 What 1.x does was read from its build.cc, pathlocks.cc and util.cc. What may surprise:
 
@@ -148,6 +151,7 @@ class Options(NamedTuple):
     trace: bool
     poll_interval: float
     once: bool
+    build: bool
 
     def arguments(self) -> list[str]:
         trace = str(int(self.trace))
@@ -216,6 +220,7 @@ class Hook:
         self.write_line(request)
         while not (line := self.read_line()).startswith(b"# "):
             self.messages += line
+            os.write(2, line)
         reply = line[2:].decode().rstrip("\n")
         self.replies.append([derivation.path, reply])
         return reply
@@ -233,6 +238,7 @@ class Hook:
             self.messages += data
         else:
             self.log += data
+        os.write(2, data)
         return bool(data)
 
     def wait(self) -> int:
@@ -323,6 +329,8 @@ class Worker:
         locks.release(delete=False)
         if reply == "postpone" and not self.options.once:
             self.sleep(derivation)
+        elif reply == "decline" and self.options.build and self.options.max_jobs:
+            self.results[derivation.path] = build_here(derivation)
         else:
             self.results[derivation.path] = reply
 
@@ -386,6 +394,13 @@ class Worker:
         return {"derivations": derivations, "hooks": hooks}
 
 
+def build_here(derivation: Derivation) -> str:
+    """Have the installed Nix build it without a hook."""
+    command = ["nix-store", "--realise", "-j1", "--builders", "", derivation.path]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    return "failed" if done.returncode else "built"
+
+
 def read_round(running: Running, ready: list[int]) -> bool:
     """Read once from each pipe that has something; True if one of them has ended."""
     pipes = (running.hook.from_hook, running.hook.builder_out)
@@ -413,14 +428,19 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="print build traces")
     parser.add_argument("--poll-interval", type=float, default=5)
     parser.add_argument("--once", action="store_true", help="a postpone is final")
+    parser.add_argument("--build", action="store_true", help="do as nix-build does")
     parser.add_argument("derivations", nargs="*")
     given = vars(parser.parse_args())
     roots = given.pop("derivations")
     reserve_low_descriptors()
     worker = Worker(Options(**given), roots)
     worker.run()
-    json.dump(worker.account(), sys.stdout)
-    return 0
+    if not worker.options.build:
+        json.dump(worker.account(), sys.stdout)
+        return 0
+    outputs = [path for root in roots for path in worker.graph[root].outputs.values()]
+    print(*filter(is_valid, outputs), sep="\n")
+    return 0 if all(map(is_valid, outputs)) else 1
 
 
 if __name__ == "__main__":
