@@ -151,7 +151,11 @@ class Scene(NamedTuple):
         user: str | None = None,
     ) -> Run:
         """Start nix-build, and don't wait for it."""
-        command = self.nix_build(expression, *options)
+        return self.launch(*self.nix_build(expression, *options), env=env, user=user)
+
+    def launch(
+        self, *command: str, env: Mapping[str, str] | None = None, user: str | None = None
+    ) -> Run:
         number = len(list(self.client.path("/tmp").glob("*.log")))
         log = self.client.path(f"/tmp/{number}.log")
         with log.open("w") as stderr:
@@ -171,7 +175,7 @@ class Scene(NamedTuple):
         return [
             process.pid
             for process in self.client.processes()
-            if re.fullmatch(rf"(?s)\S*python.* {path} \d+", process.cmdline)
+            if re.fullmatch(rf"(?s)\S*python.* {path}( \S+)?( \d+)+", process.cmdline)
         ]
 
     def locks(self) -> list[str]:
@@ -238,14 +242,23 @@ def rewrite_hook(nix: Scene, **constants: float) -> None:
     nix.client.run("rm", "-rf", f"{os.path.dirname(INSTALLED)}/__pycache__")
 
 
-def forget(nix: Scene) -> None:
-    """End all connections, and forget what was learnt."""
-    masters = [
+def masters(nix: Scene) -> list[int]:
+    return [
         process.pid
         for process in nix.client.processes()
         if re.search(r"ssh: \S+ \[mux\]|ssh -N -oControlMaster=yes", process.cmdline)
     ]
-    nix.client.signal(signal.SIGKILL, *masters)
+
+
+def end_masters(nix: Scene) -> None:
+    pids = masters(nix)
+    nix.client.signal(signal.SIGKILL, *pids)
+    poll(lambda: not set(pids) & set(masters(nix)), "the end of the masters")
+
+
+def forget(nix: Scene) -> None:
+    """End all connections, and forget what was learnt."""
+    end_masters(nix)
     nix.client.run("rm", "-rf", SLOTS, JOURNAL)
 
 

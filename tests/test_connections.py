@@ -19,6 +19,8 @@ from scene import (
     SLOTS,
     Scene,
     distrustful,
+    end_masters,
+    masters,
     other,
     rewrite_hook,
     scene,
@@ -78,20 +80,6 @@ def release(nix: Scene) -> None:
 def logins(nix: Scene, builder: int = 0) -> int:
     """How many connections the builder has let in during this test."""
     return nix.builders[builder].read(SSHD_LOG).count("Accepted publickey for")
-
-
-def masters(nix: Scene) -> list[int]:
-    return [
-        process.pid
-        for process in nix.client.processes()
-        if re.search(r"ssh: \S+ \[mux\]|ssh -N -oControlMaster=yes", process.cmdline)
-    ]
-
-
-def end_masters(nix: Scene) -> None:
-    pids = masters(nix)
-    nix.client.signal(signal.SIGKILL, *pids)
-    poll(lambda: not set(pids) & set(masters(nix)), "the end of the masters")
 
 
 def sockets(nix: Scene) -> list[Path]:
