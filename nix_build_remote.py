@@ -2342,13 +2342,24 @@ class Copier:
                 command += ["--option", name, self.nix.settings[name]]
         for batch in batches(paths):
             problem = self.run([*command, *batch], environ)
-            if not problem:
-                continue
-            if self.session.child.wait(1) is not None:
-                raise SessionLost(f"{self.session.last_words()}; {problem}")
-            # What cannot be sent is mostly the builder's fault, and what cannot be
-            # brought in, after it could be built, that of the store here.
-            raise SessionLost(problem) if "--to" in flags else Error(problem)
+            if problem:
+                raise self.blame("--to" in flags, batch, problem)
+
+    def blame(self, sending: bool, paths: list[str], problem: str) -> Error:
+        """The error to raise.  What cannot be sent is mostly the builder's fault, unless
+        it is gone or spoilt here, and what cannot be brought in, after it could be
+        built, mostly that of the store here."""
+        ended = self.session.child.wait(1) is not None
+        if ended:
+            problem = f"{self.session.last_words()}; {problem}"
+        here = not ended
+        if sending:
+            tail = decode(self.session.tail)
+            _, spoilt, words = tail.partition("hash mismatch importing")
+            problem = " ".join(f"{spoilt}{words}".split()) or problem
+            files = map(self.nix.store.file, paths)
+            here = bool(spoilt) or not all(map(os.path.lexists, files))
+        return Error(problem) if here else SessionLost(problem)
 
     def run(self, command: list[str], environ: dict[str, str]) -> str:
         """Run it to its end, relaying what it says; returns what went wrong, or ""."""
