@@ -1,7 +1,6 @@
 """Machines that are away or of no use: who notices, who is spared, and how they return.
 
-b1 is the likeliest of two. Each test has a log of what connections were begun, by a
-wrapper around ssh on the client.
+b1 is the likeliest of two. (The rest is in test_table.py.)
 """
 
 from __future__ import annotations
@@ -15,10 +14,7 @@ import pytest
 from farm import poll
 from scene import (
     SLOTS,
-    SSH,
-    Run,
     Scene,
-    begun,
     come_back,
     forget,
     go_away,
@@ -51,7 +47,6 @@ def built_on(nix: Scene, expression: str, *options: str) -> set[str]:
 def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
     builder = other(pytestconfig, client_engine)
     with scene(client_engine, builder, builder) as running:
-        running.client.write("/usr/local/bin/ssh", SSH, 0o755)
         yield running
 
 
@@ -78,15 +73,6 @@ def without_b1(request: pytest.FixtureRequest, nix: Scene) -> Scene:
 # -- The others are spared ------------------------------------------------------------
 
 
-@pytest.mark.engines
-def test_a_dead_machine_costs_all_builds_one_attempt(without_b1: Scene) -> None:
-    """And a few more that nobody waits for: when its time is over, one hook begins."""
-    nix = without_b1
-    assert built_on(nix, some(12)) == {"b2"}
-    failures = int(outage(nix, "b1").split()[0])
-    assert begun(nix, "b1") <= failures + 1 <= 6
-
-
 def test_other_nix_processes_know_it_too(without_b1: Scene) -> None:
     built_on(without_b1, some(1))
     log = without_b1.build(some(1)).log
@@ -100,18 +86,6 @@ def test_it_is_told_of_once_in_sshs_own_words(without_b1: Scene) -> None:
     assert "is sshd running there" in said[0] or "is the machine on" in said[0]
 
 
-def test_while_it_fails_it_is_left_alone_for_longer_and_longer(nix: Scene) -> None:
-    go_away(nix.builder)
-    built_on(nix, some(1))
-    first = [float(word) for word in outage(nix, "b1").split()[:3]]
-    poll(lambda: time.time() > first[2], "the end of the first delay", timeout=5)
-    built_on(nix, some(1))
-    second = [float(word) for word in outage(nix, "b1").split()[:3]]
-    assert (first[0], second[0]) == (1, 2)
-    assert second[1] == first[1]  # since
-    assert 1 <= first[2] - first[1] <= 2.1
-
-
 # -- It comes back --------------------------------------------------------------------
 
 
@@ -122,40 +96,6 @@ def test_a_machine_that_is_back_is_used_again(without_b1: Scene) -> None:
     come_back(nix.builder)
     poll(lambda: built_on(nix, some(1)) == {"b1"}, "a build on b1", timeout=60)
     assert outage(nix, "b1") == ""
-
-
-@pytest.mark.engines
-def test_what_only_it_can_build_waits_for_it(nix: Scene) -> None:
-    nix.machines("b1 - - 4\n")
-    go_away(nix.builder)
-    run = nix.start(some(2), "--option", "build-poll-interval", "1")
-    waits(run)
-    come_back(nix.builder)
-    assert run.end(LONG_S).status == 0
-
-
-@pytest.mark.engines
-def test_an_accepted_build_waits_for_it_too(nix: Scene) -> None:
-    nix.machines("b1 - - 4\n")
-    run = nix.start(some(1, HELD))
-    poll(nix.builder.path("/tmp/held").exists, "the build", timeout=30)
-    go_away(nix.builder)
-    run.says("trying again")
-    poll(lambda: int((outage(nix, "b1") or "0").split()[0]) > 1, "tries", timeout=60)
-    nix.builder.write("/tmp/go", "")
-    come_back(nix.builder)
-    assert run.end(LONG_S).status == 0
-
-
-def test_what_nix_can_build_itself_does_not_wait(without_b1: Scene) -> None:
-    without_b1.machines("b1 - - 4\n")
-    assert built_on(without_b1, some(2), "-j1") == {"client"}
-
-
-def waits(run: Run) -> None:
-    run.says("no machine for it can be reached now")
-    time.sleep(1)
-    assert not run.ended
 
 
 # -- It is there, but of no use -------------------------------------------------------
@@ -181,15 +121,6 @@ def test_what_was_put_right_is_used_at_once(nix: Scene) -> None:
     assert nix.build(some(1), check=False, timeout=LONG_S).status != 0
     nix.builder.write("/root/.ssh/authorized_keys", allowed, 0o600)
     assert built_on(nix, some(1)) == {"b1"}
-
-
-def test_the_15_minutes_are_over_at_some_time(nix: Scene) -> None:
-    rewrite_hook(nix, AWAY_TIMEOUT_S=2)
-    nix.machines("b1 - - 4\n")
-    go_away(nix.builder)
-    poll_often = ("--option", "build-poll-interval", "1")
-    outcome = nix.build(some(1), *poll_often, check=False, timeout=LONG_S)
-    assert outcome.status != 0 and "no machine for it was there" in outcome.log
 
 
 # -- The note ---------------------------------------------------------------------------

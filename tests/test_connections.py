@@ -350,16 +350,6 @@ def test_a_build_moves_when_its_master_stands_still(nix: Scene) -> None:
 
 
 @pytest.mark.engines
-def test_a_build_whose_master_is_killed_is_done_again(nix: Scene) -> None:
-    run = nix.start(one(HELD))
-    held(nix, 1)
-    end_masters(nix)
-    release(nix)
-    outcome = run.end()
-    assert outcome.status == 0 and valid(nix.client, outcome.output)
-
-
-@pytest.mark.engines
 def test_builds_go_on_after_the_builder_has_restarted(nix: Scene) -> None:
     nix.build(one())
     nix.builder.restart_sshd(sessions=True)
@@ -376,17 +366,6 @@ def test_builds_are_done_again_after_the_builder_has_restarted(nix: Scene) -> No
     outcome = run.end()
     assert outcome.status == 0, outcome.log
     assert valid(nix.client, *outcome.outputs)
-
-
-def test_a_build_moves_when_its_builder_goes_away(nix: Scene) -> None:
-    nix.machines("b1 - - 1 9\nb2 - - 1\n")
-    run = nix.start(one("hostname > $out.; " + HELD + "; mv $out. $out"))
-    held(nix, 1)
-    nix.builder.stop_sshd(sessions=True)
-    release(nix)
-    outcome = run.end()
-    nix.builder.start_sshd()
-    assert nix.client.read(outcome.output) == "b2\n"
 
 
 def test_a_build_moves_when_the_network_to_its_builder_is_silent(nix: Scene) -> None:
@@ -431,16 +410,6 @@ def dead(request: pytest.FixtureRequest, nix: Scene) -> Iterator[Scene]:
     nix.builder.swallow(True) if silent else nix.builder.stop_sshd(sessions=True)
     yield nix
     nix.builder.swallow(False) if silent else nix.builder.start_sshd()
-
-
-def test_builds_go_to_the_machine_that_lives(dead: Scene) -> None:
-    outcome = dead.build(many(3))
-    assert {dead.client.read(path) for path in outcome.outputs} == {"b2\n"}
-
-
-def test_a_dead_machine_is_told_of_in_sshs_own_words(dead: Scene) -> None:
-    log = dead.build(one()).log
-    assert re.search(r"cannot build on 'ssh://b1': .*(refused|timed out)", log)
 
 
 def test_without_any_machine_alive_builds_happen_here(dead: Scene) -> None:

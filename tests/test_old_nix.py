@@ -273,24 +273,6 @@ def is_locked(path: Path, take: Callable[[TextIO, int], None]) -> bool:
 # -- How builds fail ------------------------------------------------------------------
 
 
-@pytest.mark.engines
-@pytest.mark.parametrize(
-    ("script", "options", "status"),
-    [
-        pytest.param("echo no; exit 3", [], 100, id="fails"),
-        pytest.param("sleep 600", ["--timeout", "1"], 101, id="takes too long"),
-        pytest.param(
-            "sleep 600", ["--max-silent-time", "1"], 101, id="silent for too long"
-        ),
-    ],
-)
-def test_the_exit_status_says_how_a_build_ended(
-    nix: OldNix, script: str, options: list[str], status: int
-) -> None:
-    outcome = nix.build(f'mk "bad" "{script}" {{}}', *options)
-    assert outcome.hook.exit == status, outcome
-
-
 def test_what_depends_on_a_failed_build_is_not_asked_about(nix: OldNix) -> None:
     outcome = nix.build('mk "top" "cat $below" { below = mk "low" "exit 1" {}; }')
     assert outcome.results == {"low": "failed", "top": "dependency failed"}

@@ -393,15 +393,21 @@ def test_what_does_not_fit_on_a_machine_is_sent_to_the_next(nix: Caller) -> None
     assert "No space left on device" in outcome.log
 
 
-def test_an_input_that_is_gone_here_fails_only_its_build(nix: Caller) -> None:
-    source = f"/tmp/gone-{next(numbers)}"
+@pytest.mark.parametrize("command", ["rm", "sed -i s/same/else/"])
+def test_an_input_that_is_gone_or_spoilt_here_fails_its_build_alone(
+    nix: Caller, command: str
+) -> None:
+    source = f"/tmp/same-{next(numbers)}"
     nix.client.write(source, source)
     path = nix.client.run("nix-store", "--add", source).stdout.strip()
-    nix.client.run("rm", path)
+    nix.client.run(*command.split(), path)
     context = f'builtins.appendContext "{path}" {{ "{path}" = {{ path = true; }}; }}'
     outcome = nix.build(one("cat $src > $out", f"src = {context};"))
     nix.client.run("nix-store", "--delete", "--ignore-liveness", path, check=False)
-    assert outcome.status and nix.exits == ["1"] and path in outcome.log
+    assert outcome.status and nix.exits == ["1"] and nix.runs == (0, 0)
+    assert "trying again" not in outcome.log
+    said = re.findall("cannot send the inputs of .*", outcome.log)
+    assert len(said) == 1 and path in said[0]
     assert outage(nix.scene, "b1") == outage(nix.scene, "b2") == ""
 
 
