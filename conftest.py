@@ -31,8 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`client_engine` alone runs over all engines; with `builder_engine`, over all pairs."""
+    """`client_engine` alone runs over all engines, or over those that the module names;
+    with `builder_engine`, over all pairs."""
     engines = metafunc.config.getoption("--engines").split(",")
+    wanted = getattr(metafunc.module, "ENGINES", engines)
+    engines = [name for name in engines if name in wanted]
     for name in ("client_engine", "builder_engine"):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, engines, scope="module")

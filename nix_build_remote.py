@@ -2237,7 +2237,8 @@ class Pump:
         for target in ready.intersection(self.full):
             self.routes[self.full.pop(target)] = target
         for source in ready.intersection(self.routes):
-            self.move(source, self.routes[source])
+            if source in self.routes:  # still
+                self.move(source, self.routes[source])
 
     def connect(self, process: str) -> None:
         """Open what the shim had as stdin and stdout, and be a builder who says hello.
@@ -2257,8 +2258,8 @@ class Pump:
             os.write(stdout, integer(SERVE_REPLY) + integer(self.session.version))
 
     def move(self, source: int, target: int) -> None:
-        """What is there, as far as it is taken.  It is nix-copy-closure's own matter
-        to end, and the session's to be lost."""
+        """What is there, as far as it is taken.  If the session ends, nix-copy-closure
+        sees that its ssh has ended, and fails."""
         try:
             count = os.splice(source, target, MOVE_BYTES, flags=os.SPLICE_F_NONBLOCK)
         except BlockingIOError:
@@ -2270,18 +2271,21 @@ class Pump:
         if (source, count) == (self.session.stdout, 0) or (
             (target, count) == (self.session.stdin, -1)
         ):
-            raise SessionLost(self.session.last_words())
-        if count <= 0:
+            self.close()
+        elif count <= 0:
             del self.routes[source]
         self.moved += max(0, count)
         if count >= BULK_BYTES:  # much is coming: let it pile up, to move more at once
             time.sleep(BULK_PAUSE_S)
 
     def close(self) -> None:
+        """The shim ends when it can read no more."""
         self.control.close()
         self.shim.close()
-        for descriptor in self.opened:
-            os.close(descriptor)
+        self.routes.clear()
+        self.full.clear()
+        while self.opened:
+            os.close(self.opened.pop())
 
 
 class Copier:

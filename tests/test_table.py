@@ -40,6 +40,7 @@ from scene import (
 )
 
 pytestmark = pytest.mark.engines
+ENGINES = ("host", "2.8", "2.34")  # as clients; five minutes each
 
 MACHINES = "/etc/nix/machines"
 SYSTEM = f"{platform.machine()}-linux"
@@ -142,7 +143,7 @@ def install(nix: Caller, **constants: float) -> None:
     """The hook, with a note of how it ends, and with other constants."""
     setting.rewrite_hook(nix.scene, **constants)
     note = 'open("/tmp/exits", "a").write(f"{exit_status}\\n")'
-    insert(nix, f"\n    {note}", "\n    os._exit(")
+    insert(nix, f"\n    {note}", "\n    os._exit(exit_status)  #")
 
 
 def insert(nix: Caller, line: str, before: str) -> None:
@@ -278,7 +279,7 @@ def test_after_15_minutes_it_is_declined(nix: Caller) -> None:
 @pytest.mark.parametrize("what", ["a bug", "no lock"])
 def test_what_was_not_expected_is_told_and_declined(nix: Caller, what: str) -> None:
     if what == "a bug":
-        insert(nix, "\nrank = None", '\nif __name__ == "__main__":')
+        insert(nix, "\nrank = None", '\nif __name__ == "__main__" and')
         said = "a bug in nix_build_remote.py"
     else:
         nix.client.path(said := f"{SLOTS}/main-lock").mkdir(parents=True)
@@ -433,7 +434,7 @@ def test_outputs_that_were_lost_on_their_way_are_not_built_again(nix: Caller) ->
     lose(nix, "nix-store")
     nix.client.signal(signal.SIGCONT, hook)
     assert nix.built_on(run) == {"b1"} and nix.runs == (1, 0)
-    assert "cannot bring the outputs of" in run.log
+    assert "cannot fetch the outputs of" in run.log
 
 
 def test_outputs_that_a_builder_cannot_read_are_built_elsewhere(nix: Caller) -> None:
