@@ -270,6 +270,7 @@ this very machine = take its line out of the machines file here
 signature = sign it, or make the user trusted where it was refused
 """
 PASSES = """\
+daemon-socket = does nix-daemon run there, and may that user reach its socket?
 Connection refused = is sshd running there, on that port?
 timed out = is the machine on, and can it be reached from here?
 No route to host = is the machine on, and can it be reached from here?
@@ -767,7 +768,7 @@ def unfit(machine: Machine, request: Request, nix: Nix) -> str:
         return f"builds {', '.join(machine.systems)}, not {request.system}"
     lacking = request.features - machine.supported - machine.mandatory
     if lacking:
-        return f"lacks the feature {', '.join(sorted(lacking))}"
+        return f"lacks the feature{'s' * (len(lacking) > 1)} {', '.join(sorted(lacking))}"
     reserved = machine.mandatory - request.features
     if reserved:
         return f"is only for builds that require {', '.join(sorted(reserved))}"
@@ -1826,6 +1827,11 @@ class Link:
         if self.socket != "none":
             os.close(open_lock(f"{self.socket}.proved"))
 
+    def disprove(self) -> None:
+        """The next build is not accepted before its session answers."""
+        with suppress(FileNotFoundError):
+            os.unlink(f"{self.socket}.proved")
+
     def options(self, name: str) -> list[str]:
         # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
         sharing = [f"-oControlPath={name}", *self.own, *self.user, "-S", name]
@@ -2669,10 +2675,11 @@ class Build:
             self.session.ask_valid(self.inputs, self.substitute)
             if not self.session.version:
                 self.session.greet()
+            there = self.session.valid()  # the first thing that needs its store
             self.greeted = True
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
-            self.send_inputs()
+            self.send_inputs(there)
             self.trace("build-remote-start")
             self.begun, self.trouble_since = True, 0.0
             self.begin("building", "build", "on")
@@ -2737,6 +2744,7 @@ class Build:
             not self.greeted and self.slot.machine in self.avoided
         ):
             self.hook.note_failure(self.slot.machine, error)
+            self.link.disprove()
         if self.losses > LOSSES or now > self.trouble_since + AWAY_TIMEOUT_S:
             raise Error(self.failure(error))
 
@@ -2760,12 +2768,12 @@ class Build:
         if self.nix.trace:
             self.talk.write(f"@ {event} {self.path} {self.link.name}")
 
-    def send_inputs(self) -> None:
+    def send_inputs(self, there: set[str]) -> None:
         """Make the builder have, and keep, all inputs, which it has been asked for.
 
         Asking locks what is there, and the builder substitutes meanwhile if it should.
         """
-        lacking = set(self.inputs) - self.session.valid()
+        lacking = set(self.inputs) - there
         if not lacking:
             return
         with self.sending(lacking) as waited:
@@ -2830,7 +2838,7 @@ class Build:
         self.session = self.copier.session = Session(self.link)
         self.session.ask_valid(self.inputs, self.substitute)
         self.session.greet()
-        self.send_inputs()
+        self.send_inputs(self.session.valid())
 
     def build_closure(self) -> tuple[int, str]:
         """As an untrusted user may build, and the only way on builders before 1.10."""
@@ -3421,6 +3429,11 @@ def where_machines_stand(nix: Nix) -> str:
     return f"builders = {nix.settings.get('builders', '')}"
 
 
+def label(machine: Machine) -> str:
+    """What people call it."""
+    return machine.destination + f":{machine.port}" * bool(machine.port)
+
+
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
     """Those that people mean by these words, or all if there are none; and complaints
     about the file."""
@@ -3458,6 +3471,7 @@ exec 2> /dev/null
 echo "begin ."
 echo "path $PATH"
 echo "user $(id -un)"
+echo "found $(command -v nix-store)"
 echo "nix $(nix-store --version)"
 for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
     /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
@@ -3506,7 +3520,7 @@ class Inspection:
             if all(step() for step in steps):
                 slots = SlotDirectory(self.nix.slot_directory)
                 slots.note_success(self.machine.slot_name(self.nix))
-        except (Error, OSError) as error:
+        except (Error, OSError, ValueError) as error:
             self.add(COLUMNS[min(len(self.found), 7)], WRONG, "FAILED", str(error))
         except Stop:
             pass
@@ -3583,8 +3597,8 @@ class Inspection:
         for line in decode(answer).splitlines():
             name, _, value = line.partition(" ")
             self.facts.setdefault(name, printable(value.removeprefix("= ").strip()))
-        self.facts["asked"] = f"{start:.0f}"
-        self.facts["answered"] = f"{time.time():.0f}"
+        self.facts["asked"] = str(int(start))
+        self.facts["answered"] = str(int(time.time()))
         return self.refused(words) if child.status == 255 else True
 
     def converse(self, child: Child, question: bytes) -> tuple[bytes, bytes]:
@@ -3640,21 +3654,24 @@ class Inspection:
         """Why a key does not let us in, as far as it can be seen from here."""
         key, target = os.path.expanduser(self.machine.key), self.target()
         if not key:
-            return text, f"ssh-copy-id {target} (it asks for a password)"
+            return text, (f"ssh-copy-id {target} (it asks for a password), or append "
+                          "your public key to ~/.ssh/authorized_keys there")  # fmt: skip
         command = ["ssh-keygen", "-y", "-P", "", "-f", key]
         if output_of(command, self.link.environ)[0] != 0:
             return (f"the key {key} has a passphrase, or is none; {text}",
                     f"take the passphrase off: ssh-keygen -p -N '' -f {key}")  # fmt: skip
-        return text, f"ssh-copy-id -i {key} {target}"
+        return text, (f"ssh-copy-id -i {key} {target} (it asks for a password), or "
+                      f"append {key}.pub to ~/.ssh/authorized_keys there")  # fmt: skip
 
     def find_nix(self) -> bool:
         self.phase = "asking nix-store"
         user = self.facts.get("user", "")
-        if "begin" in self.facts and not self.facts.get("nix"):
+        if "begin" in self.facts and not self.facts.get("found"):
             place = self.facts.get("place", "")
             remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
             if place:
-                remedy = self.ssh_line("ln", "-s", place, "/usr/local/bin/")
+                line = f"ln -s {place} /usr/local/bin/"
+                remedy = self.ssh_line(line) if user == "root" else f"as root there: {line}"
             self.add("ssh", OK, "ok", "reached")
             self.add("login", OK, user, f"logs in as {user}")
             return self.add("nix", WRONG, "NONE", "no nix-store in the PATH of a login "
@@ -3719,7 +3736,8 @@ class Inspection:
     def disk(self) -> bool:
         words = self.facts.get("disk", "").split()
         if len(words) < 6 or not words[3].isdigit():
-            return self.add("disk", UNKNOWN, "-", "it does not say how full its disk is")
+            return self.add("disk", UNKNOWN, "-", "it does not say how full its disk is "
+                            "(there may be no store yet)")  # fmt: skip
         free = int(words[3]) << 10
         if free < ROOM_B:
             return self.add("disk", WRONG, amount(free), f"only {amount(free)} are free "
@@ -3745,7 +3763,9 @@ class Inspection:
         if not cores.isdigit():
             return self.add("cores", UNKNOWN, "-", "it does not say how many cores it has")
         text = f"{cores} cores for {jobs} jobs, load {(load or ['unknown'])[0]}"
-        state = NOTE if jobs > 2 * int(cores) else OK
+        state = OK
+        if jobs > 2 * int(cores):
+            state, text = NOTE, f"{text}: a lower maxJobs would be quicker"
         return self.add("cores", state, f"{cores}/{jobs}", text)
 
     def build(self) -> bool:
@@ -3788,6 +3808,7 @@ class Inspection:
             more = {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
             return command, child_environ(self.nix, **more)
         command += ["--option", "build-hook", hook, "--option", "builders", f"@{machines}"]
+        command += ["--option", "substitute", "false"]
         return command, child_environ(self.nix)
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
@@ -3798,6 +3819,7 @@ class Inspection:
         if status != 0:
             told = [n for n, line in enumerate(lines) if "cannot" in line or "error" in line]
             text = " ".join(" ".join(lines[told[0] if told else -3 :]).split())
+            text = text.partition(" error: ")[0] if told else text
             return self.add("build", WRONG, "FAILED", f"a tiny build failed: {text}",
                             trouble(text)[1])  # fmt: skip
         if "does not trust its user" in said:
@@ -3811,22 +3833,37 @@ class Inspection:
         return self.add("build", OK, f"{took:.1f} s", f"built something in {took:.1f} s")
 
 
+def unused(nix: Nix) -> str:
+    """What to say if the Nix here has another hook."""
+    mine = os.path.realpath(__file__)
+    words = nix.settings.get("build-hook", "").split()
+    if nix.old:
+        words = nix.environ.get("NIX_BUILD_HOOK", "").split()
+    if mine in map(os.path.realpath, words):
+        return ""
+    return (f"Note: Nix here does not use this hook now (build-hook is "
+            f"{' '.join(words) or 'not set'}); to do: build-hook = {mine} in nix.conf of "
+            "the user that builds, see Install in the README.")  # fmt: skip
+
+
 def check(options: Options, nix: Nix, screen: Screen) -> int:
     """Inspect the machines, all at once; 0 only if all is well."""
     import threading
 
     machines, complaints = machines_named(options.words, nix)
     if not machines:
-        complaints.append(f"no machines are listed ({where_machines_stand(nix)})")
+        complaints.append(f"no machines are listed ({where_machines_stand(nix)}); a line "
+                          "such as: nix@builder x86_64-linux /root/.ssh/id_builder 8")  # fmt: skip
     else:
         SlotDirectory(nix.slot_directory).make()
+    note = unused(nix)
     inspections = [Inspection(machine, nix) for machine in machines]
     for inspection in inspections:
         threading.Thread(target=inspection.run, daemon=True).start()
     watch_inspections(inspections, screen)
     if options.json:
         print(as_json({
-            "complaints": complaints,
+            "complaints": complaints, "note": note,
             "machines": [
                 {"machine": i.machine.name(nix), "where": i.machine.where,
                  "well": i.well, "findings": [
@@ -3837,6 +3874,8 @@ def check(options: Options, nix: Nix, screen: Screen) -> int:
         }))  # fmt: skip
     else:
         show_inspections(inspections, complaints, screen)
+        if note:
+            print("\n".join(screen.wrap(note, "    ", "")))
     return 0 if all(i.well for i in inspections) and not complaints else 1
 
 
@@ -3851,10 +3890,10 @@ def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
                 told.add(inspection)
                 if not terminal:
                     state = "well" if inspection.well else "not well"
-                    text = f"{inspection.machine.host} is {state}"
-                    print(f"{text} ({len(told)} of {len(inspections)})", file=sys.stderr)
+                    count = f"{len(told)} of {len(inspections)} tried"
+                    print(f"{label(inspection.machine)}: {state} ({count})", file=sys.stderr)
         if terminal:
-            busy = [f"{i.machine.host} {i.phase}" for i in inspections if not i.done]
+            busy = [f"{label(i.machine)} {i.phase}" for i in inspections if not i.done]
             text = f"{len(told)} of {len(inspections)} done; {', '.join(busy)}"
             text = text[: screen.width - 1] if busy else ""
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
@@ -3869,7 +3908,7 @@ def show_inspections(
     for inspection in inspections:
         brief = {found.what: found.brief for found in inspection.found}
         cells = [brief.get(column, "-") for column in COLUMNS]
-        rows.append([inspection.machine.host, *cells])
+        rows.append([label(inspection.machine), *cells])
     lines = table(rows)
     if max(map(len, lines)) > screen.width:  # then each machine's name has its own line
         lines = table([row[1:] for row in rows])
@@ -3884,6 +3923,12 @@ def show_inspections(
                 print("\n".join(screen.wrap(text, "        ", "    ")))
             if found.state == WRONG and found.remedy:
                 print("\n".join(screen.wrap(found.remedy, "        ", "    to do: ")))
+    ill = sum(not inspection.well for inspection in inspections)
+    if ill or complaints:
+        of = f"{ill} of {len(inspections)} machines are not well" if ill else "Not all is well"
+        print(screen.paint(f"{of}.", WRONG))
+    else:
+        print(screen.paint("All is well.", OK))
 
 
 # ---- status -------------------------------------------------------------------------
@@ -4051,7 +4096,7 @@ def overview_lines(overview: Overview, nix: Nix, screen: Screen) -> list[str]:
     now = time.time()
     lines = []
     heads = [
-        [load.machine.host, bar(len(load.building), load.machine.max_jobs),
+        [label(load.machine), bar(len(load.building), load.machine.max_jobs),
          f"{len(load.building)} of {load.machine.max_jobs} slots taken"]
         for load in overview.loads
     ]  # fmt: skip
@@ -4061,9 +4106,11 @@ def overview_lines(overview: Overview, nix: Nix, screen: Screen) -> list[str]:
         if load.outage:
             left = load.outage.until - now
             until = f"for {duration(left)} more" if left > 0 else "until it answers"
-            text = f"left alone {until}, failed {load.outage.failures} times"
+            failures = load.outage.failures
+            times = "once" if failures == 1 else f"{failures} times"
+            text = f"left alone {until}, failed {times}"
             lines += screen.wrap(f"{text}: {load.outage.words}", "        ", "    ")
-    hosts = {load.machine.slot_name(nix): load.machine.host for load in overview.loads}
+    hosts = {load.machine.slot_name(nix): label(load.machine) for load in overview.loads}
     before: list[str] = []
     for waiter in overview.waiters:
         known = sorted({hosts.get(name, name) for name in waiter.names if name})
@@ -4184,27 +4231,29 @@ def show_choice(
     itself: bool,
     screen: Screen,
 ) -> None:
+    def say(text: str) -> None:
+        print("\n".join(screen.wrap(text, "  ", "")))
+
     features = ", ".join(sorted(request.features)) or "no features"
-    what = request.derivation or "A build"
-    print("\n".join(screen.wrap(f"{what} needs {request.system} and {features}.", "  ", "")))
+    say(f"{request.derivation or 'A build'} needs {request.system} and {features}.")
     if ranked:
         rows = [["", "machine", "taken", "speed", "taken / speed", "rounded"]]
         for number, (key, machine) in enumerate(ranked, 1):
             taken, speed = key[2], machine.speed
-            rows.append([f"{number}.", machine.host, f"{taken} of {machine.max_jobs}",
+            rows.append([f"{number}.", label(machine), f"{taken} of {machine.max_jobs}",
                          f"{speed:g}", f"{taken / speed:.2f}", str(key[0])])  # fmt: skip
         print("\n".join(table(rows)))
-        print("The first is asked first.  Of equals: the faster, then the less loaded,\n"
-              "then the one that is written first.")  # fmt: skip
+        say("The first is asked first.  Of equals: the faster, then the less loaded, then "
+            "the one that is written first.")  # fmt: skip
     else:
         print(screen.paint("No machine can take it now.", WRONG))
     if out:
         print("Left out:")
     for machine, reason in out:
-        text = f"{machine.host} {reason} ({machine.where})"
+        text = f"{label(machine)} {reason} ({machine.where})"
         print("\n".join(screen.wrap(text, "        ", "    ")))
-    print("Nix here may build it itself." if itself else
-          "Nix here can never build it itself (max-jobs, system or features).")  # fmt: skip
+    say("Nix here may build it itself." if itself else
+        "Nix here can never build it itself (max-jobs, system or features).")  # fmt: skip
 
 
 # ---- Command line -------------------------------------------------------------------
@@ -4266,6 +4315,7 @@ def main(arguments: list[str]) -> int:
         return 0
     verb, options = parse_options(arguments)
     environ = dict(os.environ)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 4)  # the log of a build, for a hook
     run = {"check": check, "status": status, "explain": explain}[verb]
     try:
         return run(options, calling_nix(environ, options.machines), Screen(environ))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import signal
 import time
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from scene import (
     SLOTS,
     Scene,
     come_back,
+    distrustful,
     forget,
     go_away,
     other,
@@ -194,3 +196,23 @@ def test_a_failure_that_nobody_else_can_try_is_a_failure(
     leave_alone(nix, "b2", words, 30)
     outcome = nix.build(expression, check=False, timeout=LONG_S)
     assert outcome.status != 0 and words not in outcome.log
+
+
+@pytest.mark.engines
+def test_a_dead_daemon_on_the_builder_is_an_outage(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    with distrustful(client_engine, other(pytestconfig, client_engine)) as nix:
+        nix.build(some(1))  # then the connection is known to work
+        for process in nix.builder.processes():
+            if "nix-daemon" in process.cmdline:
+                nix.builder.signal(signal.SIGKILL, process.pid)
+        waiting = nix.start(some(1))
+        note = nix.client.path(f"{SLOTS}/own/ssh:__nix@b1.down")
+        poll(note.exists, "a note of the outage", timeout=30)
+        assert "daemon-socket" in note.read_text()
+        assert built_on(nix, some(3), "-j2") == {"client"}
+        nix.builder.start_daemon()
+        assert waiting.end(LONG_S).status == 0
+        assert "does nix-daemon run there" in waiting.log
+        assert waiting.log.count("trying again") < 10

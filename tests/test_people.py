@@ -87,7 +87,7 @@ def test_a_key_that_the_builder_does_not_know(nix: Scene) -> None:
     nix.client.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", KEY)
     nix.machines(f"b1 - {KEY}\n")
     what, text, remedy = wrong(nix)
-    assert (what, remedy) == ("login", f"ssh-copy-id -i {KEY} b1")
+    assert what == "login" and remedy.startswith(f"ssh-copy-id -i {KEY} b1 (")
     assert "Permission denied" in text
     nix.builder.authorize(nix.client.read(f"{KEY}.pub"))  # what that does
     assert well(nix)
@@ -287,11 +287,22 @@ def test_a_machine_that_is_put_right_is_used_again_at_once(nix: Scene) -> None:
     assert well(nix) and not note.exists()
 
 
+def test_a_hook_that_nix_does_not_use_is_noticed(nix: Scene) -> None:
+    """As Nix 2.25 to 2.33 forget it, if it stands in /etc/nix/nix.conf."""
+    _, said = check(nix)
+    assert said["note"].startswith("Note: Nix here does not use this hook now")
+    nix.client.write("/root/.config/nix/nix.conf", f"build-hook = {INSTALLED}\n")
+    _, said = check(nix)
+    nix.client.run("rm", "-r", "/root/.config/nix")
+    assert said["note"] == ""
+
+
 def test_the_table_has_a_remedy_under_each_thing(nix: Scene) -> None:
     nix.machines("b1 aarch64-linux - 2\nb2 - - 2\n")
     done = nix.client.run(INSTALLED, "check", check=False, timeout=120)
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines if line[0] != " "] == ["machine", "b1", "b2"]
+    rows = lines[: lines.index("1 of 2 machines are not well.")]
+    assert [row.split()[0] for row in rows if row[0] != " "] == ["machine", "b1", "b2"]
     assert any(line.startswith("    to do: write into") for line in lines)
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in done.stdout + done.stderr
@@ -318,8 +329,13 @@ def test_a_user_who_is_not_trusted(
         there.write("/etc/nix/nix.conf", f"{conf}\n{setting}\n")
         daemon.terminate()
         daemon.wait()
-        there.start_daemon()
+        daemon = there.start_daemon()
         assert well(nix)
+        daemon.kill()
+        daemon.wait()
+        what, text, remedy = wrong(nix)
+        assert what == "nix" and "daemon-socket" in text
+        assert remedy == "does nix-daemon run there, and may that user reach its socket?"
 
 
 # -- status ---------------------------------------------------------------------------
