@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from farm import Host, keypair, poll, trust
-from scene import HOOK, INSTALLED, Scene, other, scene
+from scene import HOOK, INSTALLED, Scene, other, scene, suitable
 
 KEY = "/root/.ssh/other"
 GO = "/tmp/go"
@@ -500,14 +500,18 @@ def test_a_missing_machines_file_is_named(nix: Scene) -> None:
 
 
 @pytest.mark.engines
-def test_activities_are_well_formed_and_stopped_once(nix: Scene) -> None:
-    nix.machines("b1 - - 2\n")
+def test_activities_are_well_formed_and_stopped_once(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    client = suitable(pytestconfig, client_engine, lambda version: version >= (2, 4))
     expression = """
       let first = mk "first" "head -c 3000000 /dev/urandom > $out" { };
       in mk "second" "cat $input > $out" { input = first; }"""
-    run = nix.start(expression, "--log-format", "internal-json", "-v")
-    assert run.end().status == 0, run.log
-    lines = [line[5:] for line in run.log.splitlines() if line.startswith("@nix ")]
+    with scene(client, other(pytestconfig, client_engine)) as nix:
+        run = nix.start(expression, "--log-format", "internal-json", "-v")
+        assert run.end().status == 0, run.log
+        text = run.log
+    lines = [line[5:] for line in text.splitlines() if line.startswith("@nix ")]
     messages = [json.loads(line) for line in lines]
     started = {m["id"]: m for m in messages if m["action"] == "start"}
     stopped = [m["id"] for m in messages if m["action"] == "stop"]
