@@ -3504,8 +3504,8 @@ class Finding(NamedTuple):
 class Inspection:
     """All that there is to find out about one machine."""
 
-    def __init__(self, machine: Machine, nix: Nix) -> None:
-        self.machine, self.nix = machine, nix
+    def __init__(self, machine: Machine, nix: Nix, folder: str) -> None:
+        self.machine, self.nix, self.folder = machine, nix, folder
         self.found: list[Finding] = []
         self.phase = "waiting"
         self.round_trip_s = 0.0
@@ -3668,6 +3668,7 @@ class Inspection:
         user = self.facts.get("user", "")
         if "begin" in self.facts and not self.facts.get("found"):
             place = self.facts.get("place", "")
+            place = place if only(place, PLAIN) else ""  # people will paste it
             remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
             if place:
                 line = f"ln -s {place} /usr/local/bin/"
@@ -3770,24 +3771,22 @@ class Inspection:
 
     def build(self) -> bool:
         """A real one, by the Nix here and this very hook."""
-        import tempfile
-
         self.phase = "building"
         mine = os.path.realpath(__file__)
         if os.geteuid() != 0 and not os.access(self.nix.store.real, os.W_OK):
             return self.add("build", UNKNOWN, "-", "not tried: the daemon builds here, so "
                             "try it as root")  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            command, environ = self.tiny_build(folder, mine)
-            with open(f"{folder}/log", "w+b") as log:
-                out = {1: log.fileno(), 2: log.fileno()}
-                start = time.monotonic()
-                child = Child(command, environ, "", out)
-                status = child.wait(CHECK_TIMEOUT_S)
-                took = time.monotonic() - start
-                child.stop()
-                log.seek(0)
-                said = decode(log.read())
+        os.mkdir(self.folder)
+        command, environ = self.tiny_build(self.folder, mine)
+        with open(f"{self.folder}/log", "w+b") as log:
+            out = {1: log.fileno(), 2: log.fileno()}
+            start = time.monotonic()
+            child = Child(command, environ, "", out)
+            status = child.wait(CHECK_TIMEOUT_S)
+            took = time.monotonic() - start
+            child.stop()
+            log.seek(0)
+            said = decode(log.read())
         return self.judge(status, took, said)
 
     def tiny_build(self, folder: str, hook: str) -> tuple[list[str], dict[str, str]]:
@@ -3823,7 +3822,8 @@ class Inspection:
             return self.add("build", WRONG, "FAILED", f"a tiny build failed: {text}",
                             trouble(text)[1])  # fmt: skip
         if "does not trust its user" in said:
-            user = self.facts.get("user") or "USER"
+            user = self.facts.get("user", "")
+            user = user if is_name(user, "+-.") else "USER"
             return self.add("build", WRONG, "LIMITED", "its Nix does not trust the user "
                             f"{user}: builds work, but take longer (the derivation's "
                             "closure is sent), and unsigned inputs will be refused",
@@ -3848,6 +3848,7 @@ def unused(nix: Nix) -> str:
 
 def check(options: Options, nix: Nix, screen: Screen) -> int:
     """Inspect the machines, all at once; 0 only if all is well."""
+    import tempfile
     import threading
 
     machines, complaints = machines_named(options.words, nix)
@@ -3857,10 +3858,14 @@ def check(options: Options, nix: Nix, screen: Screen) -> int:
     else:
         SlotDirectory(nix.slot_directory).make()
     note = unused(nix)
-    inspections = [Inspection(machine, nix) for machine in machines]
-    for inspection in inspections:
-        threading.Thread(target=inspection.run, daemon=True).start()
-    watch_inspections(inspections, screen)
+    with tempfile.TemporaryDirectory() as folder:  # is gone after a Ctrl-C, too
+        inspections = [
+            Inspection(machine, nix, f"{folder}/{number}")
+            for number, machine in enumerate(machines)
+        ]
+        for inspection in inspections:
+            threading.Thread(target=inspection.run, daemon=True).start()
+        watch_inspections(inspections, screen)
     if options.json:
         print(as_json({
             "complaints": complaints, "note": note,

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -295,6 +296,30 @@ def test_a_hook_that_nix_does_not_use_is_noticed(nix: Scene) -> None:
     _, said = check(nix)
     nix.client.run("rm", "-r", "/root/.config/nix")
     assert said["note"] == ""
+
+
+def test_a_check_that_is_interrupted_leaves_nothing(nix: Scene) -> None:
+    nix.builder.swallow(True)
+    try:
+        check_all = nix.client.popen(INSTALLED, "check", stdout=subprocess.DEVNULL)
+        poll(lambda: list(nix.client.path("/tmp").glob("tmp*")), "its folder")
+        check_all.send_signal(signal.SIGINT)
+        assert check_all.wait(10) == 130
+    finally:
+        nix.builder.swallow(False)
+    assert not list(nix.client.path("/tmp").glob("tmp*"))
+
+
+def test_what_a_builder_says_gets_into_no_command(nix: Scene) -> None:
+    hostile = "#!/bin/sh\necho 'place /bin; reboot'\nexec /bin/sh \"$@\"\n"
+    nix.builder.write("/usr/local/bin/sh", hostile, 0o755)
+    nix.builder.run("mv", "/usr/bin/nix-store", "/usr/bin/kept")
+    try:
+        what, _, remedy = wrong(nix)
+    finally:
+        nix.builder.run("mv", "/usr/bin/kept", "/usr/bin/nix-store")
+        nix.builder.run("rm", "/usr/local/bin/sh")
+    assert what == "nix" and "reboot" not in remedy
 
 
 def test_the_table_has_a_remedy_under_each_thing(nix: Scene) -> None:
