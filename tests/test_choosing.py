@@ -104,7 +104,7 @@ def test_manual_sixteen_builds_with_slots_to_spare_go_mostly_to_itchy(
         ("b1 i686-linux - 1 1 - kvm", "kvm", ""),
         ("b1 i686-linux - 1 1 kvm,perf", "", ""),
         ("b1 x86_64-linux,armv7l-linux", "", "builds x86_64-linux, armv7l-linux, not"),
-        ("b1 i686-linux", "kvm perf", "lacks the feature kvm, perf"),
+        ("b1 i686-linux", "kvm perf", "lacks the features kvm, perf"),
         (
             "b1 i686-linux - 1 1 - kvm,perf",
             "kvm",
