@@ -259,6 +259,8 @@ class suppress:
 # What ssh and Nix say when something is wrong, and what to do about it.  The first that
 # fits counts: an ssh that is refused may add that the connection was closed.
 STAYS = """\
+daemon-socket/socket: Permission = as root there, on Debian: usermod -aG nix-users USER
+daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
 HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
 Host key verification failed = log in once from here, to confirm the host key
 its host key is not = correct that field if the machine has a new key
@@ -270,7 +272,7 @@ this very machine = take its line out of the machines file here
 signature = sign it, or make the user trusted where it was refused
 """
 PASSES = """\
-daemon-socket = does nix-daemon run there, and may that user reach its socket?
+daemon-socket = as root there: systemctl start nix-daemon.socket
 Connection refused = is sshd running there, on that port?
 timed out = is the machine on, and can it be reached from here?
 No route to host = is the machine on, and can it be reached from here?

@@ -33,6 +33,7 @@ from nix_build_remote import (
     program_version,
     quoted,
     ssh_options,
+    trouble,
     user_ssh_options,
 )
 
@@ -495,3 +496,13 @@ def test_a_start_imports_little() -> None:
         command, cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert dear.isdisjoint(done.stdout.split())
+
+
+@pytest.mark.parametrize("quote", ["", "'"], ids=["2.8", "2.26"])
+def test_a_daemon_that_may_not_be_reached_is_no_wrong_key(quote: str) -> None:
+    socket = f"{quote}/nix/var/nix/daemon-socket/socket{quote}"
+    denied = f"error: getting status of {socket}: Permission denied (ssh's exit status 1)"
+    assert "nix-users" in trouble(denied)[1]
+    gone = "cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused"
+    assert trouble(gone) == (True, "as root there: systemctl start nix-daemon.socket")
+    assert "key" in trouble("Permission denied (publickey).")[1]

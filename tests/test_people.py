@@ -360,7 +360,7 @@ def test_a_user_who_is_not_trusted(
         daemon.wait()
         what, text, remedy = wrong(nix)
         assert what == "nix" and "daemon-socket" in text
-        assert remedy == "does nix-daemon run there, and may that user reach its socket?"
+        assert remedy == "as root there: systemctl start nix-daemon.socket"
 
 
 # -- status ---------------------------------------------------------------------------
