@@ -2221,11 +2221,13 @@ F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 class Pump:
     """Moves data between a session and a nix-copy-closure whose ssh is the shim.
 
-    The kernel moves it, from pipe to pipe: it never comes here.  (Not before Python
-    3.10, nor outside Linux: then it is not `possible`.)
+    The kernel moves it, from pipe to pipe: it never comes here.  It is not `possible`
+    before Python 3.10, outside Linux, and where /proc shows other processes than ours.
     """
 
-    possible = hasattr(os, "splice") and os.path.exists("/proc/self/fd")
+    possible = hasattr(os, "splice") and (
+        os.path.realpath("/proc/self") == f"/proc/{os.getpid()}"
+    )
 
     def __init__(self, session: Session) -> None:
         import _socket
@@ -2250,19 +2252,25 @@ class Pump:
 
     def connect(self, process: str) -> None:
         """Open what the shim had as stdin and stdout, and be a builder who says hello.
-        If it is gone, nix-copy-closure says why."""
-        with suppress(FileNotFoundError, BrokenPipeError):
+        If nix-copy-closure is gone, it says why."""
+        try:
             for number, flags in ((6, os.O_RDONLY), (7, os.O_WRONLY)):
                 file = f"/proc/{process}/fd/{number}"
                 self.opened.append(os.open(file, flags | os.O_CLOEXEC))
+        except OSError:  # a socket, which Lix has for its ssh, or we may not look
+            Pump.possible = False
+            self.close()
+            return
+        with suppress(BrokenPipeError):
             stdin, stdout = self.opened
             self.routes = {stdin: self.session.stdin, self.session.stdout: stdout}
             for pipe in (*self.routes, *self.routes.values()):
                 with suppress(OSError):  # more than the user may have
                     fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
             hello = 16  # bytes
-            while hello and (data := os.read(stdin, hello)):
-                hello -= len(data)
+            while hello and wait_readable([stdin], COPY_TIMEOUT_S):
+                data = os.read(stdin, hello)
+                hello -= len(data) or hello
             os.write(stdout, integer(SERVE_REPLY) + integer(self.session.version))
 
     def move(self, source: int, target: int) -> None:
@@ -2393,6 +2401,8 @@ class Copier:
             if pump:
                 pump.close()
             self.talk.end(1)
+        if pump and not Pump.possible:  # nothing has been moved yet, and cats can do it
+            return self.run(command, environ)
         if status == 0:
             return ""
         if status is not None and status < 0:  # the session is in the middle of it

@@ -611,6 +611,53 @@ def test_an_input_an_output_and_a_log_may_all_be_big(nix: Scene) -> None:
     assert sizes == [60_000_000] and "\n200000\n" in outcome.log
 
 
+# As Lix starts its ssh: with a socket for both of its ends, which nobody can open again.
+SOCKET_SSH = """#!/usr/bin/python3
+import os, socket, sys, threading
+ours, theirs = socket.socketpair()
+if os.fork():
+    os.environ["PATH"] = os.environ["PATH"].partition(":")[2]
+    for number in (0, 1):
+        os.dup2(theirs.fileno(), number)
+    os.execvp("ssh", ["ssh", *sys.argv[1:]])
+os.closerange(2, ours.fileno())
+os.closerange(ours.fileno() + 1, 20)
+def send():
+    while data := os.read(0, 65536):
+        ours.sendall(data)
+    ours.shutdown(socket.SHUT_WR)
+threading.Thread(target=send, daemon=True).start()
+while data := ours.recv(65536):
+    os.write(1, data)
+os._exit(0)
+"""
+COPY = "/usr/bin/nix-copy-closure"
+
+
+def test_an_ssh_that_has_a_socket_is_served(nix: Scene) -> None:
+    there = nix.client.run("readlink", "-f", COPY).stdout.strip()
+    nix.client.write("/opt/socket/ssh", SOCKET_SSH, 0o755)
+    nix.client.run("ln", "-sfn", there, "/opt/nix-copy-closure")
+    nix.client.run("mv", COPY, "/opt/kept")
+    wrapper = 'PATH=/opt/socket:$PATH exec /opt/nix-copy-closure "$@"'
+    nix.client.write(COPY, f"#!/bin/sh\n{wrapper}\n", 0o755)
+    try:
+        nix.client.write("/tmp/small", os.urandom(100000))
+        outcome = nix.build(one("cat ${/tmp/small} > $out"))
+    finally:
+        nix.client.run("mv", "/opt/kept", COPY)
+    assert nix.client.path(outcome.output).stat().st_size == 100000
+    assert "a bug" not in outcome.log
+
+
+def test_proc_may_show_the_processes_of_others(nix: Scene) -> None:
+    """That of the machine, in a container whose own processes have other numbers."""
+    command = nix.nix_build(one("cat ${builtins.toFile ''small'' ''text''} > $out"))
+    apart = ("unshare", "--pid", "--fork", "--kill-child")
+    outcome = nix.launch(*apart, *command).end(30)
+    assert outcome.status == 0, outcome.log
+
+
 @pytest.mark.engines
 def test_an_untrusted_user_builds_over_a_shared_connection(
     client_engine: str, pytestconfig: pytest.Config
