@@ -3211,7 +3211,8 @@ class Hook:
 
     def despair(self, machines: dict[str, Machine]) -> str:
         """What to say if all of these have failed and it is no use to wait longer."""
-        outages = list(filter(None, map(self.slots.outage, machines)))
+        noted = filter(None, map(self.slots.outage, machines))
+        outages = [outage for outage in noted if not outage.old]
         if len(outages) < len(machines):
             return ""
         last = max(outages, key=lambda outage: outage.since)

@@ -394,7 +394,7 @@ class Taker:
         Path(f"{slots.own}/{name}.down").write_bytes(case.replace(b"NOW", now))
         found = slots.outage(name)
         despair = self.hook.despair({name: self.machine})
-        assert despair or not found or not found.hopeless
+        assert despair or not found or found.old or not found.hopeless
         assert slots.note_failure(name, "ü again")
         after = slots.outage(name)
         assert after and after.words == "ü again" and not after.old

@@ -168,6 +168,24 @@ def test_a_hook_that_wants_to_go_back_does_not_wait_for_itself(nix: Scene) -> No
     assert run.end(LONG_S).status == 0
 
 
+def test_an_outage_of_long_ago_ends_no_build(nix: Scene) -> None:
+    """Though its machine has not built since, and now loses a session twice."""
+    nix.machines("b1 - - 4\n")
+    built_on(nix, some(1))
+    ended = time.time() - 3600
+    note = f"1 {ended} {ended} Permission denied (publickey)."
+    nix.client.write(f"{SLOTS}/own/ssh:__b1.down", note, 0o600)
+    run = nix.start(some(1, HELD))
+    for _ in range(2):
+        poll(nix.builder.path("/tmp/held").exists, "the build", timeout=30)
+        nix.builder.run("rm", "/tmp/held")
+        found = nix.builder.processes()
+        stores = [p.pid for p in found if "nix-store --serve" in p.cmdline]
+        nix.builder.signal(signal.SIGKILL, *stores)
+    nix.builder.write("/tmp/go", "")
+    assert run.end(LONG_S).status == 0, run.log
+
+
 def test_one_builds_own_trouble_costs_no_other_build(nix: Scene) -> None:
     """Such as an input that is not there any more, though the store thinks so."""
     nix.machines("b1 - - 2\n")
