@@ -3521,15 +3521,15 @@ class Inspection:
         self.machine, self.nix, self.folder = machine, nix, folder
         self.found: list[Finding] = []
         self.phase = "waiting"
-        self.round_trip_s = 0.0
         self.facts: dict[str, str] = {}
         self.done = False
+        self.child: Child | None = None  # nix-build
 
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
             self.link = Link(self.machine, self.nix, self.nix.slot_directory)
-            steps = (self.reach, self.log_in, self.find_nix, self.measure, self.build)
+            steps = (self.log_in, self.find_nix, self.measure, self.build)
             if all(step() for step in steps):
                 slots = SlotDirectory(self.nix.slot_directory)
                 slots.note_success(self.machine.slot_name(self.nix))
@@ -3542,7 +3542,8 @@ class Inspection:
 
     @property
     def well(self) -> bool:
-        return self.done and not any(found.state == WRONG for found in self.found)
+        states = {found.what: found.state for found in self.found}
+        return self.done and "build" in states and WRONG not in states.values()
 
     def add(
         self, what: str, state: str, brief: str, text: str, remedy: str = ""
@@ -3561,40 +3562,6 @@ class Inspection:
         """What a person types to do something there."""
         key = f"-i {self.machine.key} " * bool(self.machine.key)
         return " ".join([f"ssh {key}{self.target()}", *words])
-
-    def reach(self) -> bool:
-        """Name and port, if nothing stands between."""
-        import socket
-
-        self.phase = "connecting"
-        program, *options = self.link.command()
-        status, text, words = output_of([program, "-G", *options], self.link.environ)
-        if status != 0:
-            return self.add("ssh", WRONG, "FAILED", " ".join(words.split()))
-        pairs = (line.partition(" ") for line in text.splitlines())
-        asked = {name: value for name, _, value in pairs}
-        for name in ("proxycommand", "proxyjump"):
-            if asked.get(name, "none") != "none":
-                return True  # only ssh knows the way
-        host, port = asked.get("hostname", self.machine.host), asked.get("port", "22")
-        try:
-            start = time.monotonic()
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            start = time.monotonic()
-            with socket.socket(found[0][0]) as probe:
-                probe.settimeout(CONNECT_TIMEOUT_S)
-                probe.connect(found[0][4])
-            self.round_trip_s = time.monotonic() - start
-        except socket.gaierror as error:
-            return self.add("ssh", WRONG, "NO NAME", f"the name {host} is not known: "
-                            f"{error.strerror}", f"correct {self.machine.where}, or add "
-                            f"{host} to DNS, /etc/hosts or ~/.ssh/config")  # fmt: skip
-        except OSError as error:
-            words = error.strerror or "timed out"
-            _, remedy = trouble(words)
-            return self.add("ssh", WRONG, "FAILED", f"{host} port {port}: {words}",
-                            remedy)  # fmt: skip
-        return True
 
     def log_in(self) -> bool:
         """By an ssh of its own: a shared connection may have been made before something
@@ -3627,11 +3594,12 @@ class Inspection:
         while there and time.monotonic() < deadline:
             for end in wait_readable(there, 1):
                 data = os.read(end, 65536)
-                said[end] = (said[end] + data)[-WIRE_LIMIT_BYTES:]
+                said[end] = (said[end] + data)[-16 * TAIL_BYTES :]
                 there -= set() if data else {end}
         if child.wait(0 if there else math.inf) is None:
             child.stop()
             child.status = 255
+            said[stderr] = f"no answer within {GREETING_TIMEOUT_S} s".encode()
         child.kill()
         return said[stdout], said[stderr]
 
@@ -3660,8 +3628,12 @@ class Inspection:
             text = f"the key {self.machine.key} may be read by others"
         elif "Permission denied" in text:
             text, remedy = self.denied(text)
+        elif "resolve hostname" in text:
+            remedy = (f"correct {self.machine.where}, or add {host} to DNS, /etc/hosts or "
+                      "~/.ssh/config")  # fmt: skip
+        reached = "resolve hostname" not in text and "connect to host" not in text
         brief = "DENIED" if "denied" in text else "FAILED"
-        return self.add("login", WRONG, brief, text, remedy.replace("HOST", host))
+        return self.add("login" if reached else "ssh", WRONG, brief, text, remedy)
 
     def denied(self, text: str) -> tuple[str, str]:
         """Why a key does not let us in, as far as it can be seen from here."""
@@ -3697,11 +3669,11 @@ class Inspection:
             for _ in range(3):
                 start = time.monotonic()
                 session.ask_valid([], False)
+                session.answer_timeout_s = GREETING_TIMEOUT_S
                 session.valid()
                 times.append(time.monotonic() - start)
-            round_trip_s = min([self.round_trip_s or math.inf, *times])
-            self.add("ssh", OK, f"{1000 * round_trip_s:.1f} ms",
-                     f"reached, round trip {1000 * round_trip_s:.1f} ms")  # fmt: skip
+            round_trip = f"{1000 * min(times):.1f} ms"
+            self.add("ssh", OK, round_trip, f"reached, round trip {round_trip}")
             self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
             version = self.facts.get("nix", "").rpartition(" ")[2]
             protocol = f"{session.version >> 8}.{session.version & 255}"

@@ -254,7 +254,7 @@ def test_nobody_answers(nix: Scene) -> None:
 def test_a_name_that_is_not_known(nix: Scene) -> None:
     nix.machines("nowhere\n")
     what, text, remedy = wrong(nix)
-    assert what == "ssh" and "nowhere is not known" in text
+    assert what == "ssh" and "resolve hostname nowhere" in text
     assert "/etc/nix/machines:1" in remedy
 
 
