@@ -1662,7 +1662,9 @@ def check_private(path: str) -> None:
 
 def write_private(path: str, text: str, mode: int = 0o600) -> None:
     """Make or replace a file in a private directory, all at once."""
-    temporary = f"{path}.{os.getpid()}"
+    import _thread
+
+    temporary = f"{path}.{os.getpid()}.{_thread.get_ident()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with open(os.open(temporary, flags, mode), "wb") as file:
         file.write(encode(text))
