@@ -3701,13 +3701,14 @@ class Inspection:
         if "system" not in self.facts:
             return self.add("offers", UNKNOWN, "-", "its Nix does not say for what it "
                             "builds")  # fmt: skip
-        systems = [self.facts["system"], *self.facts.get("extra-platforms", "").split()]
+        told = f"{self.facts['system']} {self.facts.get('extra-platforms', '')}".split()
+        systems = [system for system in told if only(system, PLAIN)]  # for our remedy
         features = self.facts.get("system-features", "").split()
         if lacking := sorted(set(machine.systems) - {*systems, "builtin"}):
             return self.add("offers", WRONG, "SYSTEM", f"{where} says that it builds "
                             f"{', '.join(lacking)}, but its Nix builds "
                             f"{', '.join(systems)}", "write into the second field: "
-                            f"{','.join(sorted(set(machine.systems) & set(systems))) or systems[0]}")  # fmt: skip
+                            f"{','.join(sorted({*machine.systems} & {*systems}) or systems[:1])}")  # fmt: skip
         claimed = machine.supported | machine.mandatory
         if lacking := sorted(claimed - set(features)):
             return self.add("offers", WRONG, "FEATURE", f"{where} says that it has "
