@@ -2431,7 +2431,7 @@ class Copier:
                 continue
             data = os.read(stderr, 65536)
             *lines, rest = (rest[:65536] + data).split(b"\n") if data else (rest, b"")
-            for line in map(decode, lines):
+            for line in map(printable, map(decode, lines)):  # Lix may be told to colour
                 wrong = line.startswith("error:") and "(ignored)" not in line
                 if problem or wrong:  # it goes into our own message
                     problem = f"{problem} {line}"[:TAIL_BYTES]
