@@ -3769,10 +3769,10 @@ class Inspection:
         with open(f"{self.folder}/log", "w+b") as log:
             out = {1: log.fileno(), 2: log.fileno()}
             start = time.monotonic()
-            child = Child(command, environ, "", out)
-            status = child.wait(CHECK_TIMEOUT_S)
+            self.child = Child(command, environ, "", out)
+            status = self.child.wait(CHECK_TIMEOUT_S)
             took = time.monotonic() - start
-            child.stop()
+            self.child.stop()
             log.seek(0)
             said = decode(log.read())
         return self.judge(status, took, said)
@@ -3843,6 +3843,8 @@ def check(options: Options, nix: Nix, screen: Screen) -> int:
     if not machines:
         complaints.append(f"no machines are listed ({where_machines_stand(nix)}); a line "
                           "such as: nix@builder x86_64-linux /root/.ssh/id_builder 8")  # fmt: skip
+    elif os.geteuid() != 0 and not os.access(nix.slot_directory, os.W_OK):
+        raise Error(f"cannot write into {nix.slot_directory}; try it as root")
     else:
         SlotDirectory(nix.slot_directory).make()
     note = unused(nix)
@@ -3853,7 +3855,12 @@ def check(options: Options, nix: Nix, screen: Screen) -> int:
         ]
         for inspection in inspections:
             threading.Thread(target=inspection.run, daemon=True).start()
-        watch_inspections(inspections, screen)
+        try:
+            watch_inspections(inspections, screen)
+        finally:  # what has a pipe of ours ends with us
+            for inspection in inspections:
+                if inspection.child and inspection.child.status is None:
+                    os.kill(inspection.child.pid, signal.SIGKILL)
     if options.json:
         print(as_json({
             "complaints": complaints, "note": note,
@@ -4309,6 +4316,7 @@ def main(arguments: list[str]) -> int:
     verb, options = parse_options(arguments)
     environ = dict(os.environ)
     os.dup2(os.open(os.devnull, os.O_RDWR), 4)  # the log of a build, for a hook
+    signal.signal(signal.SIGTERM, terminate)
     run = {"check": check, "status": status, "explain": explain}[verb]
     try:
         return run(options, calling_nix(environ, options.machines), Screen(environ))
