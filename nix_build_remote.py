@@ -3948,7 +3948,7 @@ class Holder(NamedTuple):
         believed."""
         try:
             pid, start, since, phase, derivation = line.split(" ")
-            if is_alive(int(pid), start):
+            if is_alive(int(pid), start) and math.isfinite(float(since)):
                 return cls(int(pid), float(since), phase, derivation)
         except ValueError:
             pass
@@ -3959,7 +3959,7 @@ class Holder(NamedTuple):
             return "taken by another program, such as Nix's own hook"
         age = duration(now - self.since)
         phase = "" if self.phase == "waiting" else f"{self.phase:10} "
-        return f"{phase}{short(self.derivation)} for {age}, pid {self.pid}"
+        return printable(f"{phase}{short(self.derivation)} for {age}, pid {self.pid}")
 
 
 def is_alive(pid: int, start: str) -> bool:
@@ -4003,51 +4003,57 @@ class Looker:
 
     def __init__(self, nix: Nix) -> None:
         self.nix, self.slots = nix, SlotDirectory(nix.slot_directory)
+        self.lock = -1
 
     def look(self, machines: list[Machine]) -> Overview:
-        """Raises Error if we may not read what is there."""
+        """Raises Error if we may not read what is there.  Hooks that want the main lock,
+        too, have to wait for no more than one machine to be looked at."""
         try:
-            lock = os.open(f"{self.slots.path}/main-lock", os.O_RDONLY | os.O_CLOEXEC)
+            self.lock = os.open(f"{self.slots.path}/main-lock", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:  # no hook has ever run
             return Overview([Load(m, [], [], None) for m in machines], [])
         except OSError as error:
             raise Error(f"cannot look into {self.slots.path}: {error.strerror}; try it "
                         "as root") from None  # fmt: skip
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             own = os.listdir(self.slots.own) if os.path.isdir(self.slots.own) else []
             loads = [self.load(machine, own) for machine in machines]
             places = [entry for entry in own if entry.startswith("line-")]
             places.sort(key=lambda entry: (entry[:13], int(entry.rpartition(".")[2])))
-            waiters = list(filter(None, map(self.waiter, places)))
+            lines = self.taken([f"{self.slots.own}/{place}" for place in places])
+            waiters = [self.waiter(path, text) for path, text in lines]
         except PermissionError as error:
             raise Error(f"cannot read {error.filename}; try it as root") from None
         finally:
-            os.close(lock)
+            os.close(self.lock)
         return Overview(loads, waiters)
 
     def load(self, machine: Machine, own: list[str]) -> Load:
         name = machine.slot_name(self.nix)
         slots = [f"{self.slots.path}/{name}-{n}" for n in range(machine.max_jobs)]
         places = sorted(e for e in own if e.startswith(f"{name}.fetch-"))
-        building = list(filter(None, map(self.holder, slots)))
-        fetching = [self.holder(f"{self.slots.own}/{place}") for place in places]
+        building = self.holders(slots)
+        fetching = self.holders([f"{self.slots.own}/{place}" for place in places])
         outage = self.slots.outage(name)
         if outage and outage.old:
             outage = None
-        return Load(machine, building, list(filter(None, fetching)), outage)
+        return Load(machine, building, fetching, outage)
 
-    def holder(self, path: str) -> Holder | None:
-        text = self.held(path)
-        return None if text is None else Holder.parse(text.partition("\n")[0])
+    def holders(self, paths: list[str]) -> list[Holder]:
+        return [Holder.parse(text.partition("\n")[0]) for _, text in self.taken(paths)]
 
-    def waiter(self, place: str) -> Waiter | None:
-        text = self.held(f"{self.slots.own}/{place}")
-        if text is None:
-            return None
+    def waiter(self, path: str, text: str) -> Waiter:
         first, *names = text.split("\n")
-        number = int(place.rpartition(".")[2])
-        return Waiter(number, Holder.parse(first), names)
+        return Waiter(int(path.rpartition(".")[2]), Holder.parse(first), names)
+
+    def taken(self, paths: list[str]) -> list[tuple[str, str]]:
+        """Those that somebody holds, and what they say."""
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        try:
+            found = [(path, self.held(path)) for path in paths]
+        finally:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
+        return [(path, text) for path, text in found if text is not None]
 
     def held(self, path: str) -> str | None:
         """What the file says, if somebody holds its lock."""
@@ -4165,8 +4171,9 @@ def wanted_build(options: Options, nix: Nix) -> Request:
     if "__json" in environment:
         import json
 
-        with suppress(ValueError, TypeError, AttributeError):
-            words += json.loads(environment["__json"]).get("requiredSystemFeatures", [])
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
+            more = json.loads(environment["__json"])
+            words += texts(more.get("requiredSystemFeatures", []))
     return Request(False, derivation.platform, path, features.union(words))
 
 

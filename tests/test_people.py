@@ -310,6 +310,54 @@ def test_a_check_that_is_interrupted_leaves_nothing(nix: Scene) -> None:
     assert not list(nix.client.path("/tmp").glob("tmp*"))
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_its_build_ends_with_a_check(nix: Scene, how: signal.Signals) -> None:
+    nix.machines("b1 - - 1\n")
+    run = nix.start(f'mk "only-{int(how)}" "{WAITS}" {{}}')
+    poll(lambda: running_on(nix.builder), "a build in the only slot", timeout=30)
+    check_all = nix.client.popen(INSTALLED, "check", stdout=subprocess.DEVNULL)
+    poll(lambda: "tiny.nix" in commands(nix), "its build", timeout=30)
+    check_all.send_signal(how)
+    assert check_all.wait(10) == 130
+    poll(lambda: "tiny.nix" not in commands(nix), "the end of its build")
+    assert not list(nix.client.path("/tmp").glob("tmp*"))
+    nix.builder.write(GO, "")
+    assert run.end().status == 0
+    nix.builder.run("sh", "-c", f"rm {GO} /tmp/running-*")
+
+
+def commands(nix: Scene) -> str:
+    return "\n".join(process.cmdline for process in nix.client.processes())
+
+
+def test_many_lines_of_one_machine_do_it_no_harm(nix: Scene) -> None:
+    """sshd of OpenSSH 9.8 shuts out for a while who connects and does not log in."""
+    key = base64.b64encode(nix.builder.host_key.encode()).decode()
+    lines = (f"ssh://root@b1?priority={n} - - 1 1 - - {key}\n" for n in range(8))
+    nix.machines("".join(lines))
+    for _ in range(3):
+        assert check(nix)[0] == 0
+
+
+def test_what_a_builder_says_gets_into_no_line(nix: Scene) -> None:
+    says = "x86_64-linux /root/key 9 9 kvm ; evil"
+    hostile = f"#!/bin/sh\necho 'system = {says}'\nexec /bin/sh \"$@\"\n"
+    nix.builder.write("/usr/local/bin/sh", hostile, 0o755)
+    nix.machines("b1 aarch64-linux\n")
+    try:
+        what, _, remedy = wrong(nix)
+    finally:
+        nix.builder.run("rm", "/usr/local/bin/sh")
+    assert (what, remedy) == ("offers", "write into the second field: x86_64-linux")
+
+
+def test_without_the_right_to_check_it_says_so(nix: Scene) -> None:
+    if not nix.client.path("/home/eve").exists():
+        nix.client.add_user("eve")
+    done = nix.client.run(INSTALLED, "check", check=False, user="eve")
+    assert done.returncode == 1 and "as root" in done.stderr
+
+
 def test_what_a_builder_says_gets_into_no_command(nix: Scene) -> None:
     hostile = "#!/bin/sh\necho 'place /bin; reboot'\nexec /bin/sh \"$@\"\n"
     nix.builder.write("/usr/local/bin/sh", hostile, 0o755)
