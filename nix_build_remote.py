@@ -3611,7 +3611,7 @@ class Inspection:
             self.link.complain(words)
             text = "ssh ended without a word"
         except Unreachable as error:
-            text = str(error)
+            text = str(error).removeprefix("ssh: ")
         _, remedy = trouble(text)
         host, port = self.machine.host, self.port()
         if "its host key is not" in text:
