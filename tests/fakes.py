@@ -330,7 +330,7 @@ class Client:
         text = HOOK.read_text(encoding="utf-8")
         patient = ("PAUSE_LIMIT_S = 1, 60", "AWAY_TIMEOUT_S = 15 * 60")
         for constant, hasty in zip(
-            patient, ("PAUSE_LIMIT_S = 0.4, 5", "AWAY_TIMEOUT_S = 0.5")
+            patient, ("PAUSE_LIMIT_S = 0.4, 5", "AWAY_TIMEOUT_S = 2")
         ):
             assert constant in text
             text = text.replace(constant, hasty)
