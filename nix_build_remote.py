@@ -96,6 +96,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
+    from argparse import Namespace
     from collections.abc import Callable, Iterable, Iterator
     from typing import NamedTuple
 
@@ -736,18 +737,15 @@ def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Entry]:
     yield from expand_builders(text, path, (*seen, path))
 
 
-def machine_entries(nix: Nix) -> Iterator[Entry]:
-    """From where that Nix has them."""
-    if not nix.old:
-        return expand_builders(nix.settings.get("builders", ""), "builders")
-    file = nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
-    return include("NIX_REMOTE_SYSTEMS", file, ())
-
-
 def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
     """The usable machines in the order written, and a complaint for each fault."""
     machines, complaints = [], []
-    for where, text in machine_entries(nix):
+    if nix.old:
+        file = nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
+        entries = include("NIX_REMOTE_SYSTEMS", file, ())
+    else:
+        entries = expand_builders(nix.settings.get("builders", ""), "builders")
+    for where, text in entries:
         try:
             if not text:
                 raise BadMachine(where)
@@ -831,10 +829,15 @@ def start_time() -> str:
         return "-"
 
 
+OURSELVES: list[str] = []  # once it is known
+
+
 def holder(phase: str, derivation: str) -> str:
     """What a lock's file says of who holds it, for `status`: pid, its start time,
     seconds since 1970, phase, derivation."""
-    return f"{os.getpid()} {start_time()} {time.time():.0f} {phase} {derivation}\n"
+    if not OURSELVES:
+        OURSELVES.append(f"{os.getpid()} {start_time()}")
+    return f"{OURSELVES[0]} {time.time():.0f} {phase} {derivation}\n"
 
 
 class Slot:
@@ -1039,7 +1042,8 @@ class Line:
     Whoever has a place waits for the lock of the one before, and only the holder of
     the first looks for a free slot, so that waiting costs nothing and nobody is passed.
     A place's file says who stands there, and names the machines: lines of more machines
-    leave those alone that somebody waits for in first place.  Machines that are away are waited for, unless the line is `impatient`.
+    leave those alone that somebody waits for in first place.  Machines that are away
+    are waited for, unless the line is `impatient`.
     """
 
     def __init__(
@@ -2223,31 +2227,38 @@ F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 class Pump:
     """Moves data between a session and a nix-copy-closure whose ssh is the shim.
 
-    The kernel moves it, from pipe to pipe: it never comes here.  It is not `possible`
-    before Python 3.10, outside Linux, and where /proc shows other processes than ours.
+    The kernel moves it, from pipe to pipe: it never comes here.
     """
 
-    possible = hasattr(os, "splice") and (
-        os.path.realpath("/proc/self") == f"/proc/{os.getpid()}"
-    )
+    refused = False  # by the system: the files that it would have to open
 
     def __init__(self, session: Session) -> None:
         import _socket
 
         self.session = session
         self.control, self.shim = _socket.socketpair()
-        self.awaited = [self.control.fileno()]  # until the shim has said who it is
-        self.routes: dict[int, int] = {}  # from, to
-        self.full: dict[int, int] = {}  # of the latter, with the former
+        self.routes: dict[int, int] = {}  # from, to; none until the shim says who it is
+        self.full: set[int] = set()  # of the latter
         self.opened: list[int] = []
         self.moved = 0  # bytes
 
+    @classmethod
+    def possible(cls) -> bool:
+        """Not before Python 3.10, outside Linux, and where /proc shows other processes
+        than ours."""
+        ours = os.path.realpath("/proc/self") == f"/proc/{os.getpid()}"
+        return hasattr(os, "splice") and ours and not cls.refused
+
+    def sources(self) -> list[int]:
+        """What to wait for until it can be read."""
+        if not self.opened:
+            return [self.control.fileno()] if self.control.fileno() >= 0 else []
+        return [source for source, to in self.routes.items() if to not in self.full]
+
     def serve(self, ready: set[int]) -> None:
-        if ready.intersection(self.awaited):
-            self.awaited.clear()
+        if self.control.fileno() in ready:
             self.connect(decode(self.control.recv(TAIL_BYTES)).strip())
-        for target in ready.intersection(self.full):
-            self.routes[self.full.pop(target)] = target
+        self.full -= ready
         for source in ready.intersection(self.routes):
             if source in self.routes:  # still
                 self.move(source, self.routes[source])
@@ -2260,7 +2271,7 @@ class Pump:
                 file = f"/proc/{process}/fd/{number}"
                 self.opened.append(os.open(file, flags | os.O_CLOEXEC))
         except OSError:  # a socket, which Lix has for its ssh, or we may not look
-            Pump.possible = False
+            Pump.refused = True
             self.close()
             return
         with suppress(BrokenPipeError):
@@ -2281,8 +2292,7 @@ class Pump:
         try:
             count = os.splice(source, target, MOVE_BYTES, flags=os.SPLICE_F_NONBLOCK)
         except BlockingIOError:
-            self.full[target] = source
-            del self.routes[source]
+            self.full.add(target)
             return
         except BrokenPipeError:
             count = -1
@@ -2335,7 +2345,7 @@ class Copier:
             return False
         greeting = integer(SERVE_REPLY) + integer(self.session.version)
         text = "".join(f"\\{byte:03o}" for byte in greeting)
-        self.environ["NIX_BUILD_REMOTE_GREETING"] = "" if Pump.possible else text
+        self.environ["NIX_BUILD_REMOTE_GREETING"] = "" if Pump.possible() else text
         # 2.15 waits for this word without asking whether a master runs.
         started = "started\\n" if self.version[:2] == (2, 15) else ""
         self.environ["NIX_BUILD_REMOTE_STARTED"] = started
@@ -2386,7 +2396,7 @@ class Copier:
     def run(self, command: list[str], environ: dict[str, str]) -> str:
         """Run it to its end, relaying what it says; returns what went wrong, or ""."""
         shared = self.share_session()
-        pump = Pump(self.session) if shared and Pump.possible else None
+        pump = Pump(self.session) if shared and Pump.possible() else None
         theirs = {}
         if pump:
             theirs = {8: pump.shim.fileno()}
@@ -2403,7 +2413,7 @@ class Copier:
             if pump:
                 pump.close()
             self.talk.end(1)
-        if pump and not Pump.possible:  # nothing has been moved yet, and cats can do it
+        if pump and pump.refused:  # nothing has been moved yet, and cats can do it
             return self.run(command, environ)
         if status == 0:
             return ""
@@ -2419,7 +2429,7 @@ class Copier:
         while True:
             sources = [stderr, *self.session.pipes()[int(shared) :]]
             if pump:
-                sources += [*pump.awaited, *pump.routes]
+                sources += pump.sources()
             ready = wait_readable(sources, patience, pump.full if pump else ())
             if not ready:
                 raise SessionLost(f"no progress of copying in {patience} s")
@@ -3359,6 +3369,10 @@ class Screen:
         )  # fmt: skip
 
 
+    def say(self, text: str, indent: str = "    ", first: str = "") -> None:
+        print("\n".join(self.wrap(text, indent, first)))
+
+
 def table(rows: list[list[str]]) -> list[str]:
     """Rows of equally many cells, as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -3515,6 +3529,9 @@ class Finding(NamedTuple):
     text: str
     remedy: str = ""
 
+    def as_dict(self) -> dict[str, str]:
+        return dict(zip(Finding.__annotations__, self))
+
 
 class Inspection:
     """All that there is to find out about one machine."""
@@ -3612,30 +3629,30 @@ class Inspection:
             text = "ssh ended without a word"
         except Unreachable as error:
             text = str(error).removeprefix("ssh: ")
-        _, remedy = trouble(text)
-        host, port = self.machine.host, self.port()
-        if "its host key is not" in text:
-            remedy = ("if that is right, and the machine has a new key, write this into "
-                      "the last field of its line: "
-                      f"ssh-keyscan -t ed25519 {port}{host} | cut -d' ' -f2- | base64 -w0")  # fmt: skip
-        elif "HAS CHANGED" in text:
-            name = f"[{host}]:{self.machine.port}" if self.machine.port else host
-            remedy = (f"if it was set up anew: ssh-keygen -R '{name}' && "
-                      f"{self.ssh_line('true')}")  # fmt: skip
-            text = "its host key has changed"
-        elif "Host key verification failed" in text:
-            remedy = f"compare its host key and say yes: {self.ssh_line('true')}"
-        elif "bad permissions" in text or "UNPROTECTED" in text:
-            remedy = f"chmod 600 {self.machine.key}"
-            text = f"the key {self.machine.key} may be read by others"
-        elif "Permission denied" in text:
-            text, remedy = self.denied(text)
-        elif "resolve hostname" in text:
-            remedy = (f"correct {self.machine.where}, or add {host} to DNS, /etc/hosts or "
-                      "~/.ssh/config")  # fmt: skip
+        text, remedy = self.explain_refusal(text)
         reached = "resolve hostname" not in text and "connect to host" not in text
         brief = "DENIED" if "denied" in text else "FAILED"
         return self.add("login" if reached else "ssh", WRONG, brief, text, remedy)
+
+    def explain_refusal(self, text: str) -> tuple[str, str]:
+        """ssh's words, or ours if they are clearer, and the remedy."""
+        machine, host, once = self.machine, self.machine.host, self.ssh_line("true")
+        name = f"[{host}]:{machine.port}" if machine.port else host
+        scan = f"ssh-keyscan -t ed25519 {self.port()}{host} | cut -d' ' -f2- | base64 -w0"
+        new = f"the machine has a new key, write this into the last field of its line: {scan}"
+        others = f"the key {machine.key} may be read by others"
+        lookup = f"correct {machine.where}, or add {host} to DNS, /etc/hosts or ~/.ssh/config"
+        changed, anew = "its host key has changed", "if it was set up anew"
+        for sign, clearer, remedy in (
+            ("its host key is not", "", f"if that is right, and {new}"),
+            ("HAS CHANGED", changed, f"{anew}: ssh-keygen -R '{name}' && {once}"),
+            ("Host key verification", "", f"compare its host key and say yes: {once}"),
+            ("bad permissions", others, f"chmod 600 {machine.key}"),
+            ("resolve hostname", "", lookup),
+        ):
+            if sign in text:
+                return clearer or text, remedy
+        return self.denied(text) if "denied" in text else (text, trouble(text)[1])
 
     def denied(self, text: str) -> tuple[str, str]:
         """Why a key does not let us in, as far as it can be seen from here."""
@@ -3652,40 +3669,43 @@ class Inspection:
 
     def find_nix(self) -> bool:
         self.phase = "asking nix-store"
-        user = self.facts.get("user", "")
         if "begin" in self.facts and not self.facts.get("found"):
-            place = self.facts.get("place", "")
-            place = place if only(place, PLAIN) else ""  # people will paste it
-            remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
-            if place:
-                line = f"ln -s {place} /usr/local/bin/"
-                remedy = self.ssh_line(line) if user == "root" else f"as root there: {line}"
-            self.add("ssh", OK, "ok", "reached")
-            self.add("login", OK, user, f"logs in as {user}")
-            return self.add("nix", WRONG, "NONE", "no nix-store in the PATH of a login "
-                            "without a terminal", remedy)  # fmt: skip
+            return self.no_nix()
+        user = self.facts.get("user", "")
         session = Session(self.link)
         try:
             session.greet()
-            times = []
-            for _ in range(3):
-                start = time.monotonic()
-                session.ask_valid([], False)
-                session.answer_timeout_s = GREETING_TIMEOUT_S
-                session.valid()
-                times.append(time.monotonic() - start)
-            round_trip = f"{1000 * min(times):.1f} ms"
-            self.add("ssh", OK, round_trip, f"reached, round trip {round_trip}")
-            self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
-            version = self.facts.get("nix", "").rpartition(" ")[2]
-            protocol = f"{session.version >> 8}.{session.version & 255}"
-            self.add("nix", OK, version or protocol,
-                     f"nix-store {version}, serve protocol {protocol}")  # fmt: skip
+            round_trip = f"{1000 * min(self.round_trips(session)):.1f} ms"
         except SessionLost as error:
             return self.add("nix", WRONG, "FAILED", str(error), trouble(str(error))[1])
         finally:
             session.cancel()
-        return True
+        self.add("ssh", OK, round_trip, f"reached, round trip {round_trip}")
+        self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
+        version = self.facts.get("nix", "").rpartition(" ")[2]
+        protocol = f"{session.version >> 8}.{session.version & 255}"
+        return self.add("nix", OK, version or protocol,
+                        f"nix-store {version}, serve protocol {protocol}")  # fmt: skip
+
+    def round_trips(self, session: Session) -> Iterator[float]:
+        """In seconds, of questions that are answered at once."""
+        for _ in range(3):
+            start = time.monotonic()
+            session.ask_valid([], False)
+            session.answer_timeout_s = GREETING_TIMEOUT_S
+            session.valid()
+            yield time.monotonic() - start
+
+    def no_nix(self) -> bool:
+        user, place = self.facts.get("user", ""), self.facts.get("place", "")
+        remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
+        if place and only(place, PLAIN):  # people will paste it
+            line = f"ln -s {place} /usr/local/bin/"
+            remedy = self.ssh_line(line) if user == "root" else f"as root there: {line}"
+        self.add("ssh", OK, "ok", "reached")
+        self.add("login", OK, user, f"logs in as {user}")
+        return self.add("nix", WRONG, "NONE", "no nix-store in the PATH of a login "
+                        "without a terminal", remedy)  # fmt: skip
 
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
@@ -3834,21 +3854,45 @@ def unused(nix: Nix) -> str:
             "the user that builds, see Install in the README.")  # fmt: skip
 
 
-def check(options: Options, nix: Nix, screen: Screen) -> int:
+def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Inspect the machines, all at once; 0 only if all is well."""
-    import tempfile
-    import threading
-
-    machines, complaints = machines_named(options.words, nix)
+    machines, complaints = machines_named(options.names, nix)
     if not machines:
         complaints.append(f"no machines are listed ({where_machines_stand(nix)}); a line "
                           "such as: nix@builder x86_64-linux /root/.ssh/id_builder 8")  # fmt: skip
-    elif os.geteuid() != 0 and not os.access(nix.slot_directory, os.W_OK):
-        raise Error(f"cannot write into {nix.slot_directory}; try it as root")
     else:
-        SlotDirectory(nix.slot_directory).make()
+        make_slots(nix)
     note = unused(nix)
-    with tempfile.TemporaryDirectory() as folder:  # is gone after a Ctrl-C, too
+    inspections = inspect_all(machines, nix, screen)
+    if options.json:
+        findings = [{"machine": inspection.machine.name(nix),
+                     "where": inspection.machine.where, "well": inspection.well,
+                     "findings": [found.as_dict() for found in inspection.found]}
+                    for inspection in inspections]  # fmt: skip
+        print(as_json({"complaints": complaints, "note": note, "machines": findings}))
+    else:
+        show_inspections(inspections, complaints, screen)
+        if note:
+            screen.say(note)
+    return 0 if all(i.well for i in inspections) and not complaints else 1
+
+
+def make_slots(nix: Nix) -> None:
+    """The directory that the tiny builds need, as a hook makes it."""
+    try:
+        SlotDirectory(nix.slot_directory).make()
+    except Error as error:
+        raise Error(f"{error}; try it as root") from None
+    if not os.access(nix.slot_directory, os.W_OK):
+        raise Error(f"cannot write into {nix.slot_directory}; try it as root")
+
+
+def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspection]:
+    """At the same time; whatever ends us leaves no build and no file behind."""
+    import tempfile
+    import threading
+
+    with tempfile.TemporaryDirectory() as folder:
         inspections = [
             Inspection(machine, nix, f"{folder}/{number}")
             for number, machine in enumerate(machines)
@@ -3861,22 +3905,7 @@ def check(options: Options, nix: Nix, screen: Screen) -> int:
             for inspection in inspections:
                 if inspection.child and inspection.child.status is None:
                     os.kill(inspection.child.pid, signal.SIGKILL)
-    if options.json:
-        print(as_json({
-            "complaints": complaints, "note": note,
-            "machines": [
-                {"machine": i.machine.name(nix), "where": i.machine.where,
-                 "well": i.well, "findings": [
-                    dict(zip(("what", "state", "brief", "text", "remedy"), finding))
-                    for finding in i.found]}
-                for i in inspections
-            ],
-        }))  # fmt: skip
-    else:
-        show_inspections(inspections, complaints, screen)
-        if note:
-            print("\n".join(screen.wrap(note, "    ", "")))
-    return 0 if all(i.well for i in inspections) and not complaints else 1
+    return inspections
 
 
 def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
@@ -3920,9 +3949,9 @@ def show_inspections(
         for found in inspection.found:
             if found.state in (WRONG, NOTE):
                 text = f"{found.what}: {found.text}"
-                print("\n".join(screen.wrap(text, "        ", "    ")))
+                screen.say(text, "        ", "    ")
             if found.state == WRONG and found.remedy:
-                print("\n".join(screen.wrap(found.remedy, "        ", "    to do: ")))
+                screen.say(found.remedy, "        ", "    to do: ")
     ill = sum(not inspection.well for inspection in inspections)
     if ill or complaints:
         of = f"{ill} of {len(inspections)} machines are not well" if ill else "Not all is well"
@@ -3963,19 +3992,15 @@ class Holder(NamedTuple):
 
 
 def is_alive(pid: int, start: str) -> bool:
+    """start: as `start_time` had it, "-" where the system does not tell."""
     try:
+        if start == "-":
+            os.kill(pid, 0)
+            return True
         with open(f"/proc/{pid}/stat", "rb") as file:
             return decode(file.read().rpartition(b")")[2].split()[19]) == start
-    except OSError:
-        if os.path.exists("/proc/self/stat"):
-            return False
-    try:  # a system that does not tell when it began
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
 
 
 class Load(NamedTuple):
@@ -4018,9 +4043,9 @@ class Looker:
         try:
             own = os.listdir(self.slots.own) if os.path.isdir(self.slots.own) else []
             loads = [self.load(machine, own) for machine in machines]
-            places = [entry for entry in own if entry.startswith("line-")]
-            places.sort(key=lambda entry: (entry[:13], int(entry.rpartition(".")[2])))
-            lines = self.taken([f"{self.slots.own}/{place}" for place in places])
+            places = [entry.partition(".") for entry in own if entry.startswith("line-")]
+            places.sort(key=lambda place: (place[0], int(place[2])))
+            lines = self.taken([f"{self.slots.own}/{''.join(place)}" for place in places])
             waiters = [self.waiter(path, text) for path, text in lines]
         except PermissionError as error:
             raise Error(f"cannot read {error.filename}; try it as root") from None
@@ -4069,10 +4094,10 @@ class Looker:
             os.close(descriptor)
 
 
-def status(options: Options, nix: Nix, screen: Screen) -> int:
+def status(options: Namespace, nix: Nix, screen: Screen) -> int:
     """What runs where, once or again and again."""
     while True:
-        machines, complaints = machines_named(options.words, nix)
+        machines, complaints = machines_named(options.names, nix)
         overview = Looker(nix).look(machines)
         if options.json:
             print(as_json(overview_json(overview, nix)))
@@ -4152,13 +4177,13 @@ def overview_json(overview: Overview, nix: Nix) -> dict[str, object]:
 # ---- explain ------------------------------------------------------------------------
 
 
-def wanted_build(options: Options, nix: Nix) -> Request:
+def wanted_build(options: Namespace, nix: Nix) -> Request:
     """The request that Nix would make for that derivation, or for the options."""
     features = frozenset(filter(None, options.features.split(",")))
-    if not options.words:
+    if not options.derivation:
         system = options.system or nix.settings["system"]
         return Request(False, system, "", features)
-    path = os.path.realpath(options.words[0])
+    path = os.path.realpath(options.derivation)
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             derivation = Derivation.parse(file.read())
@@ -4177,7 +4202,7 @@ def wanted_build(options: Options, nix: Nix) -> Request:
     return Request(False, derivation.platform, path, features.union(words))
 
 
-def explain(options: Options, nix: Nix, screen: Screen) -> int:
+def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Where a build would go now, and why not elsewhere; 0 if anywhere."""
     request = wanted_build(options, nix)
     machines, complaints = machines_named([], nix)
@@ -4203,7 +4228,7 @@ def explain(options: Options, nix: Nix, screen: Screen) -> int:
     else:
         show_choice(request, ranked, out, itself, screen)
         for complaint in complaints:
-            print("\n".join(screen.wrap(complaint, "    ", "")))
+            screen.say(complaint)
     return 0 if ranked else 1
 
 
@@ -4238,11 +4263,8 @@ def show_choice(
     itself: bool,
     screen: Screen,
 ) -> None:
-    def say(text: str) -> None:
-        print("\n".join(screen.wrap(text, "  ", "")))
-
     features = ", ".join(sorted(request.features)) or "no features"
-    say(f"{request.derivation or 'A build'} needs {request.system} and {features}.")
+    screen.say(f"{request.derivation or 'A build'} needs {request.system} and {features}.")
     if ranked:
         rows = [["", "machine", "taken", "speed", "taken / speed", "rounded"]]
         for number, (key, machine) in enumerate(ranked, 1):
@@ -4250,32 +4272,23 @@ def show_choice(
             rows.append([f"{number}.", label(machine), f"{taken} of {machine.max_jobs}",
                          f"{speed:g}", f"{taken / speed:.2f}", str(key[0])])  # fmt: skip
         print("\n".join(table(rows)))
-        say("The first is asked first.  Of equals: the faster, then the less loaded, then "
-            "the one that is written first.")  # fmt: skip
+        screen.say("The first is asked first.  Of equals: the faster, then the less "
+                   "loaded, then the one that is written first.")  # fmt: skip
     else:
         print(screen.paint("No machine can take it now.", WRONG))
     if out:
         print("Left out:")
     for machine, reason in out:
         text = f"{label(machine)} {reason} ({machine.where})"
-        print("\n".join(screen.wrap(text, "        ", "    ")))
-    say("Nix here may build it itself." if itself else
-        "Nix here can never build it itself (max-jobs, system or features).")  # fmt: skip
+        screen.say(text, "        ", "    ")
+    screen.say("Nix here may build it itself." if itself else
+               "Nix here can never build it itself (max-jobs, system or features).")  # fmt: skip
 
 
 # ---- Command line -------------------------------------------------------------------
 
 
-class Options(NamedTuple):
-    words: list[str]
-    machines: str
-    json: bool
-    watch: bool
-    system: str
-    features: str
-
-
-def parse_options(arguments: list[str]) -> tuple[str, Options]:
+def parse_options(arguments: list[str]) -> Namespace:
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -4283,33 +4296,25 @@ def parse_options(arguments: list[str]) -> tuple[str, Options]:
         usage="nix_build_remote.py check | status | explain | --help | --version",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
-    for verb, text in (
-        ("check", "try each machine, and say what is wrong and what to do"),
-        ("status", "show what is built where, and who waits"),
-        ("explain", "show where a build would go, and why not elsewhere"),
+    for run, text in (
+        (check, "try each machine, and say what is wrong and what to do"),
+        (status, "show what is built where, and who waits"),
+        (explain, "show where a build would go, and why not elsewhere"),
     ):
-        part = verbs.add_parser(verb, help=text, description=text)
+        part = verbs.add_parser(run.__name__, help=text, description=text)
+        part.set_defaults(run=run)
         part.add_argument("--machines", default="", metavar="FILE",
                           help="instead of those that the hook would use")  # fmt: skip
         part.add_argument("--json", action="store_true", help="for programs")
-        if verb == "explain":
-            part.add_argument("words", nargs="?", metavar="DERIVATION", default="")
+        if run is explain:
+            part.add_argument("derivation", nargs="?", metavar="DERIVATION")
             part.add_argument("--system", default="", help="such as x86_64-linux")
             part.add_argument("--features", default="", help="such as kvm,big-parallel")
         else:
-            part.add_argument("words", nargs="*", metavar="MACHINE")
-        if verb == "status":
+            part.add_argument("names", nargs="*", metavar="MACHINE")
+        if run is status:
             part.add_argument("--watch", action="store_true", help="renew it each second")
-    given = vars(parser.parse_args(arguments))
-    words = given["words"]
-    return given["verb"], Options(
-        words=[words] if isinstance(words, str) and words else list(words),
-        machines=given["machines"],
-        json=given["json"],
-        watch=given.get("watch", False),
-        system=given.get("system", ""),
-        features=given.get("features", ""),
-    )
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
@@ -4320,13 +4325,13 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--help"]:
         print((__doc__ or "").partition('"$@"\n')[2].strip())
         return 0
-    verb, options = parse_options(arguments)
+    options = parse_options(arguments)
     environ = dict(os.environ)
     os.dup2(os.open(os.devnull, os.O_RDWR), 4)  # the log of a build, for a hook
     signal.signal(signal.SIGTERM, terminate)
-    run = {"check": check, "status": status, "explain": explain}[verb]
     try:
-        return run(options, calling_nix(environ, options.machines), Screen(environ))
+        nix = calling_nix(environ, options.machines)
+        return int(options.run(options, nix, Screen(environ)))
     except Error as error:
         print(f"nix_build_remote.py: {error}", file=sys.stderr)
     except (KeyboardInterrupt, BrokenPipeError, Stop):
