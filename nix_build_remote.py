@@ -153,6 +153,7 @@ DRAIN_TIMEOUT_S = 10  # for Nix to read the end of the log, without any progress
 QUIET_S = 2  # after a build: no more of its log will come
 COPY_BATCH_BYTES = 200_000  # of store paths on a command line: macOS has 1 MiB in all
 WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list anybody may send us
+OUTAGE_LIMIT = 1000  # characters of what is remembered of a failure
 TAIL_BYTES = 4096  # of ssh's stderr, kept to explain why a connection ended
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
 SAID_LIMIT = 1000  # messages remembered as said
@@ -851,6 +852,7 @@ class Slot:
 
     def __init__(self, machine: Machine, descriptor: int) -> None:
         self.machine, self.descriptor = machine, descriptor
+        self.outage: Outage | None = None  # of the machine, as it was when we took it
 
     def note(self, phase: str, derivation: str) -> None:
         write_into(self.descriptor, holder(phase, derivation))
@@ -903,12 +905,17 @@ class Outage(NamedTuple):
         )
 
     def again(self, words: str) -> Outage:
-        """After one more failure.  The delay doubles, and is not the same for all."""
-        now = time.time()
+        """After one more failure."""
+        now = round(time.time(), 3)
         failures, since = (1, now) if self.old else (self.failures + 1, self.since)
-        delay = min(PAUSE_S * 2 ** min(failures, 9), PAUSE_LIMIT_S)
-        delay *= 0.5 + os.urandom(1)[0] / 512
-        return Outage(failures, since, now + delay, words)
+        return Outage(failures, since, now, words[:OUTAGE_LIMIT]).later()
+
+    def later(self) -> Outage:
+        """The same, from now on.  The delay doubles with each failure, and is not the
+        same for all."""
+        delay = min(PAUSE_S * 2 ** min(self.failures, 9), PAUSE_LIMIT_S)
+        until = time.time() + delay * (0.5 + os.urandom(1)[0] / 512)
+        return Outage(self.failures, self.since, round(until, 3), self.words)
 
 
 class MainLock:
@@ -995,14 +1002,15 @@ class SlotDirectory(NamedTuple):
         except FileNotFoundError:
             return None
 
-    def note_failure(self, name: str, words: str) -> bool:
-        """Whether that could be written down."""
+    def note_outage(self, name: str, before: Outage | None, after: Outage) -> bool:
+        """Write it down, unless somebody else has since it was as before: builds that
+        fail together are one failure, and one hook at a time tries the machine again."""
         with self.main_lock():
-            before = self.outage(name) or Outage(0, 0.0, 0.0, "")
+            if self.outage(name) != before:
+                return False
             with suppress(OSError):  # a full disk
-                write_private(f"{self.own}/{name}.down", before.again(words).text())
-                return True
-        return False
+                write_private(f"{self.own}/{name}.down", after.text())
+        return True
 
     def note_success(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -1075,6 +1083,9 @@ class Line:
                     why = (f"has {loads[name]} of {machine.max_jobs} slots taken, at "
                            f"speed {machine.speed:g}")  # fmt: skip
                 self.hook.talk.say(DEBUG, f"'{machine.name(self.hook.nix)}' {why}")
+        if slot and not self.hook.may_try(slot):
+            slot.free()
+            return None
         return slot
 
     def reserved(self) -> set[str]:
@@ -2382,8 +2393,8 @@ class Copier:
         it is gone or spoilt here, and what cannot be brought in, after it could be
         built, mostly that of the store here."""
         ended = self.session.child.wait(1) is not None
-        if ended:
-            problem = f"{self.session.last_words()}; {problem}"
+        theirs = self.session.last_words() if ended else ""
+        problem = f"{theirs}; {problem}" if ended else problem
         here = not ended
         if sending:
             tail = decode(self.session.tail)
@@ -2391,7 +2402,16 @@ class Copier:
             problem = " ".join(f"{spoilt}{words}".split()) or problem
             files = map(self.nix.store.file, paths)
             here = bool(spoilt) or not all(map(os.path.lexists, files))
+            if not here and trouble(theirs)[0] is None:  # it found them odd
+                words = self.verify(paths)
+                here, problem = bool(words), words or problem
         return Error(problem) if here else SessionLost(problem)
+
+    def verify(self, paths: list[str]) -> str:
+        """What is wrong with these in the store here."""
+        program = f"{os.path.dirname(self.program)}/nix-store"
+        child = Child([program, "--verify-path", *paths], self.environ, "2")
+        return printable(" ".join(child.output().split()))[:TAIL_BYTES]
 
     def run(self, command: list[str], environ: dict[str, str]) -> str:
         """Run it to its end, relaying what it says; returns what went wrong, or ""."""
@@ -2644,6 +2664,7 @@ class Build:
         self.pause_s = float(PAUSE_S)
         self.trouble_since = 0.0  # without having come as far as to build
         self.verdict_elsewhere: Error | None = None  # of a machine that may be to blame
+        self.said: set[str] = set()
         self.greeted = False  # by the builder in this attempt,
         self.begun = False  # which was asked to build, too
         self.losses = 0  # after that
@@ -2684,8 +2705,14 @@ class Build:
             self.talk.say(INFO, f"waiting for a builder for '{self.path}'")
         slot = line.wait()
         name = slot.machine.name(self.nix)
-        self.talk.say(INFO, f"'{self.path}' has waited, and goes to '{name}'")
+        self.say_once(INFO, f"'{self.path}' has waited, and goes to '{name}'")
         return slot
+
+    def say_once(self, level: int, text: str) -> None:
+        """However often it is tried again."""
+        if text not in self.said:
+            self.said.add(text)
+            self.talk.say(level, text)
 
     def attempt(self) -> None:
         """All of it on the machine of our slot."""
@@ -2701,6 +2728,7 @@ class Build:
                 self.session.greet()
             there = self.session.valid()  # the first thing that needs its store
             self.greeted = True
+            self.hook.slots.note_success(self.slot.machine.slot_name(self.nix))
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
             self.send_inputs(there)
@@ -2737,7 +2765,7 @@ class Build:
             raise self.verdict_elsewhere
         if not isinstance(error, Away):
             self.note(error)
-            self.talk.say(WARN, f"{self.failure(error)}; trying again")
+            self.say_once(WARN, f"{self.failure(error)}; trying again")
         again = isinstance(error, SessionLost) and machine not in self.avoided
         self.avoided.add(machine)
         if again:
@@ -2765,9 +2793,10 @@ class Build:
         if isinstance(error, NotHere):
             self.verdict_elsewhere = error.verdict
         elif isinstance(error, Unreachable) or (
-            not self.greeted and self.slot.machine in self.avoided
+            not self.greeted
+            and (self.slot.machine in self.avoided or self.slot.outage)
         ):
-            self.hook.note_failure(self.slot.machine, error)
+            self.hook.note_failure(self.slot, error)
             self.link.disprove()
         if self.losses > LOSSES or now > self.trouble_since + AWAY_TIMEOUT_S:
             raise Error(self.failure(error))
@@ -2831,9 +2860,6 @@ class Build:
         else:
             status, message = self.build_closure()
         self.trace("build-remote-done")
-        if status not in (TRANSIENT, MISC):
-            name = self.slot.machine.slot_name(self.nix)
-            self.hook.slots.note_success(name)
         if status:
             self.session.finish()
             raise self.verdict(status, message)
@@ -3130,7 +3156,7 @@ class Hook:
             slot.free()
             if not isinstance(error, (Unreachable, SessionLost)):
                 raise
-            self.note_failure(slot.machine, error)
+            self.note_failure(slot, error)
             words = with_remedy(str(error), slot.machine.host)
             text = f"cannot build on '{slot.machine.name(self.nix)}': {words}"
             if self.slots.first_time(text):
@@ -3187,11 +3213,22 @@ class Hook:
             write_private(note, path)
         return path
 
-    def note_failure(self, machine: Machine, error: Exception) -> bool:
-        """Whether all hooks now know that the machine is to be left alone."""
-        words, name = " ".join(str(error).split()), machine.slot_name(self.nix)
+    def note_failure(self, slot: Slot, error: Exception) -> None:
+        """Of what began when we took that slot: all hooks leave its machine alone."""
+        words, name = " ".join(str(error).split()), slot.machine.slot_name(self.nix)
         self.slots.first_time(f"tried {name}")
-        return self.slots.note_failure(name, words)
+        before = slot.outage or Outage(0, 0.0, 0.0, "")
+        self.slots.note_outage(name, slot.outage, before.again(words))
+
+    def may_try(self, slot: Slot) -> bool:
+        """Of those that would find out whether a machine that has failed is of use
+        again, one does, and it is away for the others meanwhile."""
+        name = slot.machine.slot_name(self.nix)
+        before = slot.outage = self.slots.outage(name)
+        if not before or before.old:
+            return True
+        slot.outage = before.later()
+        return self.slots.note_outage(name, before, slot.outage)
 
     def away(self, machines: dict[str, Machine]) -> set[str]:
         """Those that have failed, and are left alone for now."""
@@ -3217,8 +3254,8 @@ class Hook:
             return False
         if words == "still connecting":
             words = outage.words
-        self.slots.note_failure(name, words)
-        link.start(first)
+        if self.slots.note_outage(name, outage, outage.again(words)):
+            link.start(first)
         return True
 
     def despair(self, machines: dict[str, Machine]) -> str:
@@ -3549,9 +3586,7 @@ class Inspection:
         try:
             self.link = Link(self.machine, self.nix, self.nix.slot_directory)
             steps = (self.log_in, self.find_nix, self.measure, self.build)
-            if all(step() for step in steps):
-                slots = SlotDirectory(self.nix.slot_directory)
-                slots.note_success(self.machine.slot_name(self.nix))
+            all(step() for step in steps)  # until one says no
         except (Error, OSError, ValueError) as error:
             self.add(COLUMNS[min(len(self.found), 7)], WRONG, "FAILED", str(error))
         except Stop:
@@ -3671,21 +3706,29 @@ class Inspection:
         self.phase = "asking nix-store"
         if "begin" in self.facts and not self.facts.get("found"):
             return self.no_nix()
-        user = self.facts.get("user", "")
         session = Session(self.link)
         try:
             session.greet()
-            round_trip = f"{1000 * min(self.round_trips(session)):.1f} ms"
+            self.logged_in(f"{1000 * min(self.round_trips(session)):.1f} ms")
         except SessionLost as error:
+            if "begin" in self.facts:
+                self.logged_in()
             return self.add("nix", WRONG, "FAILED", str(error), trouble(str(error))[1])
         finally:
             session.cancel()
-        self.add("ssh", OK, round_trip, f"reached, round trip {round_trip}")
-        self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
+        # Hooks need not leave it alone any longer.
+        slots = SlotDirectory(self.nix.slot_directory)
+        slots.note_success(self.machine.slot_name(self.nix))
         version = self.facts.get("nix", "").rpartition(" ")[2]
         protocol = f"{session.version >> 8}.{session.version & 255}"
         return self.add("nix", OK, version or protocol,
                         f"nix-store {version}, serve protocol {protocol}")  # fmt: skip
+
+    def logged_in(self, round_trip: str = "") -> None:
+        text = f"reached, round trip {round_trip}" if round_trip else "reached"
+        self.add("ssh", OK, round_trip or "ok", text)
+        user = self.facts.get("user")
+        self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
 
     def round_trips(self, session: Session) -> Iterator[float]:
         """In seconds, of questions that are answered at once."""
@@ -3702,8 +3745,7 @@ class Inspection:
         if place and only(place, PLAIN):  # people will paste it
             line = f"ln -s {place} /usr/local/bin/"
             remedy = self.ssh_line(line) if user == "root" else f"as root there: {line}"
-        self.add("ssh", OK, "ok", "reached")
-        self.add("login", OK, user, f"logs in as {user}")
+        self.logged_in()
         return self.add("nix", WRONG, "NONE", "no nix-store in the PATH of a login "
                         "without a terminal", remedy)  # fmt: skip
 
@@ -3889,22 +3931,26 @@ def make_slots(nix: Nix) -> None:
 
 def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspection]:
     """At the same time; whatever ends us leaves no build and no file behind."""
+    import shutil
     import tempfile
     import threading
 
-    with tempfile.TemporaryDirectory() as folder:
-        inspections = [
-            Inspection(machine, nix, f"{folder}/{number}")
-            for number, machine in enumerate(machines)
-        ]
+    # Its name is known before it is made: a signal may come at any moment.
+    folder = f"{tempfile.gettempdir()}/check-{os.urandom(8).hex()}"
+    inspections = [
+        Inspection(machine, nix, f"{folder}/{number}")
+        for number, machine in enumerate(machines)
+    ]
+    try:
+        os.mkdir(folder, 0o700)
         for inspection in inspections:
             threading.Thread(target=inspection.run, daemon=True).start()
-        try:
-            watch_inspections(inspections, screen)
-        finally:  # what has a pipe of ours ends with us
-            for inspection in inspections:
-                if inspection.child and inspection.child.status is None:
-                    os.kill(inspection.child.pid, signal.SIGKILL)
+        watch_inspections(inspections, screen)
+    finally:  # what has a pipe of ours ends with us
+        for inspection in inspections:
+            if inspection.child and inspection.child.status is None:
+                os.kill(inspection.child.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
     return inspections
 
 

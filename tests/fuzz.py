@@ -395,7 +395,8 @@ class Taker:
         found = slots.outage(name)
         despair = self.hook.despair({name: self.machine})
         assert despair or not found or found.old or not found.hopeless
-        assert slots.note_failure(name, "ü again")
+        before = found or hook.Outage(0, 0.0, 0.0, "")
+        assert slots.note_outage(name, found, before.again("ü again"))
         after = slots.outage(name)
         assert after and after.words == "ü again" and not after.old
         return found is not None

@@ -225,7 +225,7 @@ def test_a_dead_daemon_on_the_builder_is_an_outage(
         for process in nix.builder.processes():
             if "nix-daemon" in process.cmdline:
                 nix.builder.signal(signal.SIGKILL, process.pid)
-        waiting = nix.start(some(1))
+        waiting = nix.start(some(4))
         note = nix.client.path(f"{SLOTS}/own/ssh:__nix@b1.down")
         poll(note.exists, "a note of the outage", timeout=30)
         assert "daemon-socket" in note.read_text()
@@ -233,4 +233,5 @@ def test_a_dead_daemon_on_the_builder_is_an_outage(
         nix.builder.start_daemon()
         assert waiting.end(LONG_S).status == 0
         assert "systemctl start nix-daemon.socket" in waiting.log
-        assert waiting.log.count("trying again") < 10
+        # Each build says it once, and while one tries again the others wait for it.
+        assert 0 < waiting.log.count("trying again") <= 4

@@ -302,12 +302,12 @@ def test_a_check_that_is_interrupted_leaves_nothing(nix: Scene) -> None:
     nix.builder.swallow(True)
     try:
         check_all = nix.client.popen(INSTALLED, "check", stdout=subprocess.DEVNULL)
-        poll(lambda: list(nix.client.path("/tmp").glob("tmp*")), "its folder")
+        poll(lambda: list(nix.client.path("/tmp").glob("check-*")), "its folder")
         check_all.send_signal(signal.SIGINT)
         assert check_all.wait(10) == 130
     finally:
         nix.builder.swallow(False)
-    assert not list(nix.client.path("/tmp").glob("tmp*"))
+    assert not list(nix.client.path("/tmp").glob("check-*"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -320,7 +320,7 @@ def test_its_build_ends_with_a_check(nix: Scene, how: signal.Signals) -> None:
     check_all.send_signal(how)
     assert check_all.wait(10) == 130
     poll(lambda: "tiny.nix" not in commands(nix), "the end of its build")
-    assert not list(nix.client.path("/tmp").glob("tmp*"))
+    assert not list(nix.client.path("/tmp").glob("check-*"))
     nix.builder.write(GO, "")
     assert run.end().status == 0
     nix.builder.run("sh", "-c", f"rm {GO} /tmp/running-*")

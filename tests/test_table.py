@@ -394,7 +394,9 @@ def test_what_does_not_fit_on_a_machine_is_sent_to_the_next(nix: Caller) -> None
     assert "No space left on device" in outcome.log
 
 
-@pytest.mark.parametrize("command", ["rm", "sed -i s/same/else/"])
+@pytest.mark.parametrize(
+    "command", ["rm", "sed -i s/same/else/", "sed -i s/same/something/"]
+)
 def test_an_input_that_is_gone_or_spoilt_here_fails_its_build_alone(
     nix: Caller, command: str
 ) -> None:
