@@ -137,6 +137,7 @@ WARM_AT_ONCE = 6  # connections begun at the same time
 UNKNOWN_FAILURES = 3  # in a row, for a reason we don't know, may pass by themselves
 LOSSES = 5  # of a session with a builder, before a build is given up
 PAUSE_S, PAUSE_LIMIT_S = 1, 60  # a machine that fails again is left alone for longer
+TRY_S = 10  # or more: nobody else tries it while one does
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 WAIT_S = 0.02  # between two looks for a free slot
 LINE = 64  # hooks that wait for one set of machines
@@ -908,14 +909,15 @@ class Outage(NamedTuple):
         """After one more failure."""
         now = round(time.time(), 3)
         failures, since = (1, now) if self.old else (self.failures + 1, self.since)
-        return Outage(failures, since, now, words[:OUTAGE_LIMIT]).later()
+        return Outage(failures, since, now, words[:OUTAGE_LIMIT]).later(0)
 
-    def later(self) -> Outage:
+    def later(self, least_s: float) -> Outage:
         """The same, from now on.  The delay doubles with each failure, and is not the
         same for all."""
         delay = min(PAUSE_S * 2 ** min(self.failures, 9), PAUSE_LIMIT_S)
-        until = time.time() + delay * (0.5 + os.urandom(1)[0] / 512)
-        return Outage(self.failures, self.since, round(until, 3), self.words)
+        delay = max(delay * (0.5 + os.urandom(1)[0] / 512), least_s)
+        until = round(time.time() + delay, 3)
+        return Outage(self.failures, self.since, until, self.words)
 
 
 class MainLock:
@@ -2123,8 +2125,8 @@ class Session:
         self.answer_timeout_s = SUBSTITUTE_TIMEOUT_S if substitute else ANSWER_TIMEOUT_S
         self.write(integer(QUERY_VALID_PATHS) + flags + strings(sorted(paths)))
 
-    def valid(self) -> set[str]:
-        deadline = time.monotonic() + self.answer_timeout_s
+    def valid(self, timeout_s: float = 0) -> set[str]:
+        deadline = time.monotonic() + (timeout_s or self.answer_timeout_s)
         return set(read_strings(lambda count: self.read(count, deadline)))
 
     def build_options(self, nix: Nix) -> bytes:
@@ -3175,7 +3177,7 @@ class Hook:
         try:
             session.ask_valid([path], False)
             session.greet()
-            if session.valid():
+            if session.valid(GREETING_TIMEOUT_S):  # Nix may be waiting for our reply
                 self.make_sure_of_another_store(session)
         except SessionLost as error:
             session.cancel()
@@ -3193,7 +3195,7 @@ class Hook:
         does not have the derivation; else we ask for something that nobody else has."""
         mark = self.mark()
         session.ask_valid([mark] if mark else [], False)
-        if session.valid():
+        if session.valid(GREETING_TIMEOUT_S):
             raise Unreachable("it is this very machine; builds would wait for ever")
 
     def mark(self) -> str:
@@ -3227,7 +3229,7 @@ class Hook:
         before = slot.outage = self.slots.outage(name)
         if not before or before.old:
             return True
-        slot.outage = before.later()
+        slot.outage = before.later(TRY_S)
         return self.slots.note_outage(name, before, slot.outage)
 
     def away(self, machines: dict[str, Machine]) -> set[str]:
@@ -3405,9 +3407,17 @@ class Screen:
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
 
-
     def say(self, text: str, indent: str = "    ", first: str = "") -> None:
         print("\n".join(self.wrap(text, indent, first)))
+
+    def fit(self, lines: list[str]) -> list[str]:
+        """As many as there is room for; a long one takes several rows."""
+        room = self.height - 1
+        for number, line in enumerate(lines):
+            room -= max(1, math.ceil(len(line) / self.width))
+            if room < 0:
+                return lines[:number]
+        return lines
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -3735,8 +3745,7 @@ class Inspection:
         for _ in range(3):
             start = time.monotonic()
             session.ask_valid([], False)
-            session.answer_timeout_s = GREETING_TIMEOUT_S
-            session.valid()
+            session.valid(GREETING_TIMEOUT_S)
             yield time.monotonic() - start
 
     def no_nix(self) -> bool:
@@ -4090,6 +4099,7 @@ class Looker:
             own = os.listdir(self.slots.own) if os.path.isdir(self.slots.own) else []
             loads = [self.load(machine, own) for machine in machines]
             places = [entry.partition(".") for entry in own if entry.startswith("line-")]
+            places = [place for place in places if place[2].isdecimal()]
             places.sort(key=lambda place: (place[0], int(place[2])))
             lines = self.taken([f"{self.slots.own}/{''.join(place)}" for place in places])
             waiters = [self.waiter(path, text) for path, text in lines]
@@ -4154,7 +4164,7 @@ def status(options: Namespace, nix: Nix, screen: Screen) -> int:
             for complaint in complaints:
                 lines += screen.wrap(complaint, "    ", "")
             if options.watch and screen.terminal:
-                lines = lines[: screen.height - 1]
+                lines = screen.fit(lines)
                 print("\x1b[H\x1b[J", end="")
             print("\n".join(lines), flush=True)
         if not options.watch:
@@ -4244,7 +4254,8 @@ def wanted_build(options: Namespace, nix: Nix) -> Request:
 
         with suppress(ValueError, TypeError, AttributeError, RecursionError):
             more = json.loads(environment["__json"])
-            words += texts(more.get("requiredSystemFeatures", []))
+            # Half a surrogate pair, which JSON may write, is a ValueError.
+            words += map(decode, map(encode, texts(more.get("requiredSystemFeatures", []))))
     return Request(False, derivation.platform, path, features.union(words))
 
 

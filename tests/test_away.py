@@ -216,15 +216,27 @@ def test_a_failure_that_nobody_else_can_try_is_a_failure(
     assert outcome.status != 0 and words not in outcome.log
 
 
+def test_a_daemon_that_stands_still_delays_no_reply(client_engine: str) -> None:
+    with distrustful(client_engine, client_engine) as nix:
+        rewrite_hook(nix, GREETING_TIMEOUT_S=1)
+        (daemon,) = daemons(nix)
+        nix.builder.signal(signal.SIGSTOP, daemon)
+        assert built_on(nix, some(3), "-j2") == {"client"}
+        nix.builder.signal(signal.SIGCONT, daemon)
+
+
+def daemons(nix: Scene) -> list[int]:
+    found = nix.builder.processes()
+    return [process.pid for process in found if "nix-daemon" in process.cmdline]
+
+
 @pytest.mark.engines
 def test_a_dead_daemon_on_the_builder_is_an_outage(
     client_engine: str, pytestconfig: pytest.Config
 ) -> None:
     with distrustful(client_engine, other(pytestconfig, client_engine)) as nix:
         nix.build(some(1))  # then the connection is known to work
-        for process in nix.builder.processes():
-            if "nix-daemon" in process.cmdline:
-                nix.builder.signal(signal.SIGKILL, process.pid)
+        nix.builder.signal(signal.SIGKILL, *daemons(nix))
         waiting = nix.start(some(4))
         note = nix.client.path(f"{SLOTS}/own/ssh:__nix@b1.down")
         poll(note.exists, "a note of the outage", timeout=30)
