@@ -822,10 +822,10 @@ def write_into(descriptor: int, text: str) -> None:
         os.pwrite(descriptor, encode(text), 0)
 
 
-def start_time() -> str:
-    """When this process started, in kernel ticks: tells it from a later namesake."""
+def start_time(process: int) -> str:
+    """When it started, in kernel ticks: tells it from a later namesake."""
     try:
-        with open("/proc/self/stat", "rb") as file:
+        with open(f"/proc/{process}/stat", "rb") as file:
             return decode(file.read().rpartition(b")")[2].split()[19])
     except OSError:
         return "-"
@@ -838,7 +838,7 @@ def holder(phase: str, derivation: str) -> str:
     """What a lock's file says of who holds it, for `status`: pid, its start time,
     seconds since 1970, phase, derivation."""
     if not OURSELVES:
-        OURSELVES.append(f"{os.getpid()} {start_time()}")
+        OURSELVES.append(f"{os.getpid()} {start_time(os.getpid())}")
     return f"{OURSELVES[0]} {time.time():.0f} {phase} {derivation}\n"
 
 
@@ -4048,14 +4048,13 @@ class Holder(NamedTuple):
 
 def is_alive(pid: int, start: str) -> bool:
     """start: as `start_time` had it, "-" where the system does not tell."""
+    if start != "-":
+        return start_time(pid) == start
     try:
-        if start == "-":
-            os.kill(pid, 0)
-            return True
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return decode(file.read().rpartition(b")")[2].split()[19]) == start
+        os.kill(pid, 0)
     except OSError as error:
         return isinstance(error, PermissionError)
+    return True
 
 
 class Load(NamedTuple):
