@@ -409,6 +409,9 @@ def test_a_user_who_is_not_trusted(
         what, text, remedy = wrong(nix)
         assert what == "nix" and "daemon-socket" in text
         assert remedy == "as root there: systemctl start nix-daemon.socket"
+        [machine] = check(nix)[1]["machines"]
+        states = {found["what"]: found["state"] for found in machine["findings"]}
+        assert states == {"ssh": "ok", "login": "ok", "nix": "wrong"}
 
 
 # -- status ---------------------------------------------------------------------------
