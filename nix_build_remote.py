@@ -1771,18 +1771,27 @@ class Link:
         ssh that shares nothing."""
         if answers(name):
             return ""
+        words, connecting = self.master_words(name)
+        return "still connecting" if connecting else " ".join(words.split())
+
+    @staticmethod
+    def master_words(name: str) -> tuple[str, bool]:
+        """What the last master of that socket has said, and if it still connects."""
         descriptor = open_lock(f"{name}.start")
         try:
-            if not try_lock(descriptor, fcntl.LOCK_SH):
-                return "still connecting"
-            return " ".join(decode(os.pread(descriptor, TAIL_BYTES, 0)).split())
+            connecting = not try_lock(descriptor, fcntl.LOCK_SH)
+            return decode(os.pread(descriptor, TAIL_BYTES, 0)), connecting
         finally:
             os.close(descriptor)
 
     def start(self, name: str) -> None:
         """Begin to connect that socket, unless somebody already does."""
         descriptor = open_lock(f"{name}.start")
-        if try_lock(descriptor) and not answers(name):
+        while not try_lock(descriptor):  # it is a master's, or of one who just looks
+            if not try_lock(descriptor, fcntl.LOCK_SH):
+                os.close(descriptor)
+                return
+        if not answers(name):
             os.ftruncate(descriptor, 0)
             # What a killed master has left: ssh would share nothing if it found that.
             for stale in (f"{name}.proved", f"{name}.direct", name):
@@ -1801,42 +1810,27 @@ class Link:
             return
         deadline = time.monotonic() + GREETING_TIMEOUT_S
         self.start(self.socket)
-        descriptor = open_lock(f"{self.socket}.start")
-        try:
-            while not self.live():
-                ended = try_lock(descriptor)
-                words = os.pread(descriptor, TAIL_BYTES, 0)
-                if b"disabling multiplexing" in words:  # it would stay, of no use
-                    self.socket = "none"
-                    if self.master and not ended:
-                        os.kill(self.master, signal.SIGTERM)
-                    return
-                if ended and not self.live():
-                    self.complain(words)
-                    self.socket = "none"
-                    return
-                if time.monotonic() > deadline:
-                    raise Unreachable(f"no connection within {GREETING_TIMEOUT_S} s")
-                wait_readable([], LOCK_POLL_S / 10)
-        finally:
-            os.close(descriptor)
+        while not self.live():
+            words, connecting = self.master_words(self.socket)
+            if "disabling multiplexing" in words:  # it would stay, of no use
+                self.socket = "none"
+                if self.master and connecting:
+                    os.kill(self.master, signal.SIGTERM)
+                return
+            if not connecting and not self.live():
+                self.complain(words)
+                self.socket = "none"
+                return
+            if time.monotonic() > deadline:
+                raise Unreachable(f"no connection within {GREETING_TIMEOUT_S} s")
+            wait_readable([], LOCK_POLL_S / 10)
 
-    def master_words(self) -> str:
-        """What our connection's master has said, if it has ended."""
-        if self.live():
-            return ""
-        try:
-            with open(f"{self.socket}.start", "rb") as file:
-                return decode(file.read(TAIL_BYTES))
-        except OSError:
-            return ""
-
-    def complain(self, words: bytes) -> None:
+    def complain(self, words: str) -> None:
         """Raise Unreachable with what ssh said, if it said anything."""
-        if self.machine.host_key and b"Host key verification failed" in words:
+        if self.machine.host_key and "Host key verification failed" in words:
             where = self.machine.where
             raise Unreachable(f"its host key is not the one that {where} asks for")
-        text = " ".join(word for word in decode(words).split() if word.strip("@"))
+        text = " ".join(word for word in words.split() if word.strip("@"))
         if text:
             raise Unreachable(text)
 
@@ -2104,7 +2098,8 @@ class Session:
         lines = decode(self.tail).split("\n")
         if self.version:  # the rest is the build's log, which Nix has got
             lines = ["the connection was lost:" * (status == 255), *lines[-2:]]
-        lines.append(self.link.master_words() if status == 255 else "")
+        if status == 255 and self.link.socket != "none" and not self.link.live():
+            lines += self.link.master_words(self.link.socket)[:1]
         words = " ".join(" ".join(lines).split())
         return f"{words or 'the session ended'} (ssh's exit status {status})"
 
@@ -3670,7 +3665,7 @@ class Inspection:
     def refused(self, words: bytes) -> bool:
         """ssh's own words, and what to type, as exactly as they tell it."""
         try:
-            self.link.complain(words)
+            self.link.complain(decode(words))
             text = "ssh ended without a word"
         except Unreachable as error:
             text = str(error).removeprefix("ssh: ")

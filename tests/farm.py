@@ -506,7 +506,18 @@ class Host:
             names = [(pid, line.split()[0]) for pid, line in self.processes()]
             victims += [pid for pid, name in names if name.startswith("sshd")]
         self.signal(signal.SIGKILL, *victims)
+        # until then another cannot listen
+        ended = f"the end of sshd on {self.name}"
+        poll(lambda: not any(map(self.is_running, victims)), ended)
         self.path("/run/sshd.pid").unlink(missing_ok=True)
+
+    def is_running(self, pid: int) -> bool:
+        """Whether that process of the host's has not let go of its files yet."""
+        try:
+            text = self.path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return text.rpartition(")")[2].split()[0] not in "ZX"
 
     def restart_sshd(self, *, sessions: bool = False) -> None:
         self.stop_sshd(sessions=sessions)
