@@ -308,9 +308,16 @@ def trouble(words: str) -> tuple[bool | None, str]:
     return None, ""
 
 
-def with_remedy(words: str, host: str) -> str:
+def remedy_of(words: str, destination: str) -> str:
+    """For the machine that is reached as [user@]host."""
+    user, _, host = destination.rpartition("@")
     _, remedy = trouble(words)
-    return f"{words} ({remedy.replace('HOST', host)})" if remedy else words
+    return remedy.replace("HOST", host).replace("USER", user or "USER")
+
+
+def with_remedy(words: str, destination: str) -> str:
+    remedy = remedy_of(words, destination)
+    return f"{words} ({remedy})" if remedy else words
 
 
 # ---- The wire: Nix's integers and strings -------------------------------------------
@@ -834,12 +841,12 @@ def start_time(process: int) -> str:
 OURSELVES: list[str] = []  # once it is known
 
 
-def holder(phase: str, derivation: str) -> str:
+def holder(phase: str, derivation: str, since: float) -> str:
     """What a lock's file says of who holds it, for `status`: pid, its start time,
     seconds since 1970, phase, derivation."""
     if not OURSELVES:
         OURSELVES.append(f"{os.getpid()} {start_time(os.getpid())}")
-    return f"{OURSELVES[0]} {time.time():.0f} {phase} {derivation}\n"
+    return f"{OURSELVES[0]} {since:.0f} {phase} {derivation}\n"
 
 
 class Slot:
@@ -856,7 +863,7 @@ class Slot:
         self.outage: Outage | None = None  # of the machine, as it was when we took it
 
     def note(self, phase: str, derivation: str) -> None:
-        write_into(self.descriptor, holder(phase, derivation))
+        write_into(self.descriptor, holder(phase, derivation, time.time()))
 
     def free(self) -> None:
         """Let go; only once, since then it may be another's."""
@@ -1057,11 +1064,18 @@ class Line:
     """
 
     def __init__(
-        self, hook: Hook, machines: list[Machine], path: str, impatient: bool = False
+        self,
+        hook: Hook,
+        machines: list[Machine],
+        path: str,
+        *,
+        impatient: bool = False,
+        since: float = 0,
     ) -> None:
         import zlib
 
         self.hook, self.slots, self.impatient = hook, hook.slots, impatient
+        self.since = since or time.time()
         self.machines = {machine.slot_name(hook.nix): machine for machine in machines}
         self.all_away = self.looked = False
         self.text = "\n".join(sorted(self.machines))
@@ -1129,7 +1143,7 @@ class Line:
     def stand(self, number: int, descriptor: int) -> None:
         self.leave()
         self.number, self.descriptor = number, descriptor
-        write_into(descriptor, holder("waiting", self.path) + self.text)
+        write_into(descriptor, holder("waiting", self.path, self.since) + self.text)
 
     def leave(self) -> None:
         if self.descriptor >= 0:
@@ -1149,6 +1163,7 @@ class Line:
                 descriptor = open_lock(f"{self.name}.{self.number - 1}")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 self.stand(self.number - 1, descriptor)
+        told = False
         while True:
             start = time.monotonic()
             slot = self.take()
@@ -1158,6 +1173,9 @@ class Line:
                 raise Away("it failed for another build, too")
             if self.all_away and (why := self.hook.despair(self.machines)):
                 raise Error(why)
+            if self.all_away and not told:
+                told = True
+                self.hook.tell_of_absence(self)
             # Looking at many slots takes long; it must not be what we do all the time.
             wait_readable([], max(WAIT_S, 100 * (time.monotonic() - start)))
 
@@ -1842,10 +1860,12 @@ class Link:
         if self.socket != "none":
             os.close(open_lock(f"{self.socket}.proved"))
 
-    def disprove(self) -> None:
-        """The next build is not accepted before its session answers."""
-        with suppress(FileNotFoundError):
-            os.unlink(f"{self.socket}.proved")
+    def retire(self, name: str) -> None:
+        """Let whoever comes next make a new connection, since this may be the trouble:
+        it keeps the groups that its user had.  Sessions that it has go on."""
+        if name != "none" and answers(name):
+            command = [self.ssh, "-O", "stop", "-S", name, "--", self.machine.destination]
+            Child(command, self.environ, "2").output()
 
     def options(self, name: str) -> list[str]:
         # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
@@ -2658,10 +2678,12 @@ class Build:
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.fit = fit
         self.avoided: set[Machine] = set()
+        self.since = time.time()
         self.pause_s = float(PAUSE_S)
         self.trouble_since = 0.0  # without having come as far as to build
         self.verdict_elsewhere: Error | None = None  # of a machine that may be to blame
         self.said: set[str] = set()
+        self.may_pass = False  # what the machines tried have failed for
         self.greeted = False  # by the builder in this attempt,
         self.begun = False  # which was asked to build, too
         self.losses = 0  # after that
@@ -2760,7 +2782,9 @@ class Build:
         machine = self.slot.machine
         if isinstance(error, Away) and self.verdict_elsewhere:
             raise self.verdict_elsewhere
-        if not isinstance(error, Away):
+        if isinstance(error, Away):
+            self.may_pass = True
+        else:
             self.note(error)
             self.say_once(WARN, f"{self.failure(error)}; trying again")
         again = isinstance(error, SessionLost) and machine not in self.avoided
@@ -2770,6 +2794,9 @@ class Build:
         else:
             fit = [other for other in self.fit if other not in self.avoided]
         if not fit:
+            if not self.may_pass:
+                raise Error(self.failure(error))
+            self.may_pass = False
             everywhere = {other.slot_name(self.nix): other for other in self.fit}
             if why := self.hook.despair(everywhere):
                 raise Error(self.failure(Error(why)))
@@ -2777,7 +2804,8 @@ class Build:
             self.pause_s = min(2 * self.pause_s, PAUSE_LIMIT_S)
             self.avoided.clear()
         impatient = bool(again or self.verdict_elsewhere)
-        line = Line(self.hook, fit or self.fit, self.path, impatient)
+        line = Line(self.hook, fit or self.fit, self.path, impatient=impatient,
+                    since=self.since)  # fmt: skip
         line.join()
         return line
 
@@ -2786,6 +2814,7 @@ class Build:
         now = time.monotonic()
         self.trouble_since = self.trouble_since or now
         passes, _ = trouble(str(error))
+        self.may_pass |= passes is not False or self.begun  # a log may say anything
         self.losses += isinstance(error, SessionLost) and (self.begun or not passes)
         if isinstance(error, NotHere):
             self.verdict_elsewhere = error.verdict
@@ -2794,7 +2823,6 @@ class Build:
             and (self.slot.machine in self.avoided or self.slot.outage)
         ):
             self.hook.note_failure(self.slot, error)
-            self.link.disprove()
         if self.losses > LOSSES or now > self.trouble_since + AWAY_TIMEOUT_S:
             raise Error(self.failure(error))
 
@@ -2811,7 +2839,7 @@ class Build:
 
     def failure(self, error: Error) -> str:
         verb, preposition, machine = self.task
-        words = with_remedy(str(error), self.link.machine.host if machine else "")
+        words = with_remedy(str(error), self.link.machine.destination if machine else "")
         return f"cannot {verb} '{self.path}'{preposition}{machine}: {words}"
 
     def trace(self, event: str) -> None:
@@ -3104,13 +3132,20 @@ class Hook:
         if request.willing and might_build_itself(self.nix, request):
             return "decline"
         if len(self.away(line.machines)) == len(line.machines):
-            hopeless = self.despair(line.machines)
-            text = hopeless or "no machine for it can be reached now; waiting for one"
-            if self.slots.first_time(text):
-                self.talk.say(WARN, f"'{request.derivation}': {text}")
-            if hopeless:
+            if hopeless := self.despair(line.machines):
+                if self.slots.first_time(hopeless):
+                    self.talk.say(WARN, f"'{request.derivation}': {hopeless}")
                 return "decline"
+            self.tell_of_absence(line)
         return "postpone"
+
+    def tell_of_absence(self, line: Line) -> None:
+        """Once for each Nix and reason: all machines of that line are away."""
+        noted = filter(None, map(self.slots.outage, line.machines))
+        words = "; ".join(sorted({outage.words for outage in noted}))
+        text = f"no machine for it can be reached now; waiting for one: {words}"
+        if self.slots.first_time(text):
+            self.talk.say(WARN, f"'{line.path}': {text}")
 
     def find_slot(self, line: Line, request: Request) -> Slot | None:
         """A slot if one is free and nobody waits; else stand in the line if Nix could
@@ -3154,7 +3189,7 @@ class Hook:
             if not isinstance(error, (Unreachable, SessionLost)):
                 raise
             self.note_failure(slot, error)
-            words = with_remedy(str(error), slot.machine.host)
+            words = with_remedy(str(error), slot.machine.destination)
             text = f"cannot build on '{slot.machine.name(self.nix)}': {words}"
             if self.slots.first_time(text):
                 self.talk.say(ERROR, text)
@@ -3216,6 +3251,9 @@ class Hook:
         self.slots.first_time(f"tried {name}")
         before = slot.outage or Outage(0, 0.0, 0.0, "")
         self.slots.note_outage(name, slot.outage, before.again(words))
+        if slot.machine in self.links:
+            link = self.links[slot.machine]
+            link.retire(link.socket)
 
     def may_try(self, slot: Slot) -> bool:
         """Of those that would find out whether a machine that has failed is of use
@@ -3626,10 +3664,11 @@ class Inspection:
         """By an ssh of its own: a shared connection may have been made before something
         changed."""
         self.phase = "logging in"
-        key, target = os.path.expanduser(self.machine.key), self.target()
+        key = os.path.expanduser(self.machine.key)
         if key and "%" not in key and not os.path.isfile(key):
-            line = f"ssh-keygen -t ed25519 -N '' -f {key} && ssh-copy-id -i {key} {target}"
-            return self.add("login", WRONG, "NO KEY", f"there is no key {key}", line)
+            remedy = (f"if {self.machine.where} names the right file: ssh-keygen -t ed25519 "
+                      f"-N '' -f {key} && {self.copy_key(key)}")  # fmt: skip
+            return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
         start = time.time()
         child = Child(self.link.command("sh"), self.link.environ, "012")
         answer, words = self.converse(child, LOOK.encode())
@@ -3704,8 +3743,11 @@ class Inspection:
         if output_of(command, self.link.environ)[0] != 0:
             return (f"the key {key} has a passphrase, or is none; {text}",
                     f"take the passphrase off: ssh-keygen -p -N '' -f {key}")  # fmt: skip
-        return text, (f"ssh-copy-id -i {key} {target} (it asks for a password), or "
-                      f"append {key}.pub to ~/.ssh/authorized_keys there")  # fmt: skip
+        return text, self.copy_key(key)
+
+    def copy_key(self, key: str) -> str:
+        return (f"ssh-copy-id -i {key} {self.target()} (it asks for a password), or append "
+                f"{key}.pub to ~/.ssh/authorized_keys there")  # fmt: skip
 
     def find_nix(self) -> bool:
         self.phase = "asking nix-store"
@@ -3718,10 +3760,13 @@ class Inspection:
         except SessionLost as error:
             if "begin" in self.facts:
                 self.logged_in()
-            return self.add("nix", WRONG, "FAILED", str(error), trouble(str(error))[1])
+            remedy = remedy_of(str(error), self.machine.destination)
+            return self.add("nix", WRONG, "FAILED", str(error), remedy)
         finally:
             session.cancel()
-        # Hooks need not leave it alone any longer.
+        # Hooks need not leave it alone any longer, and shall have what we have found.
+        for number in range(CONNECTIONS):
+            self.link.retire(f"{self.link.base()}-{number}")
         slots = SlotDirectory(self.nix.slot_directory)
         slots.note_success(self.machine.slot_name(self.nix))
         version = self.facts.get("nix", "").rpartition(" ")[2]
@@ -3871,10 +3916,10 @@ class Inspection:
         lines = [line for line in said.splitlines() if line.strip()]
         if status != 0:
             told = [n for n, line in enumerate(lines) if "cannot" in line or "error" in line]
-            text = " ".join(" ".join(lines[told[0] if told else -3 :]).split())
-            text = text.partition(" error: ")[0] if told else text
+            text = "\n".join(lines[told[0] if told else -3 :])
+            text = " ".join(text.partition("\nerror:")[0].split())  # Nix's own comes last
             return self.add("build", WRONG, "FAILED", f"a tiny build failed: {text}",
-                            trouble(text)[1])  # fmt: skip
+                            remedy_of(text, self.machine.destination))  # fmt: skip
         if "does not trust its user" in said:
             user = self.facts.get("user", "")
             user = user if is_name(user, "+-.") else "USER"
@@ -3887,17 +3932,34 @@ class Inspection:
         return self.add("build", OK, f"{took:.1f} s", f"built something in {took:.1f} s")
 
 
+def same_file(path: str, other: str) -> bool:
+    """Or a copy of it."""
+    import filecmp
+
+    with suppress(OSError):
+        return filecmp.cmp(path, other, shallow=False)
+    return False
+
+
+def takes_arguments(nix: Nix) -> bool:
+    """Whether the Nix here lets the hook have some of its own."""
+    program = find_program("nix", nix_directories(nix.environ))
+    _, text, _ = output_of([program, "--version"], nix.environ)
+    return parse_version(text) >= (2, 10)
+
+
 def unused(nix: Nix) -> str:
     """What to say if the Nix here has another hook."""
     mine = os.path.realpath(__file__)
     words = nix.settings.get("build-hook", "").split()
     if nix.old:
         words = nix.environ.get("NIX_BUILD_HOOK", "").split()
-    if mine in map(os.path.realpath, words):
-        return ""
+    for word in words:  # 2.0 to 2.9 take no arguments there
+        if same_file(word, mine) and (len(words) == 1 or takes_arguments(nix)):
+            return ""
     return (f"Note: Nix here does not use this hook now (build-hook is "
-            f"{' '.join(words) or 'not set'}); to do: build-hook = {mine} in nix.conf of "
-            "the user that builds, see Install in the README.")  # fmt: skip
+            f"{' '.join(words) or 'not set'}); to do: build-hook = {mine} in "
+            "/etc/nix/nix.conf, or with 2.25 to 2.33 in /root/.config/nix/nix.conf.")  # fmt: skip
 
 
 def check(options: Namespace, nix: Nix, screen: Screen) -> int:
@@ -4001,13 +4063,13 @@ def show_inspections(
                 text = f"{found.what}: {found.text}"
                 screen.say(text, "        ", "    ")
             if found.state == WRONG and found.remedy:
-                screen.say(found.remedy, "        ", "    to do: ")
+                print(f"    to do: {printable(found.remedy)}")  # whole, to be pasted
     ill = sum(not inspection.well for inspection in inspections)
     if ill or complaints:
         of = f"{ill} of {len(inspections)} machines are not well" if ill else "Not all is well"
         print(screen.paint(f"{of}.", WRONG))
     else:
-        print(screen.paint("All is well.", OK))
+        print(screen.paint("All machines are well.", OK))
 
 
 # ---- status -------------------------------------------------------------------------
@@ -4173,6 +4235,15 @@ def bar(taken: int, slots: int) -> str:
     return f"[{'#' * full}{'.' * (width - full)}]"
 
 
+def left_alone(outage: Outage) -> str:
+    now = time.time()
+    left = outage.until - now
+    until = f"for {duration(left)} more" if left > 0 else "until it answers"
+    times = "once" if outage.failures == 1 else f"{outage.failures} times"
+    age = duration(now - outage.since)
+    return f"left alone {until}, failed {times} in {age}: {outage.words}"
+
+
 def overview_lines(overview: Overview, nix: Nix, screen: Screen) -> list[str]:
     now = time.time()
     lines = []
@@ -4185,12 +4256,7 @@ def overview_lines(overview: Overview, nix: Nix, screen: Screen) -> list[str]:
         lines.append(screen.paint(head, NOTE if load.outage else OK))
         lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
         if load.outage:
-            left = load.outage.until - now
-            until = f"for {duration(left)} more" if left > 0 else "until it answers"
-            failures = load.outage.failures
-            times = "once" if failures == 1 else f"{failures} times"
-            text = f"left alone {until}, failed {times}"
-            lines += screen.wrap(f"{text}: {load.outage.words}", "        ", "    ")
+            lines += screen.wrap(left_alone(load.outage), "        ", "    ")
     hosts = {load.machine.slot_name(nix): label(load.machine) for load in overview.loads}
     before: list[str] = []
     for waiter in overview.waiters:
@@ -4294,9 +4360,8 @@ def judge_machines(
     for load in overview.loads:
         machine, taken = load.machine, len(load.building)
         reason = unfit(machine, request, nix)
-        if not reason and load.outage and load.outage.until > time.time():
-            left = duration(load.outage.until - time.time())
-            reason = f"is left alone for {left} more: {load.outage.words}"
+        if not reason and load.outage:
+            reason = f"is {left_alone(load.outage)}"
         if not reason and taken >= machine.max_jobs:
             reason = f"has no free slot: all {taken} are taken"
         if reason:

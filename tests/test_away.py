@@ -225,6 +225,20 @@ def test_a_daemon_that_stands_still_delays_no_reply(client_engine: str) -> None:
         nix.builder.signal(signal.SIGCONT, daemon)
 
 
+def test_whom_the_daemon_lets_in_later_gets_a_new_connection(
+    client_engine: str,
+) -> None:
+    """An old one would keep the groups that its user had."""
+    with distrustful(client_engine, client_engine) as nix:
+        folder = "/nix/var/nix/daemon-socket"
+        lock_out = f"echo friends:x:4242: >> /etc/group; chgrp 4242 {folder}"
+        nix.builder.run("sh", "-c", f"{lock_out}; chmod 750 {folder}")
+        outcome = nix.build(some(1), check=False, timeout=LONG_S)
+        assert outcome.status != 0 and "usermod -aG nix-users nix)" in outcome.log
+        nix.builder.run("sed", "-i", "s/^friends.*/&nix/", "/etc/group")
+        assert built_on(nix, some(1)) == {"b1"}
+
+
 def daemons(nix: Scene) -> list[int]:
     found = nix.builder.processes()
     return [process.pid for process in found if "nix-daemon" in process.cmdline]
