@@ -129,6 +129,7 @@ CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
 GREETING_TIMEOUT_S = 90  # connecting, logging in and starting nix-store on the builder
 ALIVE_INTERVAL_S = 10  # a silent link is noticed after ALIVE_COUNT_MAX probes of these
 ALIVE_COUNT_MAX = 3
+RETIRE_S = 2  # for a connection's master to hear that it gets no more sessions
 IDLE_S = 120  # then a shared connection that nobody uses ends by itself
 SEATS = 8  # hooks on one: sshd allows it 10 sessions, and a hook has one
 CONNECTIONS = 16  # to one machine
@@ -1863,9 +1864,14 @@ class Link:
     def retire(self, name: str) -> None:
         """Let whoever comes next make a new connection, since this may be the trouble:
         it keeps the groups that its user had.  Sessions that it has go on."""
-        if name != "none" and answers(name):
-            command = [self.ssh, "-O", "stop", "-S", name, "--", self.machine.destination]
-            Child(command, self.environ, "2").output()
+        if name == "none" or not answers(name):
+            return
+        command = [self.ssh, "-O", "stop", "-S", name, "--", self.machine.destination]
+        child = Child(command, self.environ, "2")
+        if child.wait(RETIRE_S) != 0:  # its master stands still
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+        child.kill()
 
     def options(self, name: str) -> list[str]:
         # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
@@ -3145,7 +3151,7 @@ class Hook:
         words = "; ".join(sorted({outage.words for outage in noted}))
         text = f"no machine for it can be reached now; waiting for one: {words}"
         if self.slots.first_time(text):
-            self.talk.say(WARN, f"'{line.path}': {text}")
+            self.talk.say(WARN, f"'{line.path}': {text[:TAIL_BYTES]}")
 
     def find_slot(self, line: Line, request: Request) -> Slot | None:
         """A slot if one is free and nobody waits; else stand in the line if Nix could
