@@ -159,6 +159,8 @@ def end(status, words):
     sys.stdout.flush()
     sys.exit(print(words, file=sys.stderr) or status)
 
+if "-O" in sys.argv:
+    end(255, "Control socket connect: Connection refused")
 if manners == "refuse":
     end(255, "root@b1: Permission denied (publickey).")
 if manners == "away":
@@ -275,7 +277,7 @@ class Call(NamedTuple):
 
     @property
     def is_session(self) -> bool:
-        return self.program == "ssh" and "-N" not in self.arguments
+        return self.program == "ssh" and not {"-N", "-O"} & set(self.arguments)
 
     @property
     def destination(self) -> str:

@@ -486,7 +486,8 @@ def test_the_only_machine_is_tried_again_and_again_after_an_early_accept(
     client: Client,
 ) -> None:
     misbehave(connected(client), "away").build()
-    assert len(client.sessions()) > 3
+    tries = [call for call in client.calls() if call.is_session or call.is_master]
+    assert len(tries) > 4  # one master was there before
 
 
 def test_what_will_not_pass_by_itself_is_not_waited_for(client: Client) -> None:
