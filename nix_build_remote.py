@@ -2800,20 +2800,24 @@ class Build:
         else:
             fit = [other for other in self.fit if other not in self.avoided]
         if not fit:
-            if not self.may_pass:
-                raise Error(self.failure(error))
-            self.may_pass = False
-            everywhere = {other.slot_name(self.nix): other for other in self.fit}
-            if why := self.hook.despair(everywhere):
-                raise Error(self.failure(Error(why)))
-            wait_readable([], self.pause_s)
-            self.pause_s = min(2 * self.pause_s, PAUSE_LIMIT_S)
-            self.avoided.clear()
+            self.start_over(error)
         impatient = bool(again or self.verdict_elsewhere)
         line = Line(self.hook, fit or self.fit, self.path, impatient=impatient,
                     since=self.since)  # fmt: skip
         line.join()
         return line
+
+    def start_over(self, error: Error) -> None:
+        """After a while any machine may be tried again, unless that is of no use."""
+        if not self.may_pass:
+            raise Error(self.failure(error))
+        self.may_pass = False
+        everywhere = {other.slot_name(self.nix): other for other in self.fit}
+        if why := self.hook.despair(everywhere):
+            raise Error(self.failure(Error(why)))
+        wait_readable([], self.pause_s)
+        self.pause_s = min(2 * self.pause_s, PAUSE_LIMIT_S)
+        self.avoided.clear()
 
     def note(self, error: Error) -> None:
         """What an attempt has come to: raises if there should be no other."""
