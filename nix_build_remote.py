@@ -882,10 +882,10 @@ class Outage(NamedTuple):
     in seconds since 1970; words: what ssh said.
     """
 
-    failures: int
-    since: float
-    until: float
-    words: str
+    failures: int = 0
+    since: float = 0.0
+    until: float = 0.0
+    words: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Outage | None:
@@ -915,9 +915,8 @@ class Outage(NamedTuple):
 
     def again(self, words: str) -> Outage:
         """After one more failure."""
-        now = round(time.time(), 3)
-        failures, since = (1, now) if self.old else (self.failures + 1, self.since)
-        return Outage(failures, since, now, words[:OUTAGE_LIMIT]).later(0)
+        since = self.since or round(time.time(), 3)
+        return Outage(self.failures + 1, since, 0.0, words[:OUTAGE_LIMIT]).later(0)
 
     def later(self, least_s: float) -> Outage:
         """The same, from now on.  The delay doubles with each failure, and is not the
@@ -1005,12 +1004,13 @@ class SlotDirectory(NamedTuple):
         return best, loads
 
     def outage(self, name: str) -> Outage | None:
-        """Of the machine whose slots have that name."""
+        """Of the machine whose slots have that name; what is old says nothing."""
         try:
             with open(f"{self.own}/{name}.down", "rb") as file:
-                return Outage.parse(decode(file.read(2 * TAIL_BYTES)))
+                outage = Outage.parse(decode(file.read(2 * TAIL_BYTES)))
         except FileNotFoundError:
             return None
+        return None if outage and outage.old else outage
 
     def note_outage(self, name: str, before: Outage | None, after: Outage) -> bool:
         """Write it down, unless somebody else has since it was as before: builds that
@@ -3259,8 +3259,8 @@ class Hook:
         """Of what began when we took that slot: all hooks leave its machine alone."""
         words, name = " ".join(str(error).split()), slot.machine.slot_name(self.nix)
         self.slots.first_time(f"tried {name}")
-        before = slot.outage or Outage(0, 0.0, 0.0, "")
-        self.slots.note_outage(name, slot.outage, before.again(words))
+        after = (slot.outage or Outage()).again(words)
+        self.slots.note_outage(name, slot.outage, after)
         if slot.machine in self.links:
             link = self.links[slot.machine]
             link.retire(link.socket)
@@ -3270,7 +3270,7 @@ class Hook:
         again, one does, and it is away for the others meanwhile."""
         name = slot.machine.slot_name(self.nix)
         before = slot.outage = self.slots.outage(name)
-        if not before or before.old:
+        if not before:
             return True
         slot.outage = before.later(TRY_S)
         return self.slots.note_outage(name, before, slot.outage)
@@ -3286,7 +3286,7 @@ class Hook:
         """When its time is over, somebody begins to connect, and nobody waits for that:
         a machine that is back is found by its live connection."""
         outage = self.slots.outage(name)
-        if not outage or outage.old:
+        if not outage:
             return False
         if outage.hopeless and self.slots.first_time(f"tried {name}"):
             return False  # it may have been put right: each Nix tries it once
@@ -3305,8 +3305,7 @@ class Hook:
 
     def despair(self, machines: dict[str, Machine]) -> str:
         """What to say if all of these have failed and it is no use to wait longer."""
-        noted = filter(None, map(self.slots.outage, machines))
-        outages = [outage for outage in noted if not outage.old]
+        outages = list(filter(None, map(self.slots.outage, machines)))
         if len(outages) < len(machines):
             return ""
         last = max(outages, key=lambda outage: outage.since)
@@ -4181,10 +4180,7 @@ class Looker:
         places = sorted(e for e in own if e.startswith(f"{name}.fetch-"))
         building = self.holders(slots)
         fetching = self.holders([f"{self.slots.own}/{place}" for place in places])
-        outage = self.slots.outage(name)
-        if outage and outage.old:
-            outage = None
-        return Load(machine, building, fetching, outage)
+        return Load(machine, building, fetching, self.slots.outage(name))
 
     def holders(self, paths: list[str]) -> list[Holder]:
         return [Holder.parse(text.partition("\n")[0]) for _, text in self.taken(paths)]

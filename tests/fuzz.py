@@ -394,11 +394,10 @@ class Taker:
         Path(f"{slots.own}/{name}.down").write_bytes(case.replace(b"NOW", now))
         found = slots.outage(name)
         despair = self.hook.despair({name: self.machine})
-        assert despair or not found or found.old or not found.hopeless
-        before = found or hook.Outage(0, 0.0, 0.0, "")
-        assert slots.note_outage(name, found, before.again("ü again"))
-        after = slots.outage(name)
-        assert after and after.words == "ü again" and not after.old
+        assert despair or not found or not found.hopeless
+        after = (found or hook.Outage()).again("ü again")
+        assert slots.note_outage(name, found, after)
+        assert slots.outage(name) == after
         return found is not None
 
     def version(self, case: bytes) -> bool:
