@@ -149,11 +149,12 @@ LOCK_POLL_S = 0.05
 ANSWER_TIMEOUT_S = 15 * 60  # for a builder to say what it has, or take our question
 SUBSTITUTE_TIMEOUT_S = 4 * 60 * 60  # the same if it may download what it has not
 COPY_TIMEOUT_S = 30 * 60  # in which not a byte is copied
-BLIND_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see that: nothing is said
+OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see that: nothing is said
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
 DRAIN_TIMEOUT_S = 10  # for Nix to read the end of the log, without any progress
 QUIET_S = 2  # after a build: no more of its log will come
-COPY_BATCH_BYTES = 200_000  # of store paths on a command line: macOS has 1 MiB in all
+COPY_BATCH_BYTES = 100_000  # of store paths on a command line; in a variable Linux
+# takes 128 KiB at most (MAX_ARG_STRLEN)
 WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list anybody may send us
 OUTAGE_LIMIT = 1000  # characters of what is remembered of a failure
 TAIL_BYTES = 4096  # of ssh's stderr, kept to explain why a connection ended
@@ -162,7 +163,9 @@ SAID_LIMIT = 1000  # messages remembered as said
 
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
 SERVE_VERSION = 0x207  # offered less than 2.6, servers of 2.4 to 2.10 answer as 2.6
-QUERY_VALID_PATHS, BUILD_PATHS, BUILD_DERIVATION = 1, 6, 8
+QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH = 1, 2, 3
+BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION = 6, 7, 8
+EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = {0, 1, 2, 13}  # built, substituted, already valid, resolves to already valid
 PERMANENT, TRANSIENT, TIMED_OUT, MISC = 3, 6, 8, 9
 
@@ -172,6 +175,7 @@ DIGITS = "0123456789"
 HEX = DIGITS + "abcdefABCDEF"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 WORD = DIGITS + LETTERS + "_"
+STORE_DIGITS = "0123456789abcdfghijklmnpqrsvwxyz"  # of Nix's base 32
 # What sh (Nix 1.x), splitting at white space (2.0 to 2.25) and shell-like splitting
 # (2.26+) of NIX_SSHOPTS all read as it stands.
 PLAIN = WORD + "@%+=:,./~-"
@@ -216,6 +220,10 @@ class NotHere(Error):
     def __init__(self, words: str, verdict: Error) -> None:
         super().__init__(words)
         self.verdict = verdict
+
+
+class Spoilt(Error):
+    """What the builder has made, or says of it, is not to be let in here."""
 
 
 class BuildFailed(Error):
@@ -374,6 +382,38 @@ def read_strings(read: Read) -> list[str]:
     return result
 
 
+class PathInfo(NamedTuple):
+    """What a builder says of a path in its store, as nix-store answers it."""
+
+    path: str
+    deriver: str
+    references: tuple[str, ...]
+    size: int  # of its archive (NAR), in bytes
+    hash: str = ""  # of that, such as sha256:0mdq...; told from protocol 2.4 on, as are
+    rest: bytes = b""  # its content address and its signatures, as they came
+
+    def encode(self) -> bytes:
+        head = string(self.path) + string(self.deriver) + strings(self.references)
+        tail = string(self.hash) + self.rest if self.rest else b""
+        return head + 2 * integer(self.size) + tail  # download size, size
+
+
+def read_infos(read: Read, version: int) -> dict[str, PathInfo]:
+    """The answer to QueryPathInfos in that version of the protocol."""
+    infos: dict[str, PathInfo] = {}
+    while path := read_string(read):
+        deriver, references = read_string(read), tuple(read_strings(read))
+        read_integer(read)
+        size, digest, rest = read_integer(read), "", b""
+        if version >= 0x204:
+            digest = read_string(read)
+            rest = string(read_string(read)) + strings(read_strings(read))
+        infos[path] = PathInfo(path, deriver, references, size, digest, rest)
+        if len(infos) * 64 > WIRE_LIMIT_BYTES:
+            raise Nonsense("a list of paths has no end")
+    return infos
+
+
 # ---- The Nix that called us ---------------------------------------------------------
 
 
@@ -387,7 +427,7 @@ def is_store_name(text: str) -> bool:
     digest, dash, name = text[:32], text[32:33], text[33:]
     return (
         (len(digest), dash) == (32, "-")
-        and only(digest, "0123456789abcdfghijklmnpqrsvwxyz")
+        and only(digest, STORE_DIGITS)
         and 0 < len(name) <= 211
         and only(name, WORD + "+-.?=")
     )
@@ -430,6 +470,12 @@ class Store(NamedTuple):
         if path != f"{self.directory}/{name}" or not is_store_name(name):
             raise Error(f"{path!r} is not a store path in {self.directory}")
         return name
+
+    def owns(self, path: str) -> bool:
+        """Whether that is what a path in it looks like."""
+        with suppress(Error):
+            return bool(self.name(path))
+        return False
 
     def file(self, path: str) -> str:
         return f"{self.real}/{self.name(path)}"
@@ -1546,14 +1592,18 @@ def spawn(
 
 
 def make_pipes(numbers: str) -> tuple[list[int], dict[int, int]]:
-    """Pipes for those of a program's descriptors: our ends, and its own by number."""
+    """Pipes for those of a program's descriptors: our ends, and its own by number.  It
+    reads from 0 and 8, and writes to the others."""
     ours, theirs = [], {}
     for number in map(int, numbers):
-        ends = os.pipe()
-        theirs[number] = ends[number > 0]
-        # Out of the way of the numbers that descriptors have in children.
-        ours.append(fcntl.fcntl(ends[number == 0], fcntl.F_DUPFD_CLOEXEC, 20))
-        os.close(ends[number == 0])
+        ends = []
+        for end in os.pipe():
+            # Out of the way of the numbers that descriptors have in children.
+            ends.append(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20))
+            os.close(end)
+        reads = number in (0, 8)
+        theirs[number] = ends[not reads]
+        ours.append(ends[reads])
     return ours, theirs
 
 
@@ -1696,15 +1746,63 @@ def check_private(path: str) -> None:
         raise Error(f"{path} is not a directory that only we can write; remove it")
 
 
+def read_private(path: str, limit: int = TAIL_BYTES) -> str | None:
+    """What a file of ours says; None if there is none, or something else in its place
+    (a fifo would keep us waiting), or more than that."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags)
+    except OSError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        data = os.read(descriptor, limit + 1)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return data.decode("utf-8", "surrogateescape") if len(data) <= limit else None
+
+
 def write_private(path: str, text: str, mode: int = 0o600) -> None:
-    """Make or replace a file in a private directory, all at once."""
+    """Make or replace a file in a private directory: it is there as a whole, or not at
+    all, also after a power loss.  Raises OSError, as when the disk is full."""
     import _thread
 
     temporary = f"{path}.{os.getpid()}.{_thread.get_ident()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with open(os.open(temporary, flags, mode), "wb") as file:
-        file.write(encode(text))
-    os.rename(temporary, path)
+    try:
+        with open(os.open(temporary, flags, mode), "wb") as file:
+            file.write(encode(text))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if not os.path.isdir(path):
+            raise
+        remove(path)  # what is in our way
+        write_private(path, text, mode)
+
+
+def keep(path: str, text: str, mode: int = 0o600) -> None:
+    """Have a private file say that; mostly it does already."""
+    if read_private(path) != text:
+        write_private(path, text, mode)
+
+
+def remove(path: str) -> None:
+    """Whatever it is: nothing else than files of ours belongs there."""
+    try:
+        os.unlink(path)
+    except IsADirectoryError:
+        import shutil
+
+        shutil.rmtree(path)
+    except PermissionError:  # macOS says this of a directory
+        os.rmdir(path)
 
 
 def pin_host_key(machine: Machine, slot_directory: str) -> str:
@@ -2098,10 +2196,12 @@ class Session:
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while view:
             try:
-                view = view[os.write(self.stdin, view[:65536]) :]
+                view = view[os.write(self.stdin, view) :]
             except BlockingIOError:
-                self.pump(wait_readable(self.pipes(), 0.01))
-                if time.monotonic() > deadline:
+                left = max(0.0, deadline - time.monotonic())
+                ready = wait_readable(self.pipes(), left, [self.stdin])
+                self.pump(ready)
+                if not ready:
                     raise SessionLost("no answer: it does not read") from None
             except BrokenPipeError:
                 raise SessionLost(self.last_words()) from None
@@ -2149,6 +2249,25 @@ class Session:
     def valid(self, timeout_s: float = 0) -> set[str]:
         deadline = time.monotonic() + (timeout_s or self.answer_timeout_s)
         return set(read_strings(lambda count: self.read(count, deadline)))
+
+    def take(self, limit: int, wait: Callable[[list[int]], object]) -> bytes:
+        """Some of what it says next, as it is; wait is called until there is something.
+        SessionLost at the end."""
+        if not self.inbox:
+            wait([self.stdout])
+            data = os.read(self.stdout, limit)
+            if not data:
+                raise SessionLost(self.last_words())
+            return data
+        data = bytes(self.inbox[:limit])
+        del self.inbox[:limit]
+        return data
+
+    def path_infos(self, paths: Iterable[str]) -> dict[str, PathInfo]:
+        """What it says of those of the paths that it has."""
+        self.write(integer(QUERY_PATH_INFOS) + strings(sorted(paths)))
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        return read_infos(lambda count: self.read(count, deadline), self.version)
 
     def build_options(self, nix: Nix) -> bytes:
         numbers = [nix.number("max-silent-time"), nix.number("timeout")]
@@ -2231,127 +2350,235 @@ PASSED_SETTINGS = (
 )  # fmt: skip
 
 
-# The ssh that nix-copy-closure finds first in its PATH.  It gives it our own session,
-# and answers the greeting, which our session has had.  This saves an ssh, a nix-store on
-# the builder and several round trips a copy.  When done, nix-copy-closure kills it (all
-# 2.x), between an answer and the next question.  It may outlive a nix-copy-closure that
-# is killed, so it must not hold our pipes.  On Linux it only tells us who it is, and we
-# move the data; else two cats do, between it and our session on descriptors 8 and 9.
-SHIM = """#!/bin/sh
+# The ssh that nix-copy-closure finds first in its PATH: it joins that program with us, on
+# descriptors 8 and 9, so that we are the builder to it.  It behaves as an ssh that shares
+# nothing, which every version can use: -O check fails, and it says `started` exactly if
+# it is asked to.  When done, nix-copy-closure kills it.
+STAND_IN = """#!/bin/sh
+case "$*" in *"-O check"*) exit 255;; esac
 exec 2> /dev/null
-case "$*" in *"-O check"*) exit 0;; esac
-printf "$NIX_BUILD_REMOTE_STARTED"
-case $NIX_BUILD_REMOTE_GREETING in "")
-    exec 6<&0 7>&1 0<&8 1>&8
-    echo $$
-    read -r end
-    exit;;
-esac
+case "$*" in *"LocalCommand=echo started"*) echo started;; esac
 PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
-head -c 16 > /dev/null
-printf "$NIX_BUILD_REMOTE_GREETING"
 exec 3<&0
 cat <&3 >&9 8<&- &
-exec cat <&8 9>&-
+exec cat <&8 3<&- 9>&-
 """
-MOVE_BYTES, BULK_BYTES, BULK_PAUSE_S = 1 << 20, 1 << 14, 0.0005
+MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 
 
-class Pump:
-    """Moves data between a session and a nix-copy-closure whose ssh is the shim.
+class CopyEnded(Exception):
+    """The program that copies asks and reads no more."""
 
-    The kernel moves it, from pipe to pipe: it never comes here.
+
+class Relay:
+    """Stands between a program that copies and our session with the builder.
+
+    The program's pipes are its stderr, and what it reads from and writes to as if it
+    were the builder's nix-store.  Everything is moved through here, so that we know how
+    much, and what nix-copy-closure --from learns of: only of the outputs that are
+    wanted.  It would bring in, and register as root and unchecked, whatever else a
+    builder says that they refer to.
     """
 
-    refused = False  # by the system: the files that it would have to open
-
-    def __init__(self, session: Session) -> None:
-        import _socket
-
-        self.session = session
-        self.control, self.shim = _socket.socketpair()
-        self.routes: dict[int, int] = {}  # from, to; none until the shim says who it is
-        self.full: set[int] = set()  # of the latter
-        self.opened: list[int] = []
+    def __init__(
+        self,
+        session: Session,
+        child: Child,
+        tell: Callable[[bytes], None],
+        progress: Callable[[int], None],
+    ) -> None:
+        self.session, self.child = session, child
+        self.tell = tell  # is given each line of the program's stderr,
+        self.progress = progress  # and how many bytes have been copied, now and then
+        self.stderr, self.input, self.output = child.pipes
+        self.rest = b""  # of its stderr: the begun line
         self.moved = 0  # bytes
-
-    @classmethod
-    def possible(cls) -> bool:
-        """Not before Python 3.10, outside Linux, and where /proc shows other processes
-        than ours."""
-        ours = os.path.realpath("/proc/self") == f"/proc/{os.getpid()}"
-        return hasattr(os, "splice") and ours and not cls.refused
-
-    def sources(self) -> list[int]:
-        """What to wait for until it can be read."""
-        if not self.opened:
-            return [self.control.fileno()] if self.control.fileno() >= 0 else []
-        return [source for source, to in self.routes.items() if to not in self.full]
-
-    def serve(self, ready: set[int]) -> None:
-        if self.control.fileno() in ready:
-            self.connect(decode(self.control.recv(TAIL_BYTES)).strip())
-        self.full -= ready
-        for source in ready.intersection(self.routes):
-            if source in self.routes:  # still
-                self.move(source, self.routes[source])
-
-    def connect(self, process: str) -> None:
-        """Open what the shim had as stdin and stdout, and be a builder who says hello.
-        If nix-copy-closure is gone, it says why."""
-        try:
-            for number, flags in ((6, os.O_RDONLY), (7, os.O_WRONLY)):
-                file = f"/proc/{process}/fd/{number}"
-                self.opened.append(os.open(file, flags | os.O_CLOEXEC))
-        except OSError:  # a socket, which Lix has for its ssh, or we may not look
-            Pump.refused = True
-            self.close()
-            return
-        with suppress(BrokenPipeError):
-            stdin, stdout = self.opened
-            self.routes = {stdin: self.session.stdin, self.session.stdout: stdout}
-            for pipe in (*self.routes, *self.routes.values()):
+        self.patience_s = COPY_TIMEOUT_S
+        self.ended = False  # its stderr has
+        os.set_blocking(self.input, False)
+        for pipe in (session.stdin, session.stdout, self.input, self.output):
+            if sys.platform == "linux":
                 with suppress(OSError):  # more than the user may have
                     fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
-            hello = 16  # bytes
-            while hello and wait_readable([stdin], COPY_TIMEOUT_S):
-                data = os.read(stdin, hello)
-                hello -= len(data) or hello
-            os.write(stdout, integer(SERVE_REPLY) + integer(self.session.version))
 
-    def move(self, source: int, target: int) -> None:
-        """What is there, as far as it is taken.  If the session ends, nix-copy-closure
-        sees that its ssh has ended, and fails."""
-        try:
-            count = os.splice(source, target, MOVE_BYTES, flags=os.SPLICE_F_NONBLOCK)
-        except BlockingIOError:
-            self.full.add(target)
-            return
-        except BrokenPipeError:
-            count = -1
-        if (source, count) == (self.session.stdout, 0) or (
-            (target, count) == (self.session.stdin, -1)
-        ):
-            self.close()
-        elif count <= 0:
-            del self.routes[source]
-        self.moved += max(0, count)
-        if count >= BULK_BYTES:  # much is coming: let it pile up, to move more at once
-            time.sleep(BULK_PAUSE_S)
+    def step(self, sources: list[int], full: Iterable[int] = ()) -> set[int]:
+        """Wait for one of these, and pass on what is said on both stderrs meanwhile.
+        Raises CopyEnded when the program's own has ended."""
+        while True:
+            if self.ended:
+                raise CopyEnded
+            stderr = [self.session.stderr] * (self.session.stderr >= 0)
+            ready = wait_readable([self.stderr, *stderr, *sources], self.patience_s, full)
+            if not ready:
+                raise SessionLost(f"no progress of copying in {self.patience_s} s")
+            self.session.pump(ready.intersection(stderr))
+            if self.stderr in ready:
+                self.relay_stderr()
+            if found := ready.intersection([*sources, *full]):
+                return found
 
-    def close(self) -> None:
-        """The shim ends when it can read no more."""
-        self.control.close()
-        self.shim.close()
-        self.routes.clear()
-        self.full.clear()
-        while self.opened:
-            os.close(self.opened.pop())
+    def relay_stderr(self) -> None:
+        data = os.read(self.stderr, 65536)
+        self.ended = not data
+        lines = (self.rest[:65536] + data).split(b"\n")
+        self.rest = lines.pop() if data else b""
+        for line in lines:
+            self.tell(line)
+
+    def finish(self) -> None:
+        """Wait for the end of the program."""
+        with suppress(CopyEnded):
+            self.step([])
+
+    # What the program says and hears
+
+    def read(self, count: int) -> bytes:
+        """Exactly so much of what it says; CopyEnded at its end."""
+        data = b""
+        while len(data) < count:
+            self.step([self.output])
+            more = os.read(self.output, count - len(data))
+            if not more:
+                raise CopyEnded
+            data += more
+        return data
+
+    def reply(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self.input, view) :]
+            except BlockingIOError:
+                self.step([], [self.input])
+            except BrokenPipeError:
+                raise CopyEnded from None
+
+    def pass_on(self, count: int, see: Callable[[bytes], None] | None = None) -> bytes:
+        """So much of what the builder says; see is given all of it.  Returns the last
+        of it, which is all of what is short."""
+        kept = b""
+        while count:
+            data = self.session.take(min(count, MOVE_BYTES), self.step)
+            self.reply(data)
+            if see:
+                see(data)
+            count -= len(data)
+            kept = (kept + data[-TAIL_BYTES:])[-TAIL_BYTES:]
+            self.count(data)
+        return kept
+
+    def count(self, data: bytes) -> None:
+        self.moved += len(data)
+        self.progress(self.moved)
+
+    def greet(self) -> None:
+        """Be a builder that says hello; our session has had its own."""
+        if self.read(16)[:8] != integer(SERVE_HELLO):
+            raise Error("nix-copy-closure does not speak as expected")
+        self.reply(integer(SERVE_REPLY) + integer(self.session.version))
+
+    def send(self) -> None:
+        """All that it says goes to the builder, and back, as it is.  If the session
+        ends, it hears that its ssh has ended, and fails."""
+        with suppress(CopyEnded):
+            self.greet()
+            try:
+                while self.exchange():
+                    pass
+            except SessionLost:
+                self.hang_up()
+        self.finish()
+
+    def exchange(self) -> bool:
+        """Move what is there; False at the end of what it says."""
+        ready = self.step([self.output, self.session.stdout])
+        if self.output in ready:
+            data = os.read(self.output, MOVE_BYTES)
+            if not data:
+                return False
+            self.session.write(data)
+            self.count(data)
+        if self.session.stdout in ready or self.session.inbox:
+            self.reply(self.session.take(MOVE_BYTES, self.step))
+        return True
+
+    def hang_up(self) -> None:
+        for pipe in (self.input, self.output):
+            self.child.pipes.remove(pipe)
+            os.close(pipe)
+
+    def offer(self, infos: dict[str, PathInfo]) -> None:
+        """Be a builder that has these paths, in whose closure there is nothing else.
+        Their archives come from the true one."""
+        with suppress(CopyEnded):
+            self.greet()
+            while True:
+                self.answer(read_integer(self.read), infos)
+        self.finish()
+
+    def answer(self, command: int, infos: dict[str, PathInfo]) -> None:
+        if command == QUERY_CLOSURE:
+            self.read(8)  # whether outputs of derivations are meant, too
+            asked = read_strings(self.read)
+            self.reply(strings(path for path in asked if path in infos))
+        elif command == QUERY_PATH_INFOS:
+            found = [infos[p] for p in read_strings(self.read) if p in infos]
+            self.reply(b"".join(info.encode() for info in found) + string(""))
+        elif command == DUMP_STORE_PATH:
+            path = read_string(self.read)
+            if path not in infos:
+                raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
+            self.session.write(integer(DUMP_STORE_PATH) + string(path))
+            self.pass_on(infos[path].size)
+        else:
+            raise Error(f"nix-copy-closure asks for something unknown ({command})")
+
+    # For nix-store --import
+
+    def export(self, infos: Iterable[PathInfo]) -> None:
+        """Write these as nix-store --export would, each behind those it refers to."""
+        with suppress(CopyEnded):
+            for info in infos:
+                self.session.write(integer(DUMP_STORE_PATH) + string(info.path))
+                self.reply(integer(1))
+                if not is_hash(info.hash, self.pass_archive()):
+                    raise Spoilt(f"hash mismatch importing '{info.path}'")
+                names = string(info.path) + strings(info.references)
+                self.reply(integer(EXPORT_MAGIC) + names)
+                self.reply(string(info.deriver) + integer(0))
+            self.reply(integer(0))
+        self.finish()
+
+    def pass_archive(self) -> bytes:
+        """Pass on one archive (NAR), and not a byte behind its end: there, a builder
+        could add paths of its own.  It is a tree of strings, where what follows
+        `contents`, `target` and `name` is data.  Returns its SHA-256."""
+        import hashlib
+
+        digest, depth, word = hashlib.sha256(), 0, b""
+        while depth or word != b")":
+            length = int.from_bytes(self.pass_on(8, digest.update), "little")
+            padded = length + -length % 8
+            if word in (b"contents", b"target", b"name"):
+                self.pass_on(padded, digest.update)
+                word = b""
+            elif length > 16:
+                raise Nonsense("what it sends is no archive")
+            else:
+                word = self.pass_on(padded, digest.update)[:length]
+                depth += (word == b"(") - (word == b")")
+        return digest.digest()
+
+
+# What the program that brings outputs in says if the fault is theirs, not that of the
+# store here (Nix's local-store.cc, archive.cc, export-import.cc, all versions).
+SPOILT_SIGNS = ("hash mismatch importing", "size mismatch importing", "is not valid",
+                "bad archive", "Nix archive", "look like something created by")  # fmt: skip
 
 
 class Copier:
-    """nix-copy-closure of the calling Nix, and one builder."""
+    """The programs of the calling Nix that copy, and one builder."""
 
     def __init__(
         self, program: str, version: tuple[int, ...], talk: Talk, session: Session
@@ -2359,147 +2586,178 @@ class Copier:
         self.program, self.version, self.talk = program, version, talk
         self.session, self.nix = session, session.link.nix
         self.told = 0.0  # of progress, last
+        self.problem = ""  # what the running program says from its first error on
+        self.relay: Relay | None = None  # of the running program
         self.environ = session.link.copy_environ()
         if self.nix.store.remote:
             self.environ["NIX_REMOTE"] = self.nix.store.remote
+        folder = stand_in(session.link.directory)
+        # 1.x has a Perl script of other ways, which connects by itself to send.
+        self.joined = bool(folder) and self.version >= (2,)
+        if self.joined:
+            self.environ["PATH"] = f"{folder}:{self.environ['PATH']}"
 
-    def share_session(self) -> bool:
-        """Let it have our session as its ssh, if that can be."""
-        import zlib
+    @property
+    def store_program(self) -> str:
+        return f"{os.path.dirname(self.program)}/nix-store"
 
-        folder = f"bin-{zlib.crc32(SHIM.encode()):08x}"
-        shim = f"{self.session.link.directory}/{folder}/ssh"
-        if self.version < (2,):  # a Perl script of another protocol
-            return False
-        if not os.path.exists(shim):
-            with suppress(OSError):  # a full disk
-                os.makedirs(os.path.dirname(shim), 0o700, exist_ok=True)
-                write_private(shim, SHIM, 0o700)
-        if not os.access(shim, os.X_OK):  # or where nothing may be executed
-            return False
-        greeting = integer(SERVE_REPLY) + integer(self.session.version)
-        text = "".join(f"\\{byte:03o}" for byte in greeting)
-        self.environ["NIX_BUILD_REMOTE_GREETING"] = "" if Pump.possible() else text
-        # 2.15 waits for this word without asking whether a master runs.
-        started = "started\\n" if self.version[:2] == (2, 15) else ""
-        self.environ["NIX_BUILD_REMOTE_STARTED"] = started
-        if not self.environ["PATH"].startswith(os.path.dirname(shim)):
-            self.environ["PATH"] = f"{os.path.dirname(shim)}:{self.environ['PATH']}"
-        return True
+    def options(self) -> list[str]:
+        """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
+        settings = self.nix.settings
+        known = [name for name in PASSED_SETTINGS if name in settings]
+        return [w for name in known for w in ("--option", name, settings[name])]
+
+    def command(self, *flags: str) -> list[str]:
+        return [self.program, *flags, alias(self.session.link.machine), *self.options()]
+
+    # Sending
 
     def send(self, paths: Iterable[str], substitute: bool) -> None:
         """Copy the closures of these paths to the builder."""
-        self.copy(["--to"] + ["--use-substitutes"] * substitute, sorted(paths), {})
-
-    def fetch(self, outputs: list[str], locks: OutputLocks) -> None:
-        """Bring outputs into the local store, past the locks that Nix holds on them."""
-        environ = {}
-        if self.version < (2, 29):
-            environ["NIX_HELD_LOCKS"] = " ".join(outputs)
-        else:
-            locks.retire(outputs)
-        self.copy(["--from"], outputs, environ)
-
-    def copy(self, flags: list[str], paths: list[str], environ: dict[str, str]) -> None:
-        """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
-        command = [self.program, *flags, alias(self.session.link.machine)]
-        for name in PASSED_SETTINGS:
-            if name in self.nix.settings:
-                command += ["--option", name, self.nix.settings[name]]
-        for batch in batches(paths):
-            problem = self.run([*command, *batch], environ)
+        command = self.command("--to", *["--use-substitutes"] * substitute)
+        for batch in batches(sorted(paths)):
+            problem = self.run([*command, *batch], {}, self.join_to_send)
             if problem:
-                raise self.blame("--to" in flags, batch, problem)
+                raise self.blame_for_sending(batch, problem)
 
-    def blame(self, sending: bool, paths: list[str], problem: str) -> Error:
-        """The error to raise.  What cannot be sent is mostly the builder's fault, unless
-        it is gone or spoilt here, and what cannot be brought in, after it could be
-        built, mostly that of the store here."""
-        ended = self.session.child.wait(1) is not None
-        theirs = self.session.last_words() if ended else ""
-        problem = f"{theirs}; {problem}" if ended else problem
-        here = not ended
-        if sending:
-            tail = decode(self.session.tail)
-            _, spoilt, words = tail.partition("hash mismatch importing")
-            problem = " ".join(f"{spoilt}{words}".split()) or problem
-            files = map(self.nix.store.file, paths)
-            here = bool(spoilt) or not all(map(os.path.lexists, files))
-            if not here and trouble(theirs)[0] is None:  # it found them odd
-                words = self.verify(paths)
-                here, problem = bool(words), words or problem
+    def join_to_send(self, relay: Relay) -> None:
+        if self.joined:
+            relay.send()
+        else:
+            relay.patience_s = OWN_SSH_COPY_TIMEOUT_S
+            relay.finish()
+
+    def blame_for_sending(self, paths: list[str], problem: str) -> Error:
+        """The error to raise.  It is mostly the builder's fault, unless a path is gone
+        or spoilt here."""
+        theirs = self.words_of_the_end()
+        tail = decode(self.session.tail)
+        _, spoilt, words = tail.partition("hash mismatch importing")
+        files = map(self.nix.store.file, paths)
+        here = bool(spoilt) or not all(map(os.path.lexists, files))
+        problem = " ".join(f"{spoilt}{words}".split()) or join_words(theirs, problem)
+        if not here and trouble(theirs)[0] is None:  # it found them odd
+            words = self.verify(paths)
+            here, problem = bool(words), words or problem
         return Error(problem) if here else SessionLost(problem)
+
+    def words_of_the_end(self) -> str:
+        """What the builder said if the session has ended."""
+        ended = self.session.child.wait(1) is not None
+        return self.session.last_words() if ended else ""
 
     def verify(self, paths: list[str]) -> str:
         """What is wrong with these in the store here."""
-        program = f"{os.path.dirname(self.program)}/nix-store"
-        child = Child([program, "--verify-path", *paths], self.environ, "2")
+        command = [self.store_program, "--verify-path", *paths]
+        child = Child(command, self.environ, "2")
         return printable(" ".join(child.output().split()))[:TAIL_BYTES]
 
-    def run(self, command: list[str], environ: dict[str, str]) -> str:
-        """Run it to its end, relaying what it says; returns what went wrong, or ""."""
-        shared = self.share_session()
-        pump = Pump(self.session) if shared and Pump.possible() else None
-        theirs = {}
-        if pump:
-            theirs = {8: pump.shim.fileno()}
-        elif shared:
-            theirs = {8: self.session.stdout, 9: self.session.stdin}
-            os.set_blocking(self.session.stdin, True)
-        child = Child(command, {**self.environ, **environ}, "2", theirs)
+    # Fetching
+
+    def fetch(self, outputs: list[str], inputs: list[str], locks: OutputLocks) -> None:
+        """Bring exactly these into the local store, past the locks that Nix holds on
+        them.  Raises Spoilt if one of them may not come in."""
+        infos = self.session.path_infos(outputs)
+        self.check(outputs, inputs, infos)
+        if self.version >= (2, 29):
+            locks.retire(outputs)
+        for batch in batches(in_order(infos)):
+            environ = {}
+            if self.version < (2, 29):
+                environ["NIX_HELD_LOCKS"] = " ".join(batch)
+            problem = self.bring({path: infos[path] for path in batch}, environ)
+            if problem:
+                raise self.blame_for_fetching(problem)
+
+    def bring(self, infos: dict[str, PathInfo], environ: dict[str, str]) -> str:
+        """These, each behind those it refers to; returns what went wrong, or ""."""
+        if self.joined:
+            command = [*self.command("--from"), *infos]
+            return self.run(command, environ, lambda relay: relay.offer(infos))
+        command = [self.store_program, "--import", *self.options()]
+        ordered = infos.values()
+        return self.run(command, environ, lambda relay: relay.export(ordered), "201")
+
+    def check(
+        self, outputs: list[str], inputs: list[str], infos: dict[str, PathInfo]
+    ) -> None:
+        """Every output is there, and what it refers to is another of them, an input, or
+        otherwise valid here already; no other path will come in."""
+        for output in outputs:
+            if output not in infos:
+                raise Spoilt(f"it says that '{output}' was built, but does not have it")
+        wanted, known = set(outputs), {*outputs, *inputs}
+        if not infos.keys() <= wanted:
+            raise Nonsense("it answers of paths that it was not asked for")
+        strange = {r for info in infos.values() for r in info.references} - known
+        invalid = self.invalid_here(sorted(strange))
+        for output, info in infos.items():
+            if found := sorted(invalid.intersection(info.references)):
+                raise Spoilt(f"the output '{output}' refers to '{found[0]}', which is "
+                             "neither an output of this build nor valid here; it was "
+                             "refused")  # fmt: skip
+
+    def invalid_here(self, paths: list[str]) -> set[str]:
+        """Those of the paths that are not valid in the store here."""
+        invalid = {p for p in paths if not self.nix.store.owns(p)}
+        for batch in batches([path for path in paths if path not in invalid]):
+            command = [self.store_program, "--check-validity", "--print-invalid", *batch]
+            child = Child(command, self.environ, "1")
+            words = child.output().split()
+            invalid.update(batch if child.wait() else words)
+        return invalid
+
+    def blame_for_fetching(self, problem: str) -> Error:
+        """The error to raise.  After it could be built, that an output cannot be brought
+        in is mostly the fault of the store here."""
+        if theirs := self.words_of_the_end():
+            return SessionLost(join_words(theirs, problem))
+        spoilt = any(sign in problem for sign in SPOILT_SIGNS)
+        return Spoilt(problem) if spoilt else Error(problem)
+
+    # Both
+
+    def run(
+        self,
+        command: list[str],
+        environ: dict[str, str],
+        join: Callable[[Relay], None],
+        piped: str = "289",
+    ) -> str:
+        """Run it to its end, joined with the builder; returns what went wrong, or ""."""
+        self.problem = ""
+        child = Child(command, {**self.environ, **environ}, piped)
         try:
-            problem = self.relay(child.pipes[0], shared, pump)
+            self.relay = Relay(self.session, child, self.tell, self.tell_progress)
+            join(self.relay)
             status = child.wait()
         finally:
             child.kill()
-            os.set_blocking(self.session.stdin, False)
-            if pump:
-                pump.close()
             self.talk.end(1)
-        if pump and pump.refused:  # nothing has been moved yet, and cats can do it
-            return self.run(command, environ)
         if status == 0:
             return ""
         if status is not None and status < 0:  # the session is in the middle of it
-            raise SessionLost(f"nix-copy-closure was killed by signal {-status}")
-        return f"{problem or 'it gave no reason'} (nix-copy-closure, status {status})"
+            raise SessionLost(f"{command[0]} was killed by signal {-status}")
+        words = " ".join(self.problem.split()).removeprefix("error: ")
+        name = os.path.basename(command[0])
+        return f"{words or 'it gave no reason'} ({name}, status {status})"
 
-    def relay(self, stderr: int, shared: bool, pump: Pump | None) -> str:
-        """Pass its stderr on to Nix line by line, and the session's meanwhile; returns
-        what it says from the first error on."""
-        rest, problem = b"", ""
-        patience = COPY_TIMEOUT_S if pump else BLIND_COPY_TIMEOUT_S
-        while True:
-            sources = [stderr, *self.session.pipes()[int(shared) :]]
-            if pump:
-                sources += pump.sources()
-            ready = wait_readable(sources, patience, pump.full if pump else ())
-            if not ready:
-                raise SessionLost(f"no progress of copying in {patience} s")
-            self.session.pump(ready - {self.session.stdout} if shared else ready)
-            if pump:
-                pump.serve(ready)
-                self.tell_progress(pump)
-            if stderr not in ready:
-                continue
-            data = os.read(stderr, 65536)
-            *lines, rest = (rest[:65536] + data).split(b"\n") if data else (rest, b"")
-            for line in map(printable, map(decode, lines)):  # Lix may be told to colour
-                wrong = line.startswith("error:") and "(ignored)" not in line
-                if problem or wrong:  # it goes into our own message
-                    problem = f"{problem} {line}"[:TAIL_BYTES]
-                elif line:
-                    self.tell_line(line, pump)
-            if not data:
-                return " ".join(problem.split()).removeprefix("error: ")
+    def tell(self, data: bytes) -> None:
+        """Pass a line of its stderr on to Nix."""
+        line = printable(decode(data))  # Lix may be told to colour
+        wrong = line.startswith("error:") and "(ignored)" not in line
+        if self.problem or wrong:  # it goes into our own message
+            self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
+        elif line:
+            self.tell_line(line)
 
-    def tell_progress(self, pump: Pump) -> None:
+    def tell_progress(self, moved: int) -> None:
         """At most ten times a second."""
-        if pump.moved and time.monotonic() > self.told + 0.1:
+        if time.monotonic() > self.told + 0.1:
             self.told = time.monotonic()
-            self.talk.progress(pump.moved)
+            self.talk.progress(moved)
 
-    def tell_line(self, line: str, pump: Pump | None) -> None:
+    def tell_line(self, line: str) -> None:
         """Of `copying path 'P' to 'ssh://b1'...` as Nix itself would, to its own."""
         if self.nix.old or not line.startswith("copying path '"):
             self.talk.say(INFO, line)
@@ -2508,8 +2766,47 @@ class Copier:
         here = self.nix.store.remote or "local"
         ends = (machine, here) if "from" in way else (here, machine)
         self.talk.begin(1, line.rstrip("."), INFO, COPY_PATH, path, *ends)
-        if pump:
-            pump.moved = 0
+        if self.relay:
+            self.relay.moved = 0
+
+
+def is_hash(text: str, sha256: bytes) -> bool:
+    """Whether that is what is meant by Nix's text: base 16 or Nix's own base 32.  What
+    is no such text, as with old builders, says nothing."""
+    kind, _, digest = text.partition(":")
+    number = int.from_bytes(sha256, "little")
+    digits = (STORE_DIGITS[number >> 5 * place & 31] for place in reversed(range(52)))
+    return kind != "sha256" or digest in (sha256.hex(), "".join(digits))
+
+
+def join_words(*words: str) -> str:
+    return "; ".join(filter(None, words))
+
+
+def in_order(infos: dict[str, PathInfo]) -> list[str]:
+    """The paths, each behind those of the others that it refers to."""
+    left, order = dict(infos), []
+    while left:
+        free = [p for p in sorted(left) if not (left.keys() - {p}) & {*left[p].references}]
+        if not free:
+            raise Spoilt("its outputs refer to each other in a circle")
+        order += free
+        for path in free:
+            del left[path]
+    return order
+
+
+def stand_in(directory: str) -> str:
+    """A folder in that directory whose only program is the stand-in for ssh; "" if it
+    cannot be written, or nothing may be executed there."""
+    import zlib
+
+    folder = f"{directory}/bin-{zlib.crc32(STAND_IN.encode()):08x}"
+    program = f"{folder}/ssh"
+    with suppress(OSError):
+        os.makedirs(folder, 0o700, exist_ok=True)
+        keep(program, STAND_IN, 0o700)
+    return folder if os.access(program, os.X_OK) else ""
 
 
 def program_version(program: str, nix: Nix, slots: SlotDirectory) -> tuple[int, ...]:
@@ -2763,11 +3060,25 @@ class Build:
             self.build()
             self.begin("fetching", "fetch the outputs of", "from")
             self.leave_slot()
-            self.copier.fetch(self.missing, self.locks)
+            self.fetch()
             self.session.finish()
         finally:
             self.session.cancel()
             self.slot.free()
+
+    def fetch(self) -> None:
+        try:
+            self.copier.fetch(self.missing, self.inputs, self.locks)
+        except Spoilt as error:
+            raise self.elsewhere(str(error), BuildBroken(self.failure(error))) from None
+
+    def elsewhere(self, words: str, verdict: Error) -> Error:
+        """What to raise if this machine may be to blame: that once another may try, if
+        one is there, else the verdict."""
+        others = {m.slot_name(self.nix): m for m in self.fit if m != self.slot.machine}
+        if self.verdict_elsewhere or len(self.hook.away(others)) == len(others):
+            return verdict
+        return NotHere(words, verdict)
 
     def leave_slot(self) -> None:
         """Let the next build start while we fetch, unless as many fetch already as may
@@ -2907,12 +3218,9 @@ class Build:
         message = message or "the log says why"
         text = f"build of '{self.path}' on '{self.link.name}' failed: {message}"
         kind = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}.get(status, BuildFailed)
-        if status not in (TRANSIENT, MISC) or self.verdict_elsewhere:
+        if status not in (TRANSIENT, MISC):
             return kind(text)
-        others = {m.slot_name(self.nix): m for m in self.fit if m != self.slot.machine}
-        if len(self.hook.away(others)) == len(others):
-            return kind(text)
-        return NotHere(message, kind(text))
+        return self.elsewhere(message, kind(text))
 
     def reconnect(self) -> None:
         """A new session, whose inputs are kept alive again: the builder has ended the

@@ -194,6 +194,10 @@ while True:
         with open({have!r}) as have:
             found = sorted(set(asked) & set(have.read().split()))
         send(len(found), *found)
+    elif command == 2:
+        for path in strings():
+            send(path, "", 0, 0, 0, "sha256:" + 52 * "0", "", 0)
+        send("")
     elif command == 8:
         string(), strings(4), strings(), string(), string(), strings(), strings(2)
         read(48)

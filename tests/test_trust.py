@@ -1,0 +1,191 @@
+"""What a builder can do to its client: give the outputs that are wanted, and nothing else.
+
+b1 runs a nix-store that lies, in the way that its file /tmp/lie names, for the path in
+/tmp/victim.  b2 is honest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from scene import Scene, forget, other, registered, scene, valid
+
+pytestmark = pytest.mark.engines
+
+LIAR = r"""#!/usr/bin/env python3
+import hashlib, os, struct, sys
+
+if "--serve" not in sys.argv:
+    os.execv("/usr/bin/nix-store", ["nix-store", *sys.argv[1:]])
+lie = open("/tmp/lie").read()
+victim = open("/tmp/victim").read()
+outputs = []
+
+def read(count):
+    data = sys.stdin.buffer.read(count)
+    if len(data) < count:
+        sys.exit(0)
+    return data
+
+def number():
+    return struct.unpack("<Q", read(8))[0]
+
+def text():
+    length = number()
+    return read(length + -length % 8)[:length].decode()
+
+def texts(each=1):
+    return [text() for _ in range(each * number())]
+
+def pack(*values):
+    result = b""
+    for value in values:
+        if isinstance(value, int):
+            result += struct.pack("<Q", value)
+        else:
+            data = value.encode()
+            result += struct.pack("<Q", len(data)) + data + bytes(-len(data) % 8)
+    return result
+
+def send(*values):
+    sys.stdout.buffer.write(pack(*values))
+    sys.stdout.flush()
+
+def archive(path):
+    words = ("nix-archive-1", "(", "type", "regular", "contents")
+    found = pack(*words, "forged by b1\n", ")")
+    if lie == "smuggle" and path != victim:
+        found += pack(0x4558494E, path, 0, "", 0, 1) + archive(victim)
+        found += pack(0x4558494E, victim, 0, "", 0, 0)
+    return found
+
+def info(path):
+    data = archive(path)
+    digest = "sha256:" + hashlib.sha256(archive(victim)).hexdigest()
+    refers = [path]
+    if lie in ("refer", "late") and path != victim:
+        refers.append(victim)
+    if lie == "outside":
+        refers.append("/nix/store/../../etc/passwd")
+    if lie == "spoil":
+        digest = "sha256:" + 64 * "1"
+    send(path, "", len(refers), *refers, len(data), len(data), digest, "", 0)
+
+read(16)
+send(0x5452EECB, 0x207)
+while True:
+    command = number()
+    if command == 1:
+        read(16)
+        asked = [path for path in texts() if not path.endswith((".drv", "-mark"))]
+        send(len(asked), *asked)
+    elif command == 2:
+        for path in texts():
+            if lie != "forget" and path in (*outputs, victim):
+                info(path)
+        if lie == "volunteer":
+            info(victim)
+        send("")
+    elif command == 3:
+        sys.stdout.buffer.write(archive(text()))
+        sys.stdout.flush()
+    elif command == 7:
+        read(8)
+        texts()
+        send(len(outputs) + 1, *outputs, victim)
+    elif command == 8:
+        drv, fields = text(), texts(4)
+        outputs += fields[1::4]
+        texts(), text(), text(), texts(), texts(2)
+        read(48)
+        send(0, "", 0, 0, 0, 0, 0)
+    else:
+        sys.exit(f"unknown command {command}")
+"""
+LIES = ("refer", "outside", "spoil", "forget", "volunteer", "smuggle")
+numbers = itertools.count()
+
+
+def innocent() -> str:
+    return f'mk "innocent-{next(numbers)}" "hostname > $out" {{}}'
+
+
+@pytest.fixture(scope="module")
+def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
+    builder = other(pytestconfig, client_engine)
+    with scene(client_engine, builder, builder) as running:
+        running.builder.write("/usr/local/bin/nix-store", LIAR, 0o755)
+        running.client.run("mkdir", "/tmp/noexec")
+        mount = ("mount", "-t", "tmpfs", "-o", "noexec,mode=700", "x", "/tmp/noexec")
+        running.client.run(*mount)
+        yield running
+
+
+@pytest.fixture(params=["nix-copy-closure", "nix-store --import"])
+def way(request: pytest.FixtureRequest) -> dict[str, str]:
+    """How outputs come in: the second where no program of ours can be executed, and
+    with Nix 1.x."""
+    second = {"NIX_CURRENT_LOAD": f"/tmp/noexec/load-{next(numbers)}"}
+    return second if request.param == "nix-store --import" else {}
+
+
+@pytest.fixture
+def nix(hosts: Scene) -> Scene:
+    forget(hosts)
+    victim = hosts.output(f'mk "victim-{next(numbers)}" "hostname > $out" {{}}')
+    hosts.builder.write("/tmp/victim", victim)
+    return hosts
+
+
+def lie(nix: Scene, how: str) -> str:
+    """Have b1 tell that lie; returns the victim."""
+    nix.builder.write("/tmp/lie", how)
+    return nix.builder.read("/tmp/victim")
+
+
+@pytest.mark.parametrize("how", LIES)
+def test_nothing_comes_in_but_what_was_built(
+    nix: Scene, how: str, way: dict[str, str]
+) -> None:
+    nix.machines("b1 - - 1\n")
+    victim, expression = lie(nix, how), innocent()
+    output = nix.output(expression)
+    outcome = nix.build(expression, check=False, env=way)
+    assert not registered(nix.client, victim)
+    # The second way reads an archive to where it ends, and so gets what was built.
+    honest = how == "smuggle" and bool(way)
+    assert (outcome.status == 0, registered(nix.client, output)) == (honest, honest)
+
+
+def test_a_reference_that_is_not_valid_here_is_named(
+    nix: Scene, way: dict[str, str]
+) -> None:
+    nix.machines("b1 - - 1\n")
+    victim, expression = lie(nix, "refer"), innocent()
+    output = nix.output(expression)
+    log = " ".join(nix.build(expression, check=False, env=way).log.split())
+    assert f"the output '{output}' refers to '{victim}'" in log
+    assert "from 'ssh://b1'" in log
+
+
+def test_what_is_valid_here_may_be_referred_to(nix: Scene, way: dict[str, str]) -> None:
+    nix.machines("b1 - - 1\n")
+    victim = lie(nix, "refer")
+    nix.client.write("/tmp/here", f"here {next(numbers)}")
+    here = nix.client.run("nix-store", "--add", "/tmp/here").stdout.strip()
+    nix.builder.write("/tmp/victim", here)
+    output = nix.build(innocent(), env=way).output
+    assert valid(nix.client, output) and not registered(nix.client, victim)
+    found = nix.client.run("nix-store", "-q", "--references", output).stdout.split()
+    assert set(found) == {here, output}
+
+
+@pytest.mark.parametrize("how", ["spoil", "forget", "refer"])
+def test_what_one_machine_has_spoilt_another_builds(nix: Scene, how: str) -> None:
+    nix.machines("b1 - - 1 8\nb2 - - 1\n")
+    lie(nix, how)
+    outcome = nix.build(innocent())
+    assert nix.client.read(outcome.output) == "b2\n"
+    assert "trying again" in outcome.log
