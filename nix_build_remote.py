@@ -1,8 +1,9 @@
 #!/bin/sh
 # For sh, these lines start Python in a way that keeps the compiled program beside this
 # file: else it would be compiled at every start, which takes 10 ms and 5 MB.  (Not
-# where others may put files, nor in a Nix store, where all is of 1970.)  They also find
-# Python where a daemon's PATH does not.  For Python, they are a string.
+# where others may put files, or could when they were made, nor in a Nix store, where all
+# is of 1970.)  They also find Python where a daemon's PATH does not.  For Python, they
+# are a string.
 ''':'
 PATH=${PATH:+$PATH:}/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin
 PATH=$PATH:/usr/local/bin:/usr/bin:/bin:/opt/homebrew/bin exec python3 -IS -c '
@@ -12,13 +13,21 @@ del sys.argv[0]
 __file__ = sys.argv[0]
 source = os.path.realpath(__file__)
 loader = SourceFileLoader(__name__, source)
-if os.stat(os.path.dirname(source)).st_mode & 0o1002 or os.stat(source).st_mtime < 2:
+folder = os.path.dirname(source)
+cache = folder + "/__pycache__"
+writable = os.stat(folder).st_mode & 0o1002
+if os.path.lexists(cache):
+    writable |= os.lstat(cache).st_mode & 0o1022
+if writable or os.stat(source).st_mtime < 2:
     text = loader.get_data(source)
     if sys.argv[-1].isdigit():
         text = text.rpartition(b"# ==== For people")[0]
     exec(compile(text, source, "exec"))
 else:
-    exec(loader.get_code(__name__))
+    mask = os.umask(0o022)
+    code = loader.get_code(__name__)
+    os.umask(mask)
+    exec(code)
 ' "$0" "$@"
 ''' """
 nix_build_remote.py - a build hook for Nix: sends builds to other machines over ssh.
@@ -84,6 +93,7 @@ from __future__ import annotations
 
 # One process for each build: what re, typing, contextlib and enum would bring is not
 # worth the 12 ms that importing them takes, more than half of the whole start.
+import errno
 import fcntl
 import math
 import os
@@ -95,6 +105,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
     import signal
     from argparse import Namespace
     from collections.abc import Callable, Iterable, Iterator
@@ -126,10 +137,12 @@ VERSION = "0.1"
 START = time.monotonic()
 
 CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
-GREETING_TIMEOUT_S = 90  # connecting, logging in and starting nix-store on the builder
+LOGIN_TIMEOUT_S = 90  # connecting and logging in, where nobody waits for a reply
+GREETING_TIMEOUT_S = 30  # starting nix-store on the builder, and its first answer
+REPLY_S = 5  # all of that where Nix waits for our reply, and does nothing else
 ALIVE_INTERVAL_S = 10  # a silent link is noticed after ALIVE_COUNT_MAX probes of these
 ALIVE_COUNT_MAX = 3
-RETIRE_S = 2  # for a connection's master to hear that it gets no more sessions
+RETIRE_S = 2  # for a connection's master to take a call, or to hear that it gets no more
 IDLE_S = 120  # then a shared connection that nobody uses ends by itself
 SEATS = 8  # hooks on one: sshd allows it 10 sessions, and a hook has one
 CONNECTIONS = 16  # to one machine
@@ -137,8 +150,9 @@ SOCKET_LIMIT_BYTES = 86  # of a control socket's name: Linux 90, macOS 86
 WARM_AT_ONCE = 6  # connections begun at the same time
 UNKNOWN_FAILURES = 3  # in a row, for a reason we don't know, may pass by themselves
 LOSSES = 5  # of a session with a builder, before a build is given up
-PAUSE_S, PAUSE_LIMIT_S = 1, 60  # a machine that fails again is left alone for longer
-TRY_S = 10  # or more: nobody else tries it while one does
+PAUSE_S = 1  # a machine that has failed is left alone for that,
+PAUSE_LIMIT_S = 60  # and for longer each time it fails again
+PROBE_S = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S  # to find out if it is of use again
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 WAIT_S = 0.02  # between two looks for a free slot
 LINE = 64  # hooks that wait for one set of machines
@@ -156,10 +170,14 @@ QUIET_S = 2  # after a build: no more of its log will come
 COPY_BATCH_BYTES = 100_000  # of store paths on a command line; in a variable Linux
 # takes 128 KiB at most (MAX_ARG_STRLEN)
 WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list anybody may send us
+LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
+MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 OUTAGE_LIMIT = 1000  # characters of what is remembered of a failure
 TAIL_BYTES = 4096  # of ssh's stderr, kept to explain why a connection ended
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
 SAID_LIMIT = 1000  # messages remembered as said
+DESCRIPTORS = 4096  # more than that, and old programs take seconds to close them all
+COMPLAINTS = 20  # about the machines file, at once
 
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
 SERVE_VERSION = 0x207  # offered less than 2.6, servers of 2.4 to 2.10 answer as 2.6
@@ -204,6 +222,10 @@ class Away(Unreachable):
 
 class SessionLost(Error):
     """The session with the builder ended before it had answered."""
+
+
+class Late(SessionLost):
+    """It says nothing for too long."""
 
 
 class Nonsense(SessionLost):
@@ -845,18 +867,42 @@ def rank(machine: Machine, load: int) -> tuple[int, float, int]:
 # ---- Slots --------------------------------------------------------------------------
 
 
-LOCK_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+LOCK_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def open_lock(path: str, directory: int | None = None) -> int:
-    """Open it, and make it if need be; relative names are of that open directory."""
+    """Open it, and make it if need be; relative names are of that open directory.  What
+    is no file but stands in its place is removed.  Raises Error."""
     try:
         try:  # to ask for a file to be made is dear even if it is there
-            return os.open(path, LOCK_FLAGS, dir_fd=directory)
+            descriptor = os.open(path, LOCK_FLAGS, dir_fd=directory)
+            # A slot's lock need be no file: there may be thousands to look at.
+            if directory is not None or stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
+            os.close(descriptor)
+            remove(path)
         except FileNotFoundError:
-            return os.open(path, LOCK_FLAGS | os.O_CREAT, 0o600, dir_fd=directory)
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+                raise
+            remove(path, directory)
+        return os.open(path, LOCK_FLAGS | os.O_CREAT, 0o600, dir_fd=directory)
     except OSError as error:
         raise Error(f"cannot open {path}: {error.strerror}") from None
+
+
+def remove(path: str, directory: int | None = None) -> None:
+    """Whatever it is, out of the way; OSError if that cannot be."""
+    try:
+        os.unlink(path, dir_fd=directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EPERM):  # macOS says the latter
+            raise
+        aside = f"{path}.junk-{os.urandom(4).hex()}"
+        os.rename(path, aside, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
@@ -874,6 +920,15 @@ def write_into(descriptor: int, text: str) -> None:
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, encode(text), 0)
+
+
+def read_lock(descriptor: int) -> str:
+    """What a lock's file says; nothing if it is no file."""
+    try:
+        data = os.pread(descriptor, LOCK_LIMIT_BYTES, 0)
+    except OSError:
+        data = b""
+    return data.decode("utf-8", "surrogateescape")
 
 
 def start_time(process: int) -> str:
@@ -948,8 +1003,9 @@ class Outage(NamedTuple):
     @property
     def old(self) -> bool:
         """Whether nobody has tried for so long that it says nothing any more (or the
-        clock was set)."""
-        return abs(time.time() - self.until) > PAUSE_LIMIT_S
+        clock was set).  That counts from when a try must have ended."""
+        age = time.time() - self.until
+        return not -PAUSE_LIMIT_S <= age <= PAUSE_LIMIT_S + PROBE_S
 
     @property
     def hopeless(self) -> bool:
@@ -961,34 +1017,61 @@ class Outage(NamedTuple):
 
     def again(self, words: str) -> Outage:
         """After one more failure."""
+        # The delay doubles with each failure, and is not the same for all.
+        delay = min(PAUSE_S * 2 ** min(self.failures + 1, 9), PAUSE_LIMIT_S)
+        until = round(time.time() + delay * (0.5 + os.urandom(1)[0] / 512), 3)
         since = self.since or round(time.time(), 3)
-        return Outage(self.failures + 1, since, 0.0, words[:OUTAGE_LIMIT]).later(0)
-
-    def later(self, least_s: float) -> Outage:
-        """The same, from now on.  The delay doubles with each failure, and is not the
-        same for all."""
-        delay = min(PAUSE_S * 2 ** min(self.failures, 9), PAUSE_LIMIT_S)
-        delay = max(delay * (0.5 + os.urandom(1)[0] / 512), least_s)
-        until = round(time.time() + delay, 3)
-        return Outage(self.failures, self.since, until, self.words)
+        return Outage(self.failures + 1, since, until, words[:OUTAGE_LIMIT])
 
 
 class MainLock:
-    """Held while choosing.
-
-    Every holder is choosing, which takes milliseconds, and the kernel frees it with
-    a dead one, so the wait for it needs no bound.
+    """Held while choosing, which takes milliseconds, and the kernel frees it with a dead
+    holder.  Whoever holds it for long means harm or stands still, and we go on without
+    it: what it keeps apart then costs a message said twice, or a slot not seen as free.
     """
 
+    stuck = False  # it was once, for this process
+    tell: Callable[[str], None] | None = None  # how to complain of that
+
     def __init__(self, path: str) -> None:
-        self.descriptor = open_lock(path)
+        self.path, self.descriptor = path, open_lock(path)
+        if os.fstat(self.descriptor).st_mode & 0o077:  # others could open, and hold it
+            with suppress(OSError):
+                os.fchmod(self.descriptor, 0o600)
 
     def __enter__(self) -> int:
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        if not try_lock(self.descriptor) and not MainLock.stuck:
+            try:
+                with Bell(MAIN_LOCK_TIMEOUT_S):
+                    fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+            except Late:
+                MainLock.stuck = True
+                if MainLock.tell:
+                    MainLock.tell(f"somebody has held {self.path} for "
+                                  f"{MAIN_LOCK_TIMEOUT_S} s (fuser says who); going on "
+                                  "without it")  # fmt: skip
         return self.descriptor
 
     def __exit__(self, *error: object) -> None:
         os.close(self.descriptor)
+
+
+class Bell:
+    """Raises Late in the middle of what takes longer, such as waiting for a lock."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        self.before = signal.signal(signal.SIGALRM, self.ring)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+    def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self.before)
+
+    def ring(self, number: int, frame: object) -> None:
+        raise Late("no end within the time for it")
 
 
 class SlotDirectory(NamedTuple):
@@ -997,17 +1080,19 @@ class SlotDirectory(NamedTuple):
 
     path: str
 
+    @classmethod
+    def find(cls, nix: Nix) -> SlotDirectory:
+        """The one that Nix names, unless others could change what is in it."""
+        wanted = nix.slot_directory
+        return cls(wanted if is_private(wanted) else spare_directory(wanted))
+
     @property
     def own(self) -> str:
         return f"{self.path}/own"
 
     def make(self) -> None:
-        try:
-            for path in (self.path, self.own):  # makedirs gives parents another mode
-                os.makedirs(path, 0o700, exist_ok=True)
-            check_private(self.own)
-        except OSError as error:
-            raise Error(f"cannot make {self.path}: {error.strerror}") from None
+        make_directory(self.path)
+        make_directory(self.own)
 
     def main_lock(self) -> MainLock:
         return MainLock(f"{self.path}/main-lock")
@@ -1030,55 +1115,72 @@ class SlotDirectory(NamedTuple):
     def take(self, machines: dict[str, Machine]) -> tuple[Slot | None, dict[str, int]]:
         """The free slot of the best of these, which their slots' names lead to, or None
         if all slots are taken; and the load of each."""
-        found: list[tuple[tuple[int, float, int], Slot]] = []
-        loads = {}
-        best = None
+        loads: dict[str, int] = {}
+        best: Slot | None = None
+        best_key = (0, 0.0, 0)
+        failure: Error | None = None
         with self.main_lock():
             directory = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for name, machine in machines.items():
-                    loads[name], slot = self.survey(machine, name, directory)
+                    try:
+                        loads[name], slot = self.survey(machine, name, directory)
+                    except Error as error:  # no room for a file: others may have theirs
+                        failure = failure or error
+                        continue
+                    key = rank(machine, loads[name])
+                    if slot and (best is None or key < best_key):  # or the first written
+                        best, best_key, slot = slot, key, best
                     if slot:
-                        found.append((rank(machine, loads[name]), slot))
-                # min takes the first of equals: full ties go by the order written.
-                best = min(found, key=lambda pair: pair[0])[1] if found else None
+                        os.close(slot.descriptor)
+            except BaseException:
+                if best:
+                    os.close(best.descriptor)
+                raise
             finally:
                 os.close(directory)
-                for _, slot in found:
-                    if slot is not best:
-                        os.close(slot.descriptor)
+        if failure and not loads:
+            raise failure
         return best, loads
 
     def outage(self, name: str) -> Outage | None:
         """Of the machine whose slots have that name; what is old says nothing."""
-        try:
-            with open(f"{self.own}/{name}.down", "rb") as file:
-                outage = Outage.parse(decode(file.read(2 * TAIL_BYTES)))
-        except FileNotFoundError:
-            return None
+        outage = Outage.parse(read_private(f"{self.own}/{name}.down") or "")
         return None if outage and outage.old else outage
 
-    def note_outage(self, name: str, before: Outage | None, after: Outage) -> bool:
+    def note_outage(self, name: str, before: Outage | None, words: str) -> None:
         """Write it down, unless somebody else has since it was as before: builds that
-        fail together are one failure, and one hook at a time tries the machine again."""
+        fail together are one failure."""
         with self.main_lock():
-            if self.outage(name) != before:
-                return False
-            with suppress(OSError):  # a full disk
-                write_private(f"{self.own}/{name}.down", after.text())
-        return True
+            if self.outage(name) in (before, None):
+                after = (before or Outage()).again(words)
+                with suppress(OSError):  # a full disk
+                    write_private(f"{self.own}/{name}.down", after.text())
+
+    def begin_probe(self, name: str, outage: Outage) -> int | None:
+        """The lock of who finds out whether a machine is of use again, if nobody else
+        does, or has just done so."""
+        try:
+            descriptor = open_lock(f"{self.own}/{name}.probe")
+        except Error:  # no room for its file
+            return None
+        if try_lock(descriptor) and self.outage(name) == outage:
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def note_success(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(f"{self.own}/{name}.down")
+        with suppress(OSError):
+            remove(f"{self.own}/{name}.down")
 
     def fetching_place(self, machine: Machine, name: str) -> Slot | None:
         """A place to bring outputs home from; there are as many as slots."""
-        for number in range(machine.max_jobs):
-            descriptor = open_lock(f"{self.own}/{name}.fetch-{number}")
-            if try_lock(descriptor):
-                return Slot(machine, descriptor)
-            os.close(descriptor)
+        with suppress(Error):  # no room for its file
+            for number in range(machine.max_jobs):
+                descriptor = open_lock(f"{self.own}/{name}.fetch-{number}")
+                if try_lock(descriptor):
+                    return Slot(machine, descriptor)
+                os.close(descriptor)
         return None
 
     def first_time(self, text: str) -> bool:
@@ -1091,12 +1193,10 @@ class SlotDirectory(NamedTuple):
 
         entry = f"{os.getppid()}-{zlib.crc32(encode(text)):08x}"
         with self.main_lock() as descriptor:
-            said = os.pread(descriptor, 100 * SAID_LIMIT, 0).decode("ascii", "replace")
-            if entry in said.split():
+            said = read_lock(descriptor)[: 100 * SAID_LIMIT].split()
+            if entry in said:
                 return False
-            kept = [*said.split()[1 - SAID_LIMIT :], entry]
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, " ".join(kept).encode("ascii", "replace"), 0)
+            write_into(descriptor, " ".join([*said[1 - SAID_LIMIT :], entry]))
         return True
 
 
@@ -1133,7 +1233,7 @@ class Line:
 
     def take(self) -> Slot | None:
         """A free slot, if nobody should have it before the first of this line."""
-        away = self.hook.away(self.machines)
+        away = self.hook.away(self.machines, self.path)
         self.all_away = len(away) == len(self.machines)
         out = away | self.reserved()
         machines = {n: m for n, m in self.machines.items() if n not in out}
@@ -1146,9 +1246,8 @@ class Line:
                     why = (f"has {loads[name]} of {machine.max_jobs} slots taken, at "
                            f"speed {machine.speed:g}")  # fmt: skip
                 self.hook.talk.say(DEBUG, f"'{machine.name(self.hook.nix)}' {why}")
-        if slot and not self.hook.may_try(slot):
-            slot.free()
-            return None
+        if slot:
+            slot.outage = self.slots.outage(slot.machine.slot_name(self.hook.nix))
         return slot
 
     def reserved(self) -> set[str]:
@@ -1168,8 +1267,7 @@ class Line:
         try:
             if try_lock(descriptor, fcntl.LOCK_SH):
                 return []
-            data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-            return data.decode("utf-8", "surrogateescape").split("\n")[1:] or [""]
+            return read_lock(descriptor).split("\n")[1:] or [""]
         finally:
             os.close(descriptor)
 
@@ -1177,8 +1275,9 @@ class Line:
         return not self.waited_for(f"{self.name}.0")
 
     def join(self) -> bool:
-        """Take the place behind the last that is taken, if the line is not full."""
-        with self.slots.main_lock():
+        """Take the place behind the last that is taken, if the line is not full and
+        there is room for its file."""
+        with suppress(Error), self.slots.main_lock():
             for number in reversed(range(self.size)):
                 descriptor = open_lock(f"{self.name}.{number}")
                 if not try_lock(descriptor):
@@ -1731,19 +1830,79 @@ def private_directory(wanted: str) -> str:
     """A directory only we can write, for files ssh reads: wanted, or one in /tmp if its
     name could not be handed on to ssh."""
     plain = only(wanted, PLAIN) and "%" not in wanted  # ssh would expand that
-    plain = plain and len(wanted) + 30 < SOCKET_LIMIT_BYTES
-    path = wanted if plain else f"/tmp/nix-build-remote-{os.geteuid()}"
-    with suppress(FileExistsError):
-        os.makedirs(path, 0o700)
-    check_private(path)
+    if not plain or len(wanted) + 30 >= SOCKET_LIMIT_BYTES:
+        return spare_directory()
+    make_directory(wanted)
+    return wanted
+
+
+def make_directory(path: str) -> None:
+    """Have a directory that only we can write; what else is there is put aside."""
+    try:
+        for _ in range(2):
+            with suppress(FileExistsError):
+                os.makedirs(path, 0o700)
+            if is_shut(os.lstat(path), {os.geteuid()}):
+                return
+            remove(path)
+    except OSError as error:
+        raise Error(f"cannot make {path}: {error.strerror}") from None
+    raise Error(f"{path} is not a directory that only we can write; remove it")
+
+
+def is_shut(info: os.stat_result, owners: set[int]) -> bool:
+    """Whether that is a directory of one of these, that nobody else can write."""
+    shut = not info.st_mode & 0o022
+    return stat.S_ISDIR(info.st_mode) and info.st_uid in owners and shut
+
+
+def is_private(path: str) -> bool:
+    """Whether nobody else can change what is there, nor put something else in its place,
+    as who may write a directory above it could.  (Not if that is sticky, as /tmp is.)
+    What is not there yet is private if we could make it so."""
+    # Whoever owns the root can do everything: not always 0 in a user namespace.
+    trusted = {0, os.geteuid(), os.stat("/").st_uid}
+    above = {part for way in (path, os.path.realpath(path)) for part in parents(way)}
+    try:
+        if os.path.lexists(path) and not is_shut(os.stat(path), trusted):
+            return False
+        for part in filter(os.path.lexists, above):
+            info = os.stat(part)
+            sticky = info.st_mode & stat.S_ISVTX and info.st_uid in trusted
+            if not sticky and not is_shut(info, trusted):
+                return False
+    except OSError:
+        return False
+    links = filter(os.path.islink, {path, *above})
+    return all(os.lstat(link).st_uid in trusted for link in links)
+
+
+def parents(path: str) -> list[str]:
+    """The directories above an absolute name, one in the other."""
+    parts = os.path.normpath(path).split("/")
+    return ["/".join(parts[:count]) or "/" for count in range(1, len(parts))]
+
+
+def spare_directory(instead_of: str = "") -> str:
+    """A directory of our own, where nobody else's files are in the way."""
+    import zlib
+
+    name = f"nix-build-remote-{os.geteuid()}"
+    for folder in [f"/tmp/{name}", *(f"/tmp/{name}.{n}" for n in range(1, 10)), f"/run/{name}"]:
+        try:
+            with suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            if is_shut(os.lstat(folder), {os.geteuid()}):
+                break
+        except OSError:
+            continue
+    else:
+        raise Error(f"cannot make a directory of our own, such as /tmp/{name}")
+    if not instead_of:
+        return folder
+    path = f"{folder}/{zlib.crc32(encode(instead_of)):08x}"
+    make_directory(path)
     return path
-
-
-def check_private(path: str) -> None:
-    info = os.lstat(path)
-    ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
-    if not ours or info.st_mode & 0o022:
-        raise Error(f"{path} is not a directory that only we can write; remove it")
 
 
 def read_private(path: str, limit: int = TAIL_BYTES) -> str | None:
@@ -1783,7 +1942,7 @@ def write_private(path: str, text: str, mode: int = 0o600) -> None:
             os.unlink(temporary)
         if not os.path.isdir(path):
             raise
-        remove(path)  # what is in our way
+        remove(path)
         write_private(path, text, mode)
 
 
@@ -1791,18 +1950,6 @@ def keep(path: str, text: str, mode: int = 0o600) -> None:
     """Have a private file say that; mostly it does already."""
     if read_private(path) != text:
         write_private(path, text, mode)
-
-
-def remove(path: str) -> None:
-    """Whatever it is: nothing else than files of ours belongs there."""
-    try:
-        os.unlink(path)
-    except IsADirectoryError:
-        import shutil
-
-        shutil.rmtree(path)
-    except PermissionError:  # macOS says this of a directory
-        os.rmdir(path)
 
 
 def pin_host_key(machine: Machine, slot_directory: str) -> str:
@@ -1814,7 +1961,10 @@ def pin_host_key(machine: Machine, slot_directory: str) -> str:
     directory = private_directory(f"{slot_directory}/ssh")
     digest = hashlib.sha256(machine.host_key.encode()).hexdigest()
     path = f"{directory}/known_hosts-{digest[:32]}"
-    write_private(path, f"* {machine.host_key}\n")
+    try:
+        keep(path, f"* {machine.host_key}\n")
+    except OSError as error:
+        raise Unreachable(f"cannot keep its host key in {path}: {error.strerror}") from None
     return path
 
 
@@ -1852,44 +2002,34 @@ class Link:
 
     def sit(self) -> None:
         """Take a seat on the first connection that has one, and keep it until we end.
-        With the last seat of one, the next connection is begun."""
+        With the last seat of one, the next connection is begun.  Raises Error if there
+        is no room for a file; then nothing is shared."""
         base, seats = self.base(), self.seats()
-        for connection in range(CONNECTIONS):
-            for seat in range(seats):
-                descriptor = open_lock(f"{base}-{connection}.{seat}")
-                if not try_lock(descriptor):
-                    os.close(descriptor)
-                    continue
-                self.socket = f"{base}-{connection}"
-                self.seat, self.number = descriptor, seat
-                if seat == seats - 1:
-                    self.start(f"{base}-{connection + 1}")
-                return
+        for place in range(CONNECTIONS * seats):
+            connection, seat = divmod(place, seats)
+            descriptor = open_lock(f"{base}-{connection}.{seat}")
+            if not try_lock(descriptor):
+                os.close(descriptor)
+                continue
+            self.socket = f"{base}-{connection}"
+            self.seat, self.number = descriptor, seat
+            if seat == seats - 1:
+                self.start(f"{base}-{connection + 1}")
+            return
 
     def seats(self) -> int:
         """How many sessions a connection to this machine may have."""
-        try:
-            with open(f"{self.base()}.seats", encoding="ascii") as file:
-                return int(file.read())
-        except (OSError, ValueError):
-            return SEATS
+        text = read_private(f"{self.base()}.seats") or ""
+        return int(text) if text.isdecimal() and 0 < len(text) < 3 else SEATS
 
     def lose_seat(self) -> None:
         """sshd has refused us a session: remember how many it allows."""
-        write_private(f"{self.base()}.seats", str(max(1, self.number)))
+        with suppress(OSError):  # a full disk
+            write_private(f"{self.base()}.seats", str(max(1, self.number)))
 
     def live(self) -> bool:
         """Whether a master answers at our socket; that says nothing of the network."""
         return self.socket != "none" and answers(self.socket)
-
-    def broken(self, name: str) -> str:
-        """What was said at the last attempt to make that connection; "" if it lives, or
-        has ended without a complaint: as one ends that was idle, and at once that of an
-        ssh that shares nothing."""
-        if answers(name):
-            return ""
-        words, connecting = self.master_words(name)
-        return "still connecting" if connecting else " ".join(words.split())
 
     @staticmethod
     def master_words(name: str) -> tuple[str, bool]:
@@ -1897,7 +2037,7 @@ class Link:
         descriptor = open_lock(f"{name}.start")
         try:
             connecting = not try_lock(descriptor, fcntl.LOCK_SH)
-            return decode(os.pread(descriptor, TAIL_BYTES, 0)), connecting
+            return read_lock(descriptor)[:TAIL_BYTES], connecting
         finally:
             os.close(descriptor)
 
@@ -1912,21 +2052,25 @@ class Link:
             os.ftruncate(descriptor, 0)
             # What a killed master has left: ssh would share nothing if it found that.
             for stale in (f"{name}.proved", f"{name}.direct", name):
-                with suppress(FileNotFoundError):
-                    os.unlink(stale)
+                with suppress(OSError):
+                    remove(stale)
             command = [self.ssh, "-N", "-oControlMaster=yes"]
             command += [f"-oControlPersist={IDLE_S}", *self.options(name)]
             command += ["--", self.machine.destination]
             self.master = spawn(command, self.environ, {2: descriptor}, detached=True)
         os.close(descriptor)
 
-    def connect(self) -> None:
+    def connect(self, patience_s: float) -> None:
         """Return with a live connection, or raise Unreachable with ssh's own words.  An
         ssh that shares nothing, but does not fail either, is used without a master."""
         if self.socket == "none":
             return
-        deadline = time.monotonic() + GREETING_TIMEOUT_S
-        self.start(self.socket)
+        deadline = time.monotonic() + patience_s
+        try:
+            self.start(self.socket)
+        except Error:  # no room for its file
+            self.socket = "none"
+            return
         while not self.live():
             words, connecting = self.master_words(self.socket)
             if "disabling multiplexing" in words:  # it would stay, of no use
@@ -1939,7 +2083,7 @@ class Link:
                 self.socket = "none"
                 return
             if time.monotonic() > deadline:
-                raise Unreachable(f"no connection within {GREETING_TIMEOUT_S} s")
+                raise Unreachable(f"no connection within {patience_s} s")
             wait_readable([], LOCK_POLL_S / 10)
 
     def complain(self, words: str) -> None:
@@ -1957,7 +2101,8 @@ class Link:
 
     def prove(self) -> None:
         if self.socket != "none":
-            os.close(open_lock(f"{self.socket}.proved"))
+            with suppress(Error):  # no room for the file
+                os.close(open_lock(f"{self.socket}.proved"))
 
     def retire(self, name: str) -> None:
         """Let whoever comes next make a new connection, since this may be the trouble:
@@ -1976,11 +2121,11 @@ class Link:
         sharing = [f"-oControlPath={name}", *self.own, *self.user, "-S", name]
         return [*sharing, *SSH_DEFAULTS]
 
-    def run(self, *remote: str) -> Child:
-        """Start a program on the machine."""
+    def run(self, deadline: float, *remote: str) -> Child:
+        """Start a program on the machine; SessionLost if its connection stands still."""
         if self.socket != "none" and self.direct():
             with suppress(OSError):  # no master, or no more sessions: ssh knows a way
-                return Remote(self.socket, " ".join(remote))
+                return Remote(self.socket, " ".join(remote), deadline)
         return Child(self.command(*remote), self.environ, "012")
 
     def direct(self) -> bool:
@@ -1988,11 +2133,9 @@ class Link:
         the machine, as it may be configured to.  (Those that Debian's ssh sends on its
         own are about terminals.)  The answer is kept for this connection."""
         path = f"{self.socket}.direct"
-        try:
-            with open(path, encoding="utf-8") as file:
-                return file.read() == "yes"
-        except FileNotFoundError:
-            pass
+        kept = read_private(path)
+        if kept in ("yes", "no"):
+            return kept == "yes"
         program, *options = self.command()
         child = Child([program, "-G", *options], self.environ, "1")
         lines = child.output().split("\n")
@@ -2019,15 +2162,35 @@ class Link:
         return {**self.environ, "NIX_SSHOPTS": text}
 
 
-def answers(name: str) -> bool:
-    """Whether something listens at that control socket."""
+def call(name: str) -> _socket.socket:
+    """Connect to that control socket.  Raises OSError if nobody listens there;
+    BlockingIOError if its master takes no calls any more, so that too many wait."""
     import _socket  # socket itself takes 6 ms to import
 
-    probe = _socket.socket(_socket.AF_UNIX)
-    try:
-        return probe.connect_ex(name) == 0
-    finally:
-        probe.close()
+    caller = _socket.socket(_socket.AF_UNIX)
+    caller.setblocking(False)
+    deadline = time.monotonic() + RETIRE_S
+    while True:
+        try:
+            caller.connect(name)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(LOCK_POLL_S)
+                continue
+            caller.close()
+            raise
+        except OSError:
+            caller.close()
+            raise
+        return caller
+
+
+def answers(name: str) -> bool:
+    """Whether something listens at that control socket."""
+    with suppress(OSError):
+        call(name).close()
+        return True
+    return False
 
 
 class Remote(Child):
@@ -2044,11 +2207,10 @@ class Remote(Child):
     HELLO, NEW_SESSION = 1, 0x10000002
     EXIT, OPENED = 0x80000004, 0x80000006
 
-    def __init__(self, control_socket: str, command: str) -> None:
+    def __init__(self, control_socket: str, command: str, deadline: float) -> None:
         import _socket
 
-        self.control = _socket.socket(_socket.AF_UNIX)
-        self.control.connect(control_socket)
+        self.control = call(control_socket)
         self.pipes, theirs = make_pipes("012")
         self.status = None
         try:
@@ -2061,8 +2223,8 @@ class Remote(Child):
                 rights = struct.pack("i", descriptor)
                 control = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)
                 self.control.sendmsg([b"\0"], [control])
-            deadline = time.monotonic() + GREETING_TIMEOUT_S
-            if not self.receive(deadline).startswith(struct.pack(">II", self.HELLO, 4)):
+            hello = self.receive(time.monotonic() + REPLY_S)  # it need not ask anybody
+            if not hello.startswith(struct.pack(">II", self.HELLO, 4)):
                 raise OSError("ssh's master speaks another protocol")
             answer = self.receive(deadline)
             if not answer.startswith(struct.pack(">I", self.OPENED)):
@@ -2127,14 +2289,16 @@ class Session:
     greeting, then the log of the build.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, patience_s: float = GREETING_TIMEOUT_S) -> None:
         self.link = link
+        self.deadline = time.monotonic() + patience_s  # for the first answer
         self.version = 0
         self.tail = b""  # of stderr
         self.inbox = bytearray()
         self.limits: tuple[int, int] = (0, 0)  # of the running build, see build_limit
+        self.silent = True  # it has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
-        self.child = link.run("nix-store", "--serve", "--write")
+        self.child = link.run(self.deadline, "nix-store", "--serve", "--write")
         self.stdin, self.stdout, self.stderr = self.child.pipes
         os.set_blocking(self.stdin, False)
         self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
@@ -2142,12 +2306,11 @@ class Session:
     def greet(self) -> None:
         """Read the answer to our hello; SessionLost, with ssh's own words, if it fails.
         Questions may be asked before: it saves a round trip."""
-        deadline = time.monotonic() + GREETING_TIMEOUT_S
-        magic = self.read(8, deadline)
+        magic = self.read(8, self.deadline)
         if magic != integer(SERVE_REPLY):
             raise SessionLost(f"it sent {magic!r} before nix-store's own words (does a "
                               "start-up file of the shell print that?)")  # fmt: skip
-        version = read_integer(lambda count: self.read(count, deadline))
+        version = read_integer(lambda count: self.read(count, self.deadline))
         if version >> 8 != 2:
             raise SessionLost("its Nix is older than 1.8, or no Nix (serve protocol "
                               f"{version >> 8}.{version & 255})")  # fmt: skip
@@ -2165,7 +2328,8 @@ class Session:
             if data and self.version:
                 write_all(4, data)
                 self.last = time.monotonic()
-                self.first = self.first or self.last
+                self.first = self.last if self.silent else self.first
+                self.silent = False
             self.tail = (self.tail + data)[-TAIL_BYTES:]
             if not data:
                 self.stderr = -1
@@ -2184,7 +2348,7 @@ class Session:
                 raise BuildTimedOut("it exceeds the limits of time or silence that Nix "
                                     "has set, and the builder let it")  # fmt: skip
             if now >= deadline:
-                raise SessionLost("no answer within the time for it")
+                raise Late("no answer within the time for it")
             self.pump(wait_readable(self.pipes(), min(deadline, limit) - now))
         data = bytes(self.inbox[:count])
         del self.inbox[:count]
@@ -2202,7 +2366,7 @@ class Session:
                 ready = wait_readable(self.pipes(), left, [self.stdin])
                 self.pump(ready)
                 if not ready:
-                    raise SessionLost("no answer: it does not read") from None
+                    raise Late("no answer: it does not read") from None
             except BrokenPipeError:
                 raise SessionLost(self.last_words()) from None
 
@@ -2246,6 +2410,17 @@ class Session:
         self.answer_timeout_s = SUBSTITUTE_TIMEOUT_S if substitute else ANSWER_TIMEOUT_S
         self.write(integer(QUERY_VALID_PATHS) + flags + strings(sorted(paths)))
 
+    def first_answer(self) -> set[str]:
+        """The answer to the first question, with the greeting before it: that needs the
+        builder's store, and so tells that it is of use.  Raises Unreachable if it does
+        not come in time."""
+        try:
+            self.greet()
+            read = read_strings(lambda count: self.read(count, self.deadline))
+        except Late as error:
+            raise Unreachable(str(error)) from None
+        return set(read)
+
     def valid(self, timeout_s: float = 0) -> set[str]:
         deadline = time.monotonic() + (timeout_s or self.answer_timeout_s)
         return set(read_strings(lambda count: self.read(count, deadline)))
@@ -2282,11 +2457,12 @@ class Session:
 
     def build_limit(self) -> float:
         """When the running build will have gone too far beyond what Nix allows; that
-        counts from the first of its log, since before it may wait for its turn."""
+        counts from the first of its log, since before it may wait for its turn; but from
+        when we asked for it as long as it says nothing."""
         timeout, silence = self.limits
         limits = [self.first + timeout] * (timeout > 0)
         limits += [self.last + silence] * (silence > 0)
-        return min(limits, default=math.inf) + MARGIN_S if self.first else math.inf
+        return min(limits, default=math.inf) + MARGIN_S
 
     def build_derivation(self, path: str, encoded: bytes, nix: Nix) -> tuple[int, str]:
         """Its status as the builder's Nix has it, 0 if it was built, and a message."""
@@ -2302,7 +2478,8 @@ class Session:
 
     def wait_for_build(self, nix: Nix) -> int:
         self.limits = nix.number("timeout"), nix.number("max-silent-time")
-        self.first = 0.0
+        self.first = self.last = time.monotonic()
+        self.silent = True
         try:
             return read_integer(self.read)
         finally:
@@ -2821,14 +2998,15 @@ def program_version(program: str, nix: Nix, slots: SlotDirectory) -> tuple[int, 
     key = f"{program} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}"
     directory = private_directory(f"{slots.path}/ssh")
     path = f"{directory}/version-{zlib.crc32(encode(key)):08x}"
-    with suppress(OSError), open(path, encoding="utf-8") as file:
-        return parse_version(file.read())
+    kept = read_private(path) or ""
+    if kept.endswith("\n") and only(kept, DIGITS + ".\n"):
+        return tuple(map(int, filter(None, kept.strip().split("."))))
     child = Child([program, "--version"], child_environ(nix), "1")
-    answer = child.output()
+    version = parse_version(child.output())
     if child.wait() == 0:
-        with suppress(OSError):
-            write_private(path, answer)
-    return parse_version(answer)
+        with suppress(OSError):  # a full disk
+            write_private(path, ".".join(map(str, version)) + "\n")
+    return version
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -2926,15 +3104,16 @@ class Sending:
     def __enter__(self) -> bool:
         """Whether we had to wait, and others may have sent what we were to send."""
         waited, deadline = False, time.monotonic() + UPLOAD_LOCK_TIMEOUT_S
-        while time.monotonic() < deadline and (descriptor := self.take()) >= 0:
-            waited = True
-            try:
-                while not try_lock(descriptor, fcntl.LOCK_SH):
-                    wait_readable([], LOCK_POLL_S)
-                    if time.monotonic() > deadline:  # go on without the right
-                        break
-            finally:
-                os.close(descriptor)
+        with suppress(Error):  # no room for the locks' files: go on without the right
+            while time.monotonic() < deadline and (descriptor := self.take()) >= 0:
+                waited = True
+                try:
+                    while not try_lock(descriptor, fcntl.LOCK_SH):
+                        wait_readable([], LOCK_POLL_S)
+                        if time.monotonic() > deadline:  # the same
+                            break
+                finally:
+                    os.close(descriptor)
         return waited
 
     def take(self) -> int:
@@ -2957,8 +3136,8 @@ class Sending:
 
     def shares(self, descriptor: int) -> bool:
         """Whether something of ours may be sent by who holds that lock."""
-        data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-        return not data or not self.hashes.isdisjoint(decode(data).split())
+        said = read_lock(descriptor)
+        return not said or not self.hashes.isdisjoint(said.split())
 
     def __exit__(self, *error: object) -> None:
         if self.descriptor >= 0:
@@ -3047,8 +3226,8 @@ class Build:
         try:
             self.session.ask_valid(self.inputs, self.substitute)
             if not self.session.version:
-                self.session.greet()
-            there = self.session.valid()  # the first thing that needs its store
+                self.session.first_answer()
+            there = self.session.valid()
             self.greeted = True
             self.hook.slots.note_success(self.slot.machine.slot_name(self.nix))
             self.trace("build-remote")
@@ -3076,7 +3255,8 @@ class Build:
         """What to raise if this machine may be to blame: that once another may try, if
         one is there, else the verdict."""
         others = {m.slot_name(self.nix): m for m in self.fit if m != self.slot.machine}
-        if self.verdict_elsewhere or len(self.hook.away(others)) == len(others):
+        away = self.hook.away(others, self.path)
+        if self.verdict_elsewhere or len(away) == len(others):
             return verdict
         return NotHere(words, verdict)
 
@@ -3140,10 +3320,11 @@ class Build:
         if isinstance(error, NotHere):
             self.verdict_elsewhere = error.verdict
         elif isinstance(error, Unreachable) or (
-            not self.greeted
-            and (self.slot.machine in self.avoided or self.slot.outage)
+            not self.greeted and self.slot.machine in self.avoided
         ):
             self.hook.note_failure(self.slot, error)
+        elif not self.greeted:  # its connection may be the trouble
+            self.link.retire(self.link.socket)
         if self.losses > LOSSES or now > self.trouble_since + AWAY_TIMEOUT_S:
             raise Error(self.failure(error))
 
@@ -3356,7 +3537,7 @@ class Hook:
     def __init__(self, nix: Nix) -> None:
         self.nix = nix
         self.talk = Talk(nix)
-        self.slots = SlotDirectory(nix.slot_directory)
+        self.slots = SlotDirectory(nix.slot_directory)  # until we have looked at it
         self.machines: list[Machine] | None = None
         self.copy_program = ""
         self.copy_version: tuple[int, ...] = ()
@@ -3368,14 +3549,21 @@ class Hook:
     def prepare(self) -> list[Machine]:
         """Read the machines; complain of bad lines once for each Nix process."""
         machines, complaints = load_machines(self.nix)
+        MainLock.tell = lambda text: self.talk.say(WARN, text)
         if machines:
+            self.slots = SlotDirectory.find(self.nix)
             self.slots.make()
+            if self.slots.path != self.nix.slot_directory:
+                complaints.append(f"others can change what is in {self.nix.slot_directory}; "
+                                  f"slots are counted in {self.slots.path}")  # fmt: skip
             directories = nix_directories(self.nix.environ)
             self.copy_program = find_program("nix-copy-closure", directories)
             self.copy_version = program_version(self.copy_program, self.nix, self.slots)
-        for complaint in complaints:
-            if not machines or self.slots.first_time(complaint):
+        if complaints and (not machines or self.slots.first_time("\n".join(complaints))):
+            for complaint in complaints[:COMPLAINTS]:
                 self.talk.say(WARN, complaint)
+            if more := len(complaints[COMPLAINTS:]):
+                self.talk.say(WARN, f"and {more} more; nix_build_remote.py check shows all")
         return machines
 
     def serve(self) -> None:
@@ -3449,7 +3637,7 @@ class Hook:
         """The reply to what no machine can take now."""
         if request.willing and might_build_itself(self.nix, request):
             return "decline"
-        if len(self.away(line.machines)) == len(line.machines):
+        if len(self.away(line.machines, line.path)) == len(line.machines):
             if hopeless := self.despair(line.machines):
                 if self.slots.first_time(hopeless):
                     self.talk.say(WARN, f"'{request.derivation}': {hopeless}")
@@ -3473,7 +3661,7 @@ class Hook:
         while True:
             if line.empty():
                 slot = line.take()
-                if slot or line.all_away:
+                if slot or (line.all_away and self.despair(line.machines)):
                     return slot
             if (request.willing if might else line.join()):
                 return None
@@ -3487,7 +3675,8 @@ class Hook:
     def link(self, machine: Machine) -> Link:
         if machine not in self.links:
             self.links[machine] = Link(machine, self.nix, self.slots.path)
-            self.links[machine].sit()
+            with suppress(Error):
+                self.links[machine].sit()
         return self.links[machine]
 
     def reach(self, slot: Slot, build: Build) -> bool:
@@ -3499,8 +3688,8 @@ class Hook:
                 self.talk.begin(0, text)
                 self.talk.say(DEBUG, text)
                 if not link.live():
-                    self.warm(build.fit)
-                self.session = self.open_session(link, build.path)
+                    self.warm(build.fit, build.path)
+                self.session = self.open_session(link, build.path, REPLY_S)
             return True
         except BaseException as error:
             slot.free()
@@ -3515,17 +3704,23 @@ class Hook:
         finally:
             self.talk.end()
 
-    def open_session(self, link: Link, path: str) -> Session:
-        """A session to build that derivation in; not greeted yet if the connection is
-        proved, so that the next question can go along."""
-        link.connect()
-        session = Session(link)
-        if link.proved():
-            return session
+    def open_session(
+        self,
+        link: Link,
+        path: str,
+        patience_s: float = PROBE_S,
+    ) -> Session:
+        """A session to build that derivation in, which it is asked for; if the connection
+        is proved, that is not answered yet, so that the next question can go along."""
+        deadline = time.monotonic() + patience_s
+        link.connect(min(LOGIN_TIMEOUT_S, patience_s))
+        left = max(1.0, deadline - time.monotonic())
+        session = Session(link, min(GREETING_TIMEOUT_S, left))
         try:
             session.ask_valid([path], False)
-            session.greet()
-            if session.valid(GREETING_TIMEOUT_S):  # Nix may be waiting for our reply
+            if link.proved():
+                return session
+            if session.first_answer():
                 self.make_sure_of_another_store(session)
         except SessionLost as error:
             session.cancel()
@@ -3540,76 +3735,80 @@ class Hook:
         """Raise Unreachable if the builder's store is the one here, as it may be if all
         machines of a network share one machines file: Nix's own lock on the output
         would keep the build waiting for ever.  Mostly that is clear, since the builder
-        does not have the derivation; else we ask for something that nobody else has."""
-        mark = self.mark()
-        session.ask_valid([mark] if mark else [], False)
-        if session.valid(GREETING_TIMEOUT_S):
+        does not have the derivation; else we ask for something that is in the store here
+        for just as long, so that nobody can have put it there."""
+        content = f"{self.slots.own}/{os.urandom(8).hex()}-mark"
+        try:
+            write_private(content, os.urandom(16).hex())
+        except OSError:  # a full disk
+            return
+        mark = self.run_here("--add", content)
+        try:
+            session.ask_valid([mark] if mark else [], False)
+            same = session.valid(REPLY_S)
+        finally:
+            os.unlink(content)
+            if mark:
+                self.run_here("--delete", mark)
+        if same:
             raise Unreachable("it is this very machine; builds would wait for ever")
 
-    def mark(self) -> str:
-        """A path that is in the store here, and in no other; "" if none can be made."""
-        store, note = self.nix.store, f"{self.slots.own}/mark"
-        with suppress(OSError, Error), open(note, encoding="utf-8") as file:
-            path = file.read()
-            if os.path.lexists(store.file(path)):
-                return path
-        content = f"{self.slots.own}/nix-build-remote-mark"
-        write_private(content, os.urandom(16).hex())
+    def run_here(self, *arguments: str) -> str:
+        """What nix-store says when it does that to the store here."""
         program = find_program("nix-store", nix_directories(self.nix.environ))
-        more = {"NIX_REMOTE": store.remote} if store.remote else {}
-        environ = child_environ(self.nix, **more)
-        path = Child([program, "--add", content], environ, "1").output().strip()
-        if path:
-            write_private(note, path)
-        return path
+        remote = self.nix.store.remote
+        environ = child_environ(self.nix, **({"NIX_REMOTE": remote} if remote else {}))
+        return Child([program, *arguments], environ, "1").output().strip()
 
     def note_failure(self, slot: Slot, error: Exception) -> None:
         """Of what began when we took that slot: all hooks leave its machine alone."""
         words, name = " ".join(str(error).split()), slot.machine.slot_name(self.nix)
         self.slots.first_time(f"tried {name}")
-        after = (slot.outage or Outage()).again(words)
-        self.slots.note_outage(name, slot.outage, after)
+        self.slots.note_outage(name, slot.outage, words)
         if slot.machine in self.links:
             link = self.links[slot.machine]
             link.retire(link.socket)
 
-    def may_try(self, slot: Slot) -> bool:
-        """Of those that would find out whether a machine that has failed is of use
-        again, one does, and it is away for the others meanwhile."""
-        name = slot.machine.slot_name(self.nix)
-        before = slot.outage = self.slots.outage(name)
-        if not before:
-            return True
-        slot.outage = before.later(TRY_S)
-        return self.slots.note_outage(name, before, slot.outage)
-
-    def away(self, machines: dict[str, Machine]) -> set[str]:
+    def away(self, machines: dict[str, Machine], path: str) -> set[str]:
         """Those that have failed, and are left alone for now."""
         entries = os.listdir(self.slots.own)
         noted = [entry[:-5] for entry in entries if entry.endswith(".down")]
         known = [name for name in noted if name in machines]
-        return {name for name in known if self.is_away(name, machines[name])}
+        return {name for name in known if self.is_away(name, machines[name], path)}
 
-    def is_away(self, name: str, machine: Machine) -> bool:
-        """When its time is over, somebody begins to connect, and nobody waits for that:
-        a machine that is back is found by its live connection."""
+    def is_away(self, name: str, machine: Machine, path: str) -> bool:
+        """When its time is over, somebody finds out whether it is of use again, and
+        nobody waits for that."""
         outage = self.slots.outage(name)
         if not outage:
             return False
         if outage.hopeless and self.slots.first_time(f"tried {name}"):
             return False  # it may have been put right: each Nix tries it once
-        if time.time() < outage.until:
-            return True
-        link = Link(machine, self.nix, self.slots.path)
-        first = f"{link.base()}-0"
-        words = link.broken(first)
-        if not words:
-            return False
-        if words == "still connecting":
-            words = outage.words
-        if self.slots.note_outage(name, outage, outage.again(words)):
-            link.start(first)
+        if time.time() > outage.until:
+            descriptor = self.slots.begin_probe(name, outage)
+            if descriptor is not None:
+                if is_forked(descriptor):
+                    self.probe(name, machine, outage, path)
+                os.close(descriptor)
         return True
+
+    def probe(self, name: str, machine: Machine, outage: Outage, path: str) -> None:
+        """Find out, in a process of our own, whether that machine is of use again.  Only
+        an answer of its nix-store says so: a connection may live over which it hangs."""
+        try:
+            link = Link(machine, self.nix, self.slots.path)
+            with suppress(Error):
+                link.sit()
+            try:
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{link.socket}.proved")
+                self.open_session(link, path).cancel()
+                self.slots.note_success(name)
+            except (Unreachable, SessionLost) as error:
+                link.retire(link.socket)
+                self.slots.note_outage(name, outage, " ".join(str(error).split()))
+        finally:
+            os._exit(0)
 
     def despair(self, machines: dict[str, Machine]) -> str:
         """What to say if all of these have failed and it is no use to wait longer."""
@@ -3624,10 +3823,10 @@ class Hook:
         minutes = AWAY_TIMEOUT_S // 60
         return f"no machine for it was there for {minutes} minutes: {last.words}"
 
-    def warm(self, fit: list[Machine]) -> None:
+    def warm(self, fit: list[Machine], path: str) -> None:
         """Begin to connect to the likeliest machines all at once, so that a cold start
         costs one handshake and not one for each machine."""
-        away = self.away({machine.slot_name(self.nix): machine for machine in fit})
+        away = self.away({machine.slot_name(self.nix): machine for machine in fit}, path)
         there = [machine for machine in fit if machine.slot_name(self.nix) not in away]
         there.sort(key=lambda machine: rank(machine, 0))
         for machine in there[:WARM_AT_ONCE]:
@@ -3656,6 +3855,28 @@ class Hook:
         return fit
 
 
+def is_forked(kept: int) -> bool:
+    """Go on in two processes, and say which this is.  In the new one, Nix neither waits
+    for us nor kills us; of what was open, it has only that descriptor."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return False
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2, 4):
+        os.dup2(null, descriptor)
+    for name in os.listdir("/dev/fd"):  # locks among them, which would stay taken
+        with suppress(OSError):
+            if int(name) not in (0, 1, 2, 4, kept):
+                os.close(int(name))
+    return True
+
+
 def terminate(number: int, frame: object) -> None:
     raise Terminated(number)
 
@@ -3674,6 +3895,15 @@ def prepare_descriptors() -> None:
     for descriptor in range(3, 64):
         with suppress(OSError):
             os.set_inheritable(descriptor, False)
+    import resource  # 0.3 ms
+
+    most = DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def run_hook(arguments: list[str]) -> int:
@@ -3944,7 +4174,7 @@ class Inspection:
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
-            self.link = Link(self.machine, self.nix, self.nix.slot_directory)
+            self.link = Link(self.machine, self.nix, SlotDirectory.find(self.nix).path)
             steps = (self.log_in, self.find_nix, self.measure, self.build)
             all(step() for step in steps)  # until one says no
         except (Error, OSError, ValueError) as error:
@@ -4005,7 +4235,7 @@ class Inspection:
         child.pipes.remove(stdin)
         os.close(stdin)
         there = set(said)
-        deadline = time.monotonic() + GREETING_TIMEOUT_S
+        deadline = time.monotonic() + LOGIN_TIMEOUT_S
         while there and time.monotonic() < deadline:
             for end in wait_readable(there, 1):
                 data = os.read(end, 65536)
@@ -4014,7 +4244,7 @@ class Inspection:
         if child.wait(0 if there else math.inf) is None:
             child.stop()
             child.status = 255
-            said[stderr] = f"no answer within {GREETING_TIMEOUT_S} s".encode()
+            said[stderr] = f"no answer within {LOGIN_TIMEOUT_S} s".encode()
         child.kill()
         return said[stdout], said[stderr]
 
@@ -4084,7 +4314,7 @@ class Inspection:
         # Hooks need not leave it alone any longer, and shall have what we have found.
         for number in range(CONNECTIONS):
             self.link.retire(f"{self.link.base()}-{number}")
-        slots = SlotDirectory(self.nix.slot_directory)
+        slots = SlotDirectory.find(self.nix)
         slots.note_success(self.machine.slot_name(self.nix))
         version = self.facts.get("nix", "").rpartition(" ")[2]
         protocol = f"{session.version >> 8}.{session.version & 255}"
@@ -4305,11 +4535,12 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
 def make_slots(nix: Nix) -> None:
     """The directory that the tiny builds need, as a hook makes it."""
     try:
-        SlotDirectory(nix.slot_directory).make()
+        slots = SlotDirectory.find(nix)
+        slots.make()
     except Error as error:
         raise Error(f"{error}; try it as root") from None
-    if not os.access(nix.slot_directory, os.W_OK):
-        raise Error(f"cannot write into {nix.slot_directory}; try it as root")
+    if not os.access(slots.path, os.W_OK):
+        raise Error(f"cannot write into {slots.path}; try it as root")
 
 
 def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspection]:
@@ -4455,7 +4686,7 @@ class Looker:
     """Reads the locks in the slot directory without ever seeming to hold one."""
 
     def __init__(self, nix: Nix) -> None:
-        self.nix, self.slots = nix, SlotDirectory(nix.slot_directory)
+        self.nix, self.slots = nix, SlotDirectory.find(nix)
         self.lock = -1
 
     def look(self, machines: list[Machine]) -> Overview:
@@ -4515,7 +4746,7 @@ class Looker:
         try:
             if try_lock(descriptor, fcntl.LOCK_SH):
                 return None
-            return decode(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+            return read_lock(descriptor)
         finally:
             os.close(descriptor)
 

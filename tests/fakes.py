@@ -201,7 +201,7 @@ while True:
     elif command == 8:
         string(), strings(4), strings(), string(), string(), strings(), strings(2)
         read(48)
-        time.sleep(3 if manners == "late" else 0)
+        time.sleep(30 if manners == "no line, no end" else 0)
         print("log of the build", file=sys.stderr, flush=True)
         time.sleep(30 if manners == "one line, no end" else 0)
         for line in range(6 if manners == "a line each 0.5 s" else 0):
@@ -334,12 +334,11 @@ class Client:
             file.touch()
         # The fakes never recover, so there is nothing to wait for.
         text = HOOK.read_text(encoding="utf-8")
-        patient = ("PAUSE_LIMIT_S = 1, 60", "AWAY_TIMEOUT_S = 15 * 60")
-        for constant, hasty in zip(
-            patient, ("PAUSE_LIMIT_S = 0.4, 5", "AWAY_TIMEOUT_S = 2")
-        ):
-            assert constant in text
-            text = text.replace(constant, hasty)
+        hasty = {"PAUSE_S = 1": 0.4, "PAUSE_LIMIT_S = 60": 5, "AWAY_TIMEOUT_S = 15 * 60": 2}
+        for constant, seconds in hasty.items():
+            assert text.count(f"\n{constant}") == 1
+            name = constant.partition(" ")[0]
+            text = text.replace(f"\n{constant}", f"\n{name} = {seconds}")
         self.hook.write_text(text, encoding="utf-8")
         self.hook.chmod(0o755)
         for drv in (CAP_A_DRV, CAP_B_DRV):

@@ -16,6 +16,8 @@ import collections
 import contextlib
 import fcntl
 import functools
+import hashlib
+import io
 import json
 import os
 import random
@@ -74,6 +76,14 @@ PROGRAMS = [
 ]  # fmt: skip
 RECORDINGS = [fakes.recording(version) for version in fakes.VERSIONS]
 DERIVATIONS = [path.read_bytes() for path in sorted(fakes.TRANSCRIPTS.glob("*.drv"))]
+NODE = b"".join(map(string, ("(", "type", "regular", "contents", ")(", ")")))
+ENTRY = b"".join(map(string, ("entry", "(", "name", "(", "node"))) + NODE + string(")")
+FOLDER = b"".join(map(string, ("(", "type", "directory")))
+ARCHIVES = [
+    string("nix-archive-1") + NODE,
+    string("nix-archive-1") + FOLDER + 3 * ENTRY + string(")"),
+    string("nix-archive-1") + NODE + string("more"),
+]
 OLD, NEW = (
     [path.read_bytes() for path in sorted(fakes.TRANSCRIPTS.glob(f"nix-{n}*/*.stdin"))]
     for n in (1, 2)
@@ -136,6 +146,22 @@ def copying(rng: Rng) -> bytes:
     lines = [bent(rng, line) for line in rng.choices(COPYING, k=rng.randrange(8))]
     lines += rng.choice([[], [], ["error: it is full", "", "  it really is"]])
     return hook.encode("\n".join(lines)) + STDERR + rng.choice(LOGS)
+
+
+def infos(rng: Rng) -> bytes:
+    info = hook.PathInfo(
+        *(PATH, rng.choice(["", f"{PATH}.drv"]), (PATH, bent(rng, NEXT))), 96,
+        *(f"sha256:{'1' * 52}", string("") + strings([])),
+    )  # fmt: skip
+    return info.encode() * rng.choice([0, 1, 1, 1, 2]) + string("")
+
+
+def asked(rng: Rng) -> bytes:
+    hello = integer(hook.SERVE_HELLO) + integer(0x206)
+    closure = integer(hook.QUERY_CLOSURE) + integer(0) + strings([PATH])
+    of_path = integer(hook.QUERY_PATH_INFOS) + strings([bent(rng, PATH)])
+    dump = integer(hook.DUMP_STORE_PATH) + string(PATH)
+    return hello + closure + of_path + dump * rng.randrange(3)
 
 
 def mux(rng: Rng) -> bytes:
@@ -245,7 +271,7 @@ class Ended(hook.Child):
 class FakeLink(hook.Link):
     said = (b"", b"")
 
-    def run(self, *remote: str) -> Ended:
+    def run(self, deadline: float, *remote: str) -> Ended:
         return Ended(*self.said)
 
 
@@ -354,12 +380,69 @@ class Taker:
         stderr, _, log = case.partition(STDERR)
         with self.talking(STDERR + log) as session:
             session.version = 0x207
-            copier = hook.Copier("", (2, 30), self.talks[len(case) % 2], session)
-            with open(pipe_with(stderr), "rb") as file:
-                problem = copier.relay(file.fileno(), True, None)
+            copier, relay = self.relay(session, b"", stderr, len(case))
+            relay.finish()
+            relay.child.kill()
             copier.talk.end()
-        if problem:
-            raise hook.SessionLost(problem)
+        if copier.problem:
+            raise hook.SessionLost(copier.problem)
+        return True
+
+    def relay(
+        self, session: hook.Session, asked: bytes, stderr: bytes = b"", number: int = 1
+    ) -> tuple[hook.Copier, hook.Relay]:
+        """For a program that copies and has said this; `heard` is what it is told."""
+        session.version = 0x207
+        copier = hook.Copier("", (2, 30), self.talks[number % 2], session)
+        child = Ended(asked, stderr)
+        os.close(child.pipes[0])
+        heard = os.open(self.directory / "heard", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        output, errors = child.pipes[1:]
+        child.pipes[:] = [errors, heard, output]
+        return copier, hook.Relay(session, child, copier.tell, copier.tell_progress)
+
+    def infos(self, case: bytes) -> bool:
+        """What a builder says of the outputs that it has built."""
+        with self.talking(case) as session:
+            session.version = 0x207
+            infos = session.path_infos([PATH])
+            copier, relay = self.relay(session, b"")
+            relay.child.kill()
+            copier.check([PATH], [NEXT], infos)
+            copier.talk.end()
+        assert infos.keys() == {PATH} and {*infos[PATH].references} <= {PATH, NEXT}
+        assert hook.in_order(infos) == [PATH]
+        data = io.BytesIO(infos[PATH].encode() + string(""))
+        assert hook.read_infos(data.read, 0x207) == infos
+        return True
+
+    def archive(self, case: bytes) -> bool:
+        """Passed on to nix-store --import: it ends where an archive ends."""
+        with self.talking(case) as session:
+            copier, relay = self.relay(session, b"")
+            reading, writing = os.pipe()  # it goes on for as long as we do
+            os.dup2(reading, relay.stderr)
+            try:
+                digest = relay.pass_archive()
+            finally:
+                relay.child.kill()
+                copier.talk.end()
+                os.close(reading)
+                os.close(writing)
+        passed = (self.directory / "heard").read_bytes()
+        assert case.startswith(passed) and passed[-16:-7] == integer(1) + b")"
+        return hashlib.sha256(passed).digest() == digest
+
+    def asked(self, case: bytes) -> bool:
+        """By nix-copy-closure --from, of whom we are the builder."""
+        info = hook.PathInfo(PATH, "", (NEXT,), len(ARCHIVES[0]), "", b"")
+        with self.talking(2 * ARCHIVES[0]) as session:
+            copier, relay = self.relay(session, case)
+            try:
+                relay.offer({PATH: info})
+            finally:
+                relay.child.kill()
+                copier.talk.end()
         return True
 
     def mux(self, case: bytes) -> bool:
@@ -379,7 +462,8 @@ class Taker:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         try:
-            remote = Remote(str(path), "nix-store --serve --write")
+            deadline = time.monotonic() + TIME_S
+            remote = Remote(str(path), "nix-store --serve --write", deadline)
         except OSError:  # then a whole ssh is started
             return False
         assert remote.wait(1) in range(2**32)
@@ -395,9 +479,11 @@ class Taker:
         found = slots.outage(name)
         despair = self.hook.despair({name: self.machine})
         assert despair or not found or not found.hopeless
-        after = (found or hook.Outage()).again("ü again")
-        assert slots.note_outage(name, found, after)
-        assert slots.outage(name) == after
+        slots.note_outage(name, found, "ü again")
+        after = slots.outage(name)
+        assert after and after.words == "ü again"
+        failures = found.failures if found else 0
+        assert after.failures == failures + 1 or failures == 999999999  # digits kept
         return found is not None
 
     def version(self, case: bytes) -> bool:
@@ -413,6 +499,9 @@ TARGETS: dict[str, Target] = {
     "stdin-2.x": (new_stdin, functools.partial(Taker.stdin, old=False)),
     "derivation": (lambda rng: rng.choice(DERIVATIONS), Taker.derivation),
     "copying": (copying, Taker.copying),
+    "infos": (infos, Taker.infos),
+    "archive": (lambda rng: rng.choice(ARCHIVES), Taker.archive),
+    "asked": (asked, Taker.asked),
     "mux": (mux, Taker.mux),
     "outage": (lambda rng: rng.choice(NOTES), Taker.outage),
     "version": (lambda rng: rng.choice(PROGRAMS), Taker.version),

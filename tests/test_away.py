@@ -261,3 +261,68 @@ def test_a_dead_daemon_on_the_builder_is_an_outage(
         assert "systemctl start nix-daemon.socket" in waiting.log
         # Each build says it once, and while one tries again the others wait for it.
         assert 0 < waiting.log.count("trying again") <= 4
+
+
+# -- It lets us in, and says nothing --------------------------------------------------
+
+HANG = """#!/usr/bin/env python3
+import struct, sys, time
+manners = open("/tmp/manners").read()
+if manners != "silent":
+    sys.stdin.buffer.read(16)
+    sys.stdout.buffer.write(struct.pack("<QQ", 0x5452EECB, 0x207))
+    sys.stdout.flush()
+time.sleep(1000)
+"""
+
+
+@pytest.fixture(params=["silent", "greets"])
+def hung(request: pytest.FixtureRequest, nix: Scene) -> Iterator[Scene]:
+    """b1's nix-store hangs from the start, or where it needs its store; its sshd is well.
+    The times are shorter, but as long beside each other as they are."""
+    patient = {"REPLY_S": 1, "GREETING_TIMEOUT_S": 3, "LOGIN_TIMEOUT_S": 5}
+    rewrite_hook(nix, **patient, PAUSE_LIMIT_S=2)
+    nix.builder.write("/tmp/manners", request.param)
+    nix.builder.write("/usr/local/bin/nix-store", HANG, 0o755)
+    yield nix
+    nix.builder.run("rm", "-f", "/usr/local/bin/nix-store")
+    found = nix.builder.processes()
+    nix.builder.signal(signal.SIGKILL, *(p.pid for p in found if "--serve" in p.cmdline))
+
+
+def fails(nix: Scene, times: int) -> None:
+    """Build, until that many failures of b1 have been noted."""
+
+    def failed() -> bool:
+        assert built_on(nix, some(1)) == {"b2"}
+        return int((outage(nix, "b1") or "0").split()[0]) >= times
+
+    poll(failed, f"{times} failures", timeout=60)
+
+
+@pytest.mark.engines
+def test_each_failure_of_a_machine_that_hangs_is_noted(hung: Scene) -> None:
+    """To find out takes longer than the machine is left alone, here."""
+    for times in (1, 2, 3):
+        fails(hung, times)
+
+
+def test_who_finds_out_again_is_nobody_that_nix_waits_for(hung: Scene) -> None:
+    """So it is told of once, by the first build."""
+    logs = [hung.build(some(2)).log]
+    fails(hung, 2)
+    logs += [hung.build(some(1)).log for _ in range(2)]
+    assert [log.count("cannot build on") for log in logs] == [1, 0, 0]
+
+
+def test_a_live_connection_is_no_health(hung: Scene) -> None:
+    """A machine that hangs after it has built is left alone, and comes back by itself."""
+    hung.builder.run("rm", "/usr/local/bin/nix-store")
+    assert built_on(hung, some(1)) == {"b1"}
+    hung.builder.write("/usr/local/bin/nix-store", HANG, 0o755)
+    assert built_on(hung, some(2)) == {"b2"}
+    assert outage(hung, "b1")
+    assert built_on(hung, some(2)) == {"b2"}
+    hung.builder.run("rm", "/usr/local/bin/nix-store")
+    poll(lambda: built_on(hung, some(1)) == {"b1"}, "a build on b1", timeout=60)
+    assert outage(hung, "b1") == ""

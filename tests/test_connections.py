@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import signal
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +32,6 @@ from test_builds import DEPENDENT, INPUT, LOCAL
 
 from nix_build_remote import (
     SOCKET_LIMIT_BYTES,
-    Error,
     Link,
     Machine,
     Nix,
@@ -260,33 +261,29 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777], ids=oct)
-def test_a_directory_that_others_can_write_is_refused(mode: int, short: Path) -> None:
+def test_a_directory_that_others_could_write_is_made_anew(mode: int, short: Path) -> None:
+    """What is in it may be theirs."""
     (short / "ssh").mkdir()
+    (short / "ssh/theirs").touch()
     (short / "ssh").chmod(mode)
-    with pytest.raises(Error, match="not a directory that only we can write"):
-        private_directory(f"{short}/ssh")
+    assert private_directory(f"{short}/ssh") == f"{short}/ssh"
+    assert os.listdir(short / "ssh") == []
+    assert stat.S_IMODE((short / "ssh").stat().st_mode) == 0o700
 
 
-def test_a_link_to_a_directory_is_refused(short: Path) -> None:
+def test_a_link_is_replaced_by_a_directory(short: Path) -> None:
     (short / "there").mkdir(mode=0o700)
     (short / "ssh").symlink_to("there")
-    with pytest.raises(Error, match="not a directory that only we can write"):
-        private_directory(f"{short}/ssh")
+    private_directory(f"{short}/ssh")
+    assert not (short / "ssh").is_symlink()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_a_directory_of_somebody_else_is_refused(short: Path) -> None:
+def test_a_directory_of_somebody_else_is_put_aside(short: Path) -> None:
     (short / "ssh").mkdir(mode=0o700)
     os.chown(short / "ssh", 12345, 12345)
-    with pytest.raises(Error, match="not a directory that only we can write"):
-        private_directory(f"{short}/ssh")
-
-
-def test_builds_happen_here_if_the_directory_is_refused(nix: Scene) -> None:
-    nix.client.run("sh", "-c", f"mkdir -p {SLOTS}/ssh; chmod 777 {SLOTS}/ssh")
-    outcome = nix.build(one(), "-j1")
-    assert nix.client.read(outcome.output) == "client\n"
-    assert f"{SLOTS}/ssh is not a directory that only we can write" in outcome.log
+    private_directory(f"{short}/ssh")
+    assert (short / "ssh").stat().st_uid == os.geteuid()
 
 
 @pytest.mark.parametrize("length", range(1, 200, 13))
@@ -338,15 +335,36 @@ def test_a_stale_socket_is_no_obstacle(nix: Scene) -> None:
     assert logins(nix) == 2
 
 
-def test_a_build_moves_when_its_master_stands_still(nix: Scene) -> None:
-    rewrite_hook(nix, GREETING_TIMEOUT_S=1)
+def test_a_master_that_stands_still_is_not_used_again(nix: Scene) -> None:
+    """Its machine is well, so the build stays there, over a new connection."""
+    rewrite_hook(nix, REPLY_S=1)
     nix.machines("b1 - - 1\n")
     nix.build(one())
     still = masters(nix)
     nix.client.signal(signal.SIGSTOP, *still)
     nix.machines("b1 - - 1 9\nb2 - - 1\n")
     outcome = nix.build(one(), timeout=SOON_S)
-    assert nix.client.read(outcome.output) == "b2\n"
+    assert nix.client.read(outcome.output) == "b1\n"
+    assert set(masters(nix)) > set(still)
+
+
+def test_a_master_whose_socket_takes_no_more_calls_is_not_used_again(nix: Scene) -> None:
+    """As that of one that stands still when many have called: to call it would wait."""
+    nix.build(one())
+    still = masters(nix)
+    nix.client.signal(signal.SIGSTOP, *still)
+    (path,) = sockets(nix)
+    calls = []
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(200):
+            calls.append(socket.socket(socket.AF_UNIX))
+            calls[-1].setblocking(False)
+            calls[-1].connect(str(path))
+    assert len(calls) < 200
+    outcome = nix.build(one(), timeout=SOON_S)
+    assert nix.client.read(outcome.output) == "b1\n"
+    for call in calls:
+        call.close()
 
 
 @pytest.mark.engines

@@ -437,10 +437,12 @@ def test_silence_is_counted_from_the_last_line(client: Client) -> None:
     assert answer.status == 0
 
 
-def test_no_limit_counts_before_the_log_begins(client: Client) -> None:
-    """Then the build may still wait for its turn on the builder."""
-    answer = misbehave(limited(client, 1, 1), "late").build()
-    assert answer.status == 0
+@pytest.mark.parametrize("limits", [(1, 0), (0, 1)], ids=["timeout", "silence"])
+def test_a_build_that_never_says_a_word_is_ended(
+    client: Client, limits: tuple[int, int]
+) -> None:
+    answer = misbehave(limited(client, *limits), "no line, no end").build()
+    assert answer.status == 101 and "limits" in answer.messages
 
 
 # -- Settings -------------------------------------------------------------------------

@@ -228,7 +228,7 @@ def without_b1(request: pytest.FixtureRequest, nix: Caller) -> Caller:
 def test_the_next_machine_builds_and_ssh_is_quoted_once(without_b1: Caller) -> None:
     outcome = without_b1.build(some(6))
     assert without_b1.built_on(outcome) == {"b2"}
-    said = re.findall("cannot build on '.*b1': .*(?:refused|timed out)", outcome.log)
+    said = re.findall("cannot build on '.*b1': .*(?:refused|no connection)", outcome.log)
     assert len(said) == 1
 
 
@@ -267,24 +267,20 @@ def test_what_nix_cannot_build_waits_until_a_machine_is_back(nix: Caller) -> Non
     assert nix.built_on(run) == {"b2"}
 
 
-def test_after_15_minutes_it_is_declined(nix: Caller) -> None:
+def test_after_15_minutes_it_is_waited_for_no_more(nix: Caller) -> None:
     install(nix, AWAY_TIMEOUT_S=2)  # instead of those
     go_away(nix.b1)
     go_away(nix.b2)
     outcome = nix.build(one())
-    assert outcome.status and nix.exits == []
+    assert outcome.status and nix.exits == ([] if nix.old else ["1"])
     assert re.search("no machine for it was there for .* refused", outcome.log)
 
 
-@pytest.mark.parametrize("what", ["a bug", "no lock"])
-def test_what_was_not_expected_is_told_and_declined(nix: Caller, what: str) -> None:
-    if what == "a bug":
-        insert(nix, "\nrank = None", '\nif __name__ == "__main__" and')
-        said = "a bug in nix_build_remote.py"
-    else:
-        nix.client.path(said := f"{SLOTS}/main-lock").mkdir(parents=True)
+def test_what_was_not_expected_is_told_and_declined(nix: Caller) -> None:
+    insert(nix, "\nrank = None", '\nif __name__ == "__main__" and')
     outcome = nix.build(some(2), jobs=1)
-    assert nix.built_on(outcome) == {"client"} and said in outcome.log
+    assert nix.built_on(outcome) == {"client"}
+    assert "a bug in nix_build_remote.py" in outcome.log
 
 
 # -- The builder is lost after accept -------------------------------------------------
