@@ -1091,7 +1091,10 @@ class SlotDirectory(NamedTuple):
         return f"{self.path}/own"
 
     def make(self) -> None:
-        make_directory(self.path)
+        try:
+            os.makedirs(self.path, 0o700, exist_ok=True)
+        except OSError as error:
+            raise Error(f"cannot make {self.path}: {error.strerror}") from None
         make_directory(self.own)
 
     def main_lock(self) -> MainLock:
@@ -3554,8 +3557,8 @@ class Hook:
             self.slots = SlotDirectory.find(self.nix)
             self.slots.make()
             if self.slots.path != self.nix.slot_directory:
-                complaints.append(f"others can change what is in {self.nix.slot_directory}; "
-                                  f"slots are counted in {self.slots.path}")  # fmt: skip
+                complaints.append(f"{self.nix.slot_directory} is no directory that nobody else "
+                                  f"can change; slots are counted in {self.slots.path}")  # fmt: skip
             directories = nix_directories(self.nix.environ)
             self.copy_program = find_program("nix-copy-closure", directories)
             self.copy_version = program_version(self.copy_program, self.nix, self.slots)

@@ -494,7 +494,7 @@ def test_the_only_machine_is_tried_again_and_again_after_an_early_accept(
 
 def test_what_will_not_pass_by_itself_is_not_waited_for(client: Client) -> None:
     misbehave(connected(client), "refuse").build()
-    assert len(client.sessions()) == 3
+    assert len(client.sessions()) == 2  # the first was there before; then ssh says no
 
 
 def test_another_machine_builds_what_one_lost_after_an_early_accept(
@@ -504,7 +504,7 @@ def test_another_machine_builds_what_one_lost_after_an_early_accept(
     client.environ["FAKE_HOST"] = "b1"
     answer = misbehave(connected(client), "refuse").build()
     hosts = [call.destination[-2:] for call in client.sessions()]
-    assert (answer.status, hosts) == (0, ["b1", "b1", "b1", "b2"])
+    assert (answer.status, hosts) == (0, ["b1", "b1", "b2"])
 
 
 def test_a_loss_after_an_early_accept_is_told_with_its_words(client: Client) -> None:
@@ -605,28 +605,6 @@ def test_a_bug_shows_its_traceback(client: Client) -> None:
     assert "Traceback" in with_a_bug(client).run(client.request()).messages
 
 
-def test_a_lock_that_cannot_be_opened_gives_a_decline_that_names_it(
-    client: Client,
-) -> None:
-    (client.slots / "main-lock").mkdir(parents=True)
-    answer = client.run(client.request() * 2)
-    assert answer.replies == ["decline"] * 2
-    assert f"{client.slots}/main-lock" in answer.messages
-    assert "Traceback" not in answer.messages
-
-
-@pytest.mark.parametrize("kind", ["file", "dangling link"])
-def test_what_is_no_private_directory_gives_a_decline_that_names_it(
-    kind: str, client: Client
-) -> None:
-    client.slots.mkdir()
-    ssh = client.slots / "ssh"
-    ssh.touch() if kind == "file" else ssh.symlink_to("nowhere")
-    answer = client.run(client.request())
-    assert answer.replies == ["decline"]
-    assert str(ssh) in answer.messages and "Traceback" not in answer.messages
-
-
 def test_a_program_that_cannot_be_started_gives_one_decline(client: Client) -> None:
     write_program(client.copy, "", interpreter="/nonexistent/python")
     assert client.run(client.request()).replies == ["decline"]
@@ -645,15 +623,21 @@ def test_a_bug_after_accept_is_told_to_new_nix_in_json(new: Client) -> None:
     assert lines and not [line for line in lines if line[:6] != "@nix {"]
 
 
-def test_a_slot_directory_that_cannot_be_made_gives_a_decline(client: Client) -> None:
-    client.slots.write_text("a file", encoding="utf-8")
-    assert client.run(client.request()).replies == ["decline"]
+def test_a_slot_directory_that_cannot_be_made_gives_a_decline_that_names_it(
+    client: Client,
+) -> None:
+    client.environ["NIX_CURRENT_LOAD"] = "/proc/nobody/can/make/this"
+    answer = client.run(client.request() * 2)
+    assert answer.replies == ["decline"] * 2
+    assert "/proc/nobody/can/make/this" in answer.messages
+    assert "Traceback" not in answer.messages
 
 
-def test_a_slot_directory_that_cannot_be_made_is_named(client: Client) -> None:
+def test_a_slot_directory_that_is_a_file_is_left_alone(client: Client) -> None:
     client.slots.write_text("a file", encoding="utf-8")
-    messages = client.run(client.request()).messages
-    assert str(client.slots) in messages and "Traceback" not in messages
+    answer = client.run(client.request())
+    assert answer.replies == ["accept"] and str(client.slots) in answer.messages
+    assert client.slots.read_text(encoding="utf-8") == "a file"
 
 
 def test_a_missing_derivation_gives_a_decline_that_names_it(client: Client) -> None:
