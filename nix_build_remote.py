@@ -182,7 +182,7 @@ COMPLAINTS = 20  # about the machines file, at once
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
 SERVE_VERSION = 0x207  # offered less than 2.6, servers of 2.4 to 2.10 answer as 2.6
 QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH = 1, 2, 3
-BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION = 6, 7, 8
+BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = {0, 1, 2, 13}  # built, substituted, already valid, resolves to already valid
 PERMANENT, TRANSIENT, TIMED_OUT, MISC = 3, 6, 8, 9
@@ -2576,6 +2576,7 @@ class Relay:
         self.moved = 0  # bytes
         self.patience_s = COPY_TIMEOUT_S
         self.ended = False  # its stderr has
+        self.unheard = 0  # answers of the builder to what was copied
         os.set_blocking(self.input, False)
         for pipe in (session.stdin, session.stdout, self.input, self.output):
             if sys.platform == "linux":
@@ -2658,20 +2659,48 @@ class Relay:
             raise Error("nix-copy-closure does not speak as expected")
         self.reply(integer(SERVE_REPLY) + integer(self.session.version))
 
-    def send(self) -> None:
-        """All that it says goes to the builder, and back, as it is.  If the session
-        ends, it hears that its ssh has ended, and fails."""
+    def send(self, there: set[str], lacking: set[str]) -> None:
+        """Be the builder that it copies to, and let nothing wait for a round trip: which
+        paths are there we know, as far as these say, and the builder's answers to what
+        is copied are heard when all is sent.  If the session ends, it hears that its ssh
+        has ended, and fails."""
+        self.there, self.lacking = there, lacking
         with suppress(CopyEnded):
             self.greet()
             try:
-                while self.exchange():
-                    pass
+                while True:
+                    self.take_in(read_integer(self.read))
             except SessionLost:
                 self.hang_up()
         self.finish()
+        self.hear_answers()
+
+    def take_in(self, command: int) -> None:
+        """One command of nix-copy-closure --to, Nix 2.x."""
+        if command == ADD_TO_STORE_NAR:
+            self.take_archive()
+        elif command == QUERY_VALID_PATHS:
+            flags, asked = self.read(16), set(read_strings(self.read))
+            if asked <= self.there | self.lacking:
+                self.reply(strings(sorted(asked & self.there)))
+            else:
+                self.ask(integer(command) + flags + strings(sorted(asked)))
+                self.reply(strings(read_strings(self.read_builder)))
+        elif command == QUERY_PATH_INFOS:
+            asked = set(read_strings(self.read))
+            if asked <= self.lacking:
+                self.reply(string(""))
+            else:
+                self.ask(integer(command) + strings(sorted(asked)))
+                infos = read_infos(self.read_builder, self.session.version)
+                self.reply(b"".join(i.encode() for i in infos.values()) + string(""))
+        else:  # such as ImportPaths, for builders before 2.1: the rest goes as it is
+            self.ask(integer(command))
+            while self.exchange():
+                pass
 
     def exchange(self) -> bool:
-        """Move what is there; False at the end of what it says."""
+        """Move what is there, both ways; False at the end of what it says."""
         ready = self.step([self.output, self.session.stdout])
         if self.output in ready:
             data = os.read(self.output, MOVE_BYTES)
@@ -2682,6 +2711,44 @@ class Relay:
         if self.session.stdout in ready or self.session.inbox:
             self.reply(self.session.take(MOVE_BYTES, self.step))
         return True
+
+    def take_archive(self) -> None:
+        """A path: its name, deriver, hash, references, time, size, whether it was built
+        here, signatures and content address; and its archive, of that size."""
+        path = read_string(self.read)
+        self.there.add(path)
+        self.lacking.discard(path)
+        head = string(path) + string(read_string(self.read))
+        head += string(read_string(self.read))
+        head += strings(read_strings(self.read)) + self.read(8)
+        size = read_integer(self.read)
+        tail = self.read(8) + strings(read_strings(self.read))
+        tail += string(read_string(self.read))
+        self.session.write(integer(ADD_TO_STORE_NAR) + head + integer(size) + tail)
+        while size:
+            self.step([self.output])
+            data = os.read(self.output, min(size, MOVE_BYTES))
+            if not data:
+                raise CopyEnded
+            self.session.write(data)
+            size -= len(data)
+            self.count(data)
+        self.unheard += 1
+        self.reply(integer(1))
+
+    def ask(self, question: bytes) -> None:
+        self.hear_answers()
+        self.session.write(question)
+
+    def hear_answers(self) -> None:
+        """To all that has been copied: the builder says 1 to each, or its end."""
+        while self.unheard:
+            self.unheard -= 1
+            if read_integer(self.read_builder) != 1:
+                raise Nonsense("it does not say that it has what was copied")
+
+    def read_builder(self, count: int) -> bytes:
+        return self.session.read(count, time.monotonic() + self.patience_s)
 
     def hang_up(self) -> None:
         for pipe in (self.input, self.output):
@@ -2792,17 +2859,25 @@ class Copier:
 
     # Sending
 
-    def send(self, paths: Iterable[str], substitute: bool) -> None:
-        """Copy the closures of these paths to the builder."""
+    def send(self, paths: set[str], substitute: bool, there: set[str]) -> None:
+        """Copy the closures of these paths to the builder, of which it has those."""
         command = self.command("--to", *["--use-substitutes"] * substitute)
+        there = set(there)
         for batch in batches(sorted(paths)):
-            problem = self.run([*command, *batch], {}, self.join_to_send)
+            try:
+                problem = self.run(
+                    [*command, *batch], {}, lambda relay: self.join(relay, there, paths)
+                )
+            except SessionLost as error:
+                if not self.words_of_the_end():
+                    raise
+                problem = str(error)
             if problem:
                 raise self.blame_for_sending(batch, problem)
 
-    def join_to_send(self, relay: Relay) -> None:
+    def join(self, relay: Relay, there: set[str], paths: set[str]) -> None:
         if self.joined:
-            relay.send()
+            relay.send(there, paths - there)
         else:
             relay.patience_s = OWN_SSH_COPY_TIMEOUT_S
             relay.finish()
@@ -2960,7 +3035,7 @@ def is_hash(text: str, sha256: bytes) -> bool:
 
 
 def join_words(*words: str) -> str:
-    return "; ".join(filter(None, words))
+    return "; ".join(dict.fromkeys(filter(None, words)))
 
 
 def in_order(infos: dict[str, PathInfo]) -> list[str]:
@@ -3362,7 +3437,7 @@ class Build:
         with self.sending(lacking) as waited:
             if waited:
                 lacking -= self.ask_again(lacking)
-            self.copier.send(lacking, self.substitute)
+            self.copier.send(lacking, self.substitute, set(self.inputs) - lacking)
         lacking -= self.ask_again(lacking)
         if lacking:
             raise Error(f"it still lacks {min(lacking)} after that was sent")
@@ -3420,7 +3495,7 @@ class Build:
     def build_closure(self) -> tuple[int, str]:
         """As an untrusted user may build, and the only way on builders before 1.10."""
         with self.sending({self.path}):
-            self.copier.send([self.path], False)
+            self.copier.send({self.path}, False, set())
         return self.session.build_paths(self.path, self.nix)
 
 

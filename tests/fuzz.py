@@ -161,7 +161,8 @@ def asked(rng: Rng) -> bytes:
     closure = integer(hook.QUERY_CLOSURE) + integer(0) + strings([PATH])
     of_path = integer(hook.QUERY_PATH_INFOS) + strings([bent(rng, PATH)])
     dump = integer(hook.DUMP_STORE_PATH) + string(PATH)
-    return hello + closure + of_path + dump * rng.randrange(3)
+    other = integer(rng.choice([1, 4, 99])) * (rng.random() < 0.2)
+    return hello + closure + of_path + other + dump * rng.randrange(3)
 
 
 def mux(rng: Rng) -> bytes:
