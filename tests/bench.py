@@ -49,6 +49,33 @@ in make (%(count)s - 1)
 """
 
 
+# One derivation that reads so many small files, which no builder has.
+INPUTS = """
+derivation {
+  name = "reader-%(tag)s"; system = "%(system)s"; builder = "/bin/sh";
+  PATH = "/usr/bin:/bin"; args = [ "-c" "echo > $out" ];
+  inputs = builtins.genList
+    (n: builtins.toFile "input-%(tag)s-${toString n}" (toString n)) %(count)s;
+}
+"""
+# Derivations of 0.3 s, each of which reads up to six of the eight before it, and whose
+# outputs of 200 KiB refer to those.
+GRAPH = """
+let
+  modulo = a: b: a - a / b * b;
+  pick = n: i: n - 1 - modulo (n * (7 + 4 * i) + 3 * i) (if n < 8 then n else 8);
+  make = n: derivation {
+    name = "node-%(tag)s-${toString n}"; system = "%(system)s"; builder = "/bin/sh";
+    PATH = "/usr/bin:/bin";
+    args = [ "-c" "sleep 0.3; { echo $before; head -c 204800 /dev/urandom; } > $out" ];
+    before = if n == 0 then [] else
+      map (i: builtins.elemAt nodes (pick n i)) (builtins.genList (i: i) (modulo n 7));
+  };
+  nodes = builtins.genList make %(count)s;
+in nodes
+"""
+
+
 class Row(NamedTuple):
     name: str
     ours: float
@@ -144,6 +171,36 @@ def chain(name: str, runs: int) -> Iterator[Row]:
         where.machines(2)
         times = where.compare(runs, lambda ours: where.build(CHAIN, ours, count=10))
         yield Row("chain of 10, 50 ms", *times)
+
+
+def inputs(name: str, runs: int) -> Iterator[Row]:
+    """The connection is live, and the builder has none of the inputs."""
+    with site(name, 1, 50) as where:
+        where.machines(2)
+        where.build(TRIVIAL, True, count=1)
+        for count in (100, 400):
+
+            def measure(ours: bool, count: int = count) -> float:
+                return where.build(INPUTS, ours, count=count)
+
+            yield Row(f"{count} small inputs, 50 ms, warm", *where.compare(runs, measure))
+
+
+def graph(name: str, runs: int) -> Iterator[Row]:
+    """80 derivations over 4 builders x 4 slots, cold; noted beside: 16 local jobs."""
+    for delay_ms in DELAYS_MS[:2]:
+        with site(name, 4, delay_ms) as where:
+            where.machines(4)
+
+            def measure(ours: bool) -> float:
+                where.forget_connections()
+                return where.build(GRAPH, ours, count=80)
+
+            times = where.compare(runs, measure)
+            where.client.write("/etc/nix/machines", "")
+            here = where.build(GRAPH, True, count=80, jobs=16)
+            note = f"16 local jobs: {here:.1f} s"
+            yield Row(f"graph of 80 of 0.3 s, 4 x 4 slots, {delay_ms} ms, cold", *times, note)
 
 
 def local(name: str, runs: int) -> Iterator[Row]:
@@ -398,6 +455,8 @@ def processor_time(client: Host) -> float:
 ROWS = {
     "trivial": trivial,
     "chain": chain,
+    "inputs": inputs,
+    "graph": graph,
     "local": local,
     "utilisation": utilisation,
     "big": big,
