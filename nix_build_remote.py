@@ -2544,6 +2544,7 @@ cat <&3 >&9 8<&- &
 exec cat <&8 3<&- 9>&-
 """
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
+BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 
 
@@ -2652,6 +2653,8 @@ class Relay:
     def count(self, data: bytes) -> None:
         self.moved += len(data)
         self.progress(self.moved)
+        if len(data) >= BULK_BYTES:  # much is coming: let it pile up, to move more at once
+            time.sleep(BULK_PAUSE_S)
 
     def greet(self) -> None:
         """Be a builder that says hello; our session has had its own."""
