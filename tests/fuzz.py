@@ -165,6 +165,17 @@ def asked(rng: Rng) -> bytes:
     return hello + closure + of_path + other + dump * rng.randrange(3)
 
 
+def told(rng: Rng) -> bytes:
+    hello = integer(hook.SERVE_HELLO) + integer(0x206)
+    valid = integer(hook.QUERY_VALID_PATHS) + integer(0) * 2 + strings([PATH, NEXT])
+    of_path = integer(hook.QUERY_PATH_INFOS) + strings([bent(rng, PATH)])
+    size = rng.choice([0, len(ARCHIVES[0])])
+    head = string(PATH) + string("") + string("sha256:00") + strings([NEXT])
+    tail = integer(0) + strings(["a:b"]) + string("")
+    add = integer(hook.ADD_TO_STORE_NAR) + head + integer(9) + integer(size) + tail
+    return hello + valid + of_path + (add + ARCHIVES[0][:size]) * rng.randrange(3)
+
+
 def mux(rng: Rng) -> bytes:
     opened = struct.pack(">3I", Remote.OPENED, 0, 1)
     end = struct.pack(">3I", Remote.EXIT, 1, rng.choice([0, 1, 127, 255]))
@@ -417,19 +428,25 @@ class Taker:
         assert hook.read_infos(data.read, 0x207) == infos
         return True
 
+    @contextlib.contextmanager
+    def going_on(self, session: hook.Session, asked: bytes) -> Iterator[hook.Relay]:
+        """For a program that says no more, but does not end: then it is given up."""
+        copier, relay = self.relay(session, asked)
+        reading, writing = os.pipe()
+        os.dup2(reading, relay.stderr)
+        relay.patience_s = 0.01
+        try:
+            yield relay
+        finally:
+            relay.child.kill()
+            copier.talk.end()
+            os.close(reading)
+            os.close(writing)
+
     def archive(self, case: bytes) -> bool:
         """Passed on to nix-store --import: it ends where an archive ends."""
-        with self.talking(case) as session:
-            copier, relay = self.relay(session, b"")
-            reading, writing = os.pipe()  # it goes on for as long as we do
-            os.dup2(reading, relay.stderr)
-            try:
-                digest = relay.pass_archive()
-            finally:
-                relay.child.kill()
-                copier.talk.end()
-                os.close(reading)
-                os.close(writing)
+        with self.talking(case) as session, self.going_on(session, b"") as relay:
+            digest = relay.pass_archive()
         passed = (self.directory / "heard").read_bytes()
         assert case.startswith(passed) and passed[-16:-7] == integer(1) + b")"
         return hashlib.sha256(passed).digest() == digest
@@ -438,13 +455,18 @@ class Taker:
         """By nix-copy-closure --from, of whom we are the builder."""
         info = hook.PathInfo(PATH, "", (NEXT,), len(ARCHIVES[0]), "", b"")
         with self.talking(2 * ARCHIVES[0]) as session:
-            copier, relay = self.relay(session, case)
-            try:
-                relay.offer({PATH: info})
-            finally:
-                relay.child.kill()
-                copier.talk.end()
+            with self.going_on(session, case) as relay:
+                with contextlib.suppress(hook.SessionLost):
+                    relay.offer({PATH: info})
         return (self.directory / "heard").stat().st_size > 16  # more than a greeting
+
+    def told(self, case: bytes) -> bool:
+        """By nix-copy-closure --to: each path that it copies is acknowledged at once."""
+        with self.talking(integer(1) * 9) as session:
+            with self.going_on(session, case) as relay:
+                with contextlib.suppress(hook.SessionLost):
+                    relay.send({NEXT}, {PATH})
+        return (self.directory / "heard").stat().st_size > 16
 
     def mux(self, case: bytes) -> bool:
         path = self.directory / "mux"
@@ -503,6 +525,7 @@ TARGETS: dict[str, Target] = {
     "infos": (infos, Taker.infos),
     "archive": (lambda rng: rng.choice(ARCHIVES), Taker.archive),
     "asked": (asked, Taker.asked),
+    "told": (told, Taker.told),
     "mux": (mux, Taker.mux),
     "outage": (lambda rng: rng.choice(NOTES), Taker.outage),
     "version": (lambda rng: rng.choice(PROGRAMS), Taker.version),
