@@ -109,7 +109,7 @@ if TYPE_CHECKING:
     import signal
     from argparse import Namespace
     from collections.abc import Callable, Iterable, Iterator
-    from typing import NamedTuple
+    from typing import Any, NamedTuple
 
     Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
 else:
@@ -2283,6 +2283,28 @@ class Remote(Child):
             self.status = 255
 
 
+class Answer:
+    """What a builder will say to something that it has been asked or told.
+
+    It answers in the order of the questions, so those before are heard first.  To hear
+    is to read, within so many seconds or the question's own time.
+    """
+
+    def __init__(self, session: Session, hear: Callable[[float], Any], time_s: float) -> None:
+        self.session, self.hear, self.time_s = session, hear, time_s
+        self.value: Any = None
+        self.heard = False
+        session.awaited.append(self)
+
+    def get(self, time_s: float | None = None) -> Any:
+        while not self.heard:
+            first = self.session.awaited.pop(0)
+            within = time_s if first is self and time_s is not None else first.time_s
+            first.value = first.hear(time.monotonic() + within)
+            first.heard = True
+        return self.value
+
+
 class Session:
     """One `nix-store --serve --write` on a builder.
 
@@ -2296,6 +2318,7 @@ class Session:
         self.link = link
         self.deadline = time.monotonic() + patience_s  # for the first answer
         self.version = 0
+        self.awaited: list[Answer] = []  # in the order in which they will come
         self.tail = b""  # of stderr
         self.inbox = bytearray()
         self.limits: tuple[int, int] = (0, 0)  # of the running build, see build_limit
@@ -2359,6 +2382,8 @@ class Session:
 
     def write(self, data: bytes) -> None:
         """Send all of it, still relaying what arrives."""
+        if self.stdin < 0:
+            raise SessionLost("the builder was told that it would be asked no more")
         view = memoryview(data)
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while view:
@@ -2396,37 +2421,49 @@ class Session:
         words = " ".join(" ".join(lines).split())
         return f"{words or 'the session ended'} (ssh's exit status {status})"
 
+    def ask_no_more(self) -> None:
+        """Let it end when it has answered, so that its log's end comes right behind."""
+        if self.stdin >= 0:
+            self.child.pipes.remove(self.stdin)
+            os.close(self.stdin)
+            self.stdin = -1
+
     def finish(self) -> None:
         """End it in peace, so that the last of the log arrives."""
-        self.child.pipes.remove(self.stdin)
-        os.close(self.stdin)
+        self.ask_no_more()
         self.drain()
 
     def cancel(self) -> None:
         """End it at once: when its ssh ends, the builder cancels the build."""
         self.child.kill()
 
-    def ask_valid(self, paths: Iterable[str], substitute: bool) -> None:
+    def ask_valid(self, paths: Iterable[str], substitute: bool) -> Answer:
         """Ask which of the paths the builder has, and have it keep them until the
-        session ends."""
-        flags = integer(1) + integer(int(substitute))
-        self.answer_timeout_s = SUBSTITUTE_TIMEOUT_S if substitute else ANSWER_TIMEOUT_S
-        self.write(integer(QUERY_VALID_PATHS) + flags + strings(sorted(paths)))
+        session ends.  The answer is a set."""
+        self.write(
+            integer(QUERY_VALID_PATHS) + integer(1) + integer(int(substitute))
+            + strings(sorted(paths))
+        )  # fmt: skip
+        time_s = SUBSTITUTE_TIMEOUT_S if substitute else ANSWER_TIMEOUT_S
+        return Answer(self, lambda until: set(read_strings(self.reader(until))), time_s)
 
-    def first_answer(self) -> set[str]:
+    def reader(self, deadline: float) -> Read:
+        return lambda count: self.read(count, deadline)
+
+    def first_answer(self, answer: Answer) -> Any:
         """The answer to the first question, with the greeting before it: that needs the
         builder's store, and so tells that it is of use.  Raises Unreachable if it does
         not come in time."""
         try:
             self.greet()
-            read = read_strings(lambda count: self.read(count, self.deadline))
+            return answer.get(self.deadline - time.monotonic())
         except Late as error:
             raise Unreachable(str(error)) from None
-        return set(read)
 
-    def valid(self, timeout_s: float = 0) -> set[str]:
-        deadline = time.monotonic() + (timeout_s or self.answer_timeout_s)
-        return set(read_strings(lambda count: self.read(count, deadline)))
+    def hear_all(self) -> None:
+        """All that has not been heard yet."""
+        while self.awaited:
+            self.awaited[0].get()
 
     def take(self, limit: int, wait: Callable[[list[int]], object]) -> bytes:
         """Some of what it says next, as it is; wait is called until there is something.
@@ -2441,11 +2478,13 @@ class Session:
         del self.inbox[:limit]
         return data
 
-    def path_infos(self, paths: Iterable[str]) -> dict[str, PathInfo]:
-        """What it says of those of the paths that it has."""
+    def ask_infos(self, paths: Iterable[str]) -> Answer:
+        """Ask what it knows of those of the paths that it has; a dict of PathInfo."""
         self.write(integer(QUERY_PATH_INFOS) + strings(sorted(paths)))
-        deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        return read_infos(lambda count: self.read(count, deadline), self.version)
+        return Answer(
+            self, lambda until: read_infos(self.reader(until), self.version),
+            ANSWER_TIMEOUT_S,
+        )  # fmt: skip
 
     def build_options(self, nix: Nix) -> bytes:
         numbers = [nix.number("max-silent-time"), nix.number("timeout")]
@@ -2467,10 +2506,14 @@ class Session:
         limits += [self.last + silence] * (silence > 0)
         return min(limits, default=math.inf) + MARGIN_S
 
-    def build_derivation(self, path: str, encoded: bytes, nix: Nix) -> tuple[int, str]:
-        """Its status as the builder's Nix has it, 0 if it was built, and a message."""
+    def ask_to_build(self, path: str, encoded: bytes, nix: Nix) -> Answer:
+        """The answer: its status as the builder's Nix has it, 0 if it was built, and a
+        message."""
         request = integer(BUILD_DERIVATION) + string(path) + encoded
         self.write(request + self.build_options(nix))
+        return Answer(self, lambda until: self.hear_of_build(nix), math.inf)
+
+    def hear_of_build(self, nix: Nix) -> tuple[int, str]:
         status, message = self.wait_for_build(nix), read_string(self.read)
         if self.version >= 0x203:
             self.read(4 * 8)  # times built, non-deterministic, start, stop
@@ -2577,7 +2620,7 @@ class Relay:
         self.moved = 0  # bytes
         self.patience_s = COPY_TIMEOUT_S
         self.ended = False  # its stderr has
-        self.unheard = 0  # answers of the builder to what was copied
+        self.dumps_left: float = math.inf  # archives to ask for, before there is an end
         os.set_blocking(self.input, False)
         for pipe in (session.stdin, session.stdout, self.input, self.output):
             if sys.platform == "linux":
@@ -2676,7 +2719,6 @@ class Relay:
             except SessionLost:
                 self.hang_up()
         self.finish()
-        self.hear_answers()
 
     def take_in(self, command: int) -> None:
         """One command of nix-copy-closure --to, Nix 2.x."""
@@ -2688,14 +2730,15 @@ class Relay:
                 self.reply(strings(sorted(asked & self.there)))
             else:
                 self.ask(integer(command) + flags + strings(sorted(asked)))
-                self.reply(strings(read_strings(self.read_builder)))
+                self.reply(strings(read_strings(self.session.reader(math.inf))))
         elif command == QUERY_PATH_INFOS:
             asked = set(read_strings(self.read))
             if asked <= self.lacking:
                 self.reply(string(""))
             else:
                 self.ask(integer(command) + strings(sorted(asked)))
-                infos = read_infos(self.read_builder, self.session.version)
+                read = self.session.reader(math.inf)
+                infos = read_infos(read, self.session.version)
                 self.reply(b"".join(i.encode() for i in infos.values()) + string(""))
         else:  # such as ImportPaths, for builders before 2.1: the rest goes as it is
             self.ask(integer(command))
@@ -2736,31 +2779,27 @@ class Relay:
             self.session.write(data)
             size -= len(data)
             self.count(data)
-        self.unheard += 1
+        Answer(self.session, self.hear_of_copy, self.patience_s)
         self.reply(integer(1))
 
+    def hear_of_copy(self, deadline: float) -> None:
+        """Whether what was copied is there: the builder says 1, or its end."""
+        if read_integer(self.session.reader(deadline)) != 1:
+            raise Nonsense("it does not say that it has what was copied")
+
     def ask(self, question: bytes) -> None:
-        self.hear_answers()
+        self.session.hear_all()
         self.session.write(question)
-
-    def hear_answers(self) -> None:
-        """To all that has been copied: the builder says 1 to each, or its end."""
-        while self.unheard:
-            self.unheard -= 1
-            if read_integer(self.read_builder) != 1:
-                raise Nonsense("it does not say that it has what was copied")
-
-    def read_builder(self, count: int) -> bytes:
-        return self.session.read(count, time.monotonic() + self.patience_s)
 
     def hang_up(self) -> None:
         for pipe in (self.input, self.output):
             self.child.pipes.remove(pipe)
             os.close(pipe)
 
-    def offer(self, infos: dict[str, PathInfo]) -> None:
+    def offer(self, infos: dict[str, PathInfo], last: bool) -> None:
         """Be a builder that has these paths, in whose closure there is nothing else.
-        Their archives come from the true one."""
+        Their archives come from the true one, which is asked no more after the last."""
+        self.dumps_left = len(infos) if last else math.inf
         with suppress(CopyEnded):
             self.greet()
             while True:
@@ -2779,18 +2818,25 @@ class Relay:
             path = read_string(self.read)
             if path not in infos:
                 raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
-            self.session.write(integer(DUMP_STORE_PATH) + string(path))
+            self.ask_for_archive(path)
             self.pass_on(infos[path].size)
         else:
             raise Error(f"nix-copy-closure asks for something unknown ({command})")
 
+    def ask_for_archive(self, path: str) -> None:
+        self.session.write(integer(DUMP_STORE_PATH) + string(path))
+        self.dumps_left -= 1
+        if not self.dumps_left:
+            self.session.ask_no_more()
+
     # For nix-store --import
 
-    def export(self, infos: Iterable[PathInfo]) -> None:
+    def export(self, infos: dict[str, PathInfo], last: bool) -> None:
         """Write these as nix-store --export would, each behind those it refers to."""
+        self.dumps_left = len(infos) if last else math.inf
         with suppress(CopyEnded):
-            for info in infos:
-                self.session.write(integer(DUMP_STORE_PATH) + string(info.path))
+            for info in infos.values():
+                self.ask_for_archive(info.path)
                 self.reply(integer(1))
                 if not is_hash(info.hash, self.pass_archive()):
                     raise Spoilt(f"hash mismatch importing '{info.path}'")
@@ -2878,6 +2924,13 @@ class Copier:
             if problem:
                 raise self.blame_for_sending(batch, problem)
 
+    def confirmed(self, answer: Answer, paths: set[str]) -> set[str]:
+        """The answer to whether these are there now, after they were sent."""
+        try:
+            return set(answer.get())
+        except SessionLost as error:
+            raise self.blame_for_sending(sorted(paths), str(error)) from None
+
     def join(self, relay: Relay, there: set[str], paths: set[str]) -> None:
         if self.joined:
             relay.send(there, paths - there)
@@ -2912,29 +2965,39 @@ class Copier:
 
     # Fetching
 
-    def fetch(self, outputs: list[str], inputs: list[str], locks: OutputLocks) -> None:
+    def fetch(
+        self,
+        outputs: list[str],
+        infos: dict[str, PathInfo],
+        inputs: list[str],
+        locks: OutputLocks,
+    ) -> None:
         """Bring exactly these into the local store, past the locks that Nix holds on
-        them.  Raises Spoilt if one of them may not come in."""
-        infos = self.session.path_infos(outputs)
+        them.  infos: what the builder says of them.  Raises Spoilt if one of them may
+        not come in."""
         self.check(outputs, inputs, infos)
         if self.version >= (2, 29):
             locks.retire(outputs)
-        for batch in batches(in_order(infos)):
+        ordered = in_order(infos)
+        for batch in batches(ordered):
             environ = {}
             if self.version < (2, 29):
                 environ["NIX_HELD_LOCKS"] = " ".join(batch)
-            problem = self.bring({path: infos[path] for path in batch}, environ)
+            some = {path: infos[path] for path in batch}
+            problem = self.bring(some, environ, batch[-1] == ordered[-1])
             if problem:
                 raise self.blame_for_fetching(problem)
 
-    def bring(self, infos: dict[str, PathInfo], environ: dict[str, str]) -> str:
+    def bring(
+        self, infos: dict[str, PathInfo], environ: dict[str, str], last: bool
+    ) -> str:
         """These, each behind those it refers to; returns what went wrong, or ""."""
         if self.joined:
             command = [*self.command("--from"), *infos]
-            return self.run(command, environ, lambda relay: relay.offer(infos))
+            return self.run(command, environ, lambda relay: relay.offer(infos, last))
         command = [self.store_program, "--import", *self.options()]
-        ordered = infos.values()
-        return self.run(command, environ, lambda relay: relay.export(ordered), "201")
+        join: Callable[[Relay], None] = lambda relay: relay.export(infos, last)  # noqa: E731
+        return self.run(command, environ, join, "201")
 
     def check(
         self, outputs: list[str], inputs: list[str], infos: dict[str, PathInfo]
@@ -3237,6 +3300,7 @@ class Build:
         self.path, self.derivation = path, derivation
         self.inputs: list[str] = []
         self.missing: list[str] = []  # outputs
+        self.built: Answer | None = None  # to the question to build, if it was asked
         self.task = ("build", "", "")  # verb, preposition and machine, for messages
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.fit = fit
@@ -3305,30 +3369,30 @@ class Build:
         program, version = self.hook.copy_program, self.hook.copy_version
         self.copier = Copier(program, version, self.talk, self.session)
         try:
-            self.session.ask_valid(self.inputs, self.substitute)
+            answer = self.session.ask_valid(self.inputs, self.substitute)
             if not self.session.version:
-                self.session.first_answer()
-            there = self.session.valid()
+                self.session.first_answer(self.session.awaited[0])
+            there = answer.get()
             self.greeted = True
             self.hook.slots.note_success(self.slot.machine.slot_name(self.nix))
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
-            self.send_inputs(there)
+            self.send_inputs(there, self.ask_to_build)
             self.trace("build-remote-start")
             self.begun, self.trouble_since = True, 0.0
             self.begin("building", "build", "on")
-            self.build()
+            infos = self.build()
             self.begin("fetching", "fetch the outputs of", "from")
             self.leave_slot()
-            self.fetch()
+            self.fetch(infos)
             self.session.finish()
         finally:
             self.session.cancel()
             self.slot.free()
 
-    def fetch(self) -> None:
+    def fetch(self, infos: dict[str, PathInfo]) -> None:
         try:
-            self.copier.fetch(self.missing, self.inputs, self.locks)
+            self.copier.fetch(self.missing, infos, self.inputs, self.locks)
         except Spoilt as error:
             raise self.elsewhere(str(error), BuildBroken(self.failure(error))) from None
 
@@ -3429,48 +3493,54 @@ class Build:
         if self.nix.trace:
             self.talk.write(f"@ {event} {self.path} {self.link.name}")
 
-    def send_inputs(self, there: set[str]) -> None:
-        """Make the builder have, and keep, all inputs, which it has been asked for.
+    def send_inputs(self, there: set[str], ask: Callable[[], None]) -> None:
+        """Make the builder have, and keep, all inputs, and ask it for what comes next,
+        which does not wait for it to say that it has them.
 
-        Asking locks what is there, and the builder substitutes meanwhile if it should.
+        Asking has locked what is there, and the builder substitutes meanwhile if it
+        should.
         """
         lacking = set(self.inputs) - there
         if not lacking:
+            ask()
             return
         with self.sending(lacking) as waited:
             if waited:
-                lacking -= self.ask_again(lacking)
+                lacking -= self.session.ask_valid(lacking, False).get()
             self.copier.send(lacking, self.substitute, set(self.inputs) - lacking)
-        lacking -= self.ask_again(lacking)
+            answer = self.session.ask_valid(lacking, False)
+            ask()
+            lacking -= self.copier.confirmed(answer, lacking)
         if lacking:
             raise Error(f"it still lacks {min(lacking)} after that was sent")
 
-    def ask_again(self, paths: set[str]) -> set[str]:
-        self.session.ask_valid(paths, False)
-        return self.session.valid()
+    def ask_to_build(self) -> None:
+        """In the way that only trusted users may, but in which nothing else need be
+        sent; and for what the fetch will need."""
+        self.built = None
+        if self.session.version >= 0x201:
+            encoded = self.derivation.encode(self.inputs)
+            self.built = self.session.ask_to_build(self.path, encoded, self.nix)
+            self.infos = self.session.ask_infos(self.missing)
 
     def sending(self, paths: set[str]) -> Sending:
         return Sending(self.hook.slots, file_name(self.link.name), paths)
 
-    def build(self) -> None:
-        """Build on the builder, in whichever way it lets us."""
-        if self.session.version >= 0x201:
-            encoded = self.derivation.encode(self.inputs)
-            try:
-                status, message = self.session.build_derivation(
-                    self.path, encoded, self.nix
-                )
-            except SessionLost:
-                if b"you are not privileged" not in self.session.tail:
-                    raise
-                self.reconnect()
-                status, message = self.build_closure()
-        else:
+    def build(self) -> dict[str, PathInfo]:
+        """Build on the builder, in whichever way it lets us; returns what it says of the
+        outputs."""
+        try:
+            status, message = self.built.get() if self.built else self.build_closure()
+        except SessionLost:
+            if b"you are not privileged" not in self.session.tail:
+                raise
+            self.reconnect()
             status, message = self.build_closure()
         self.trace("build-remote-done")
         if status:
             self.session.finish()
             raise self.verdict(status, message)
+        return dict(self.infos.get())
 
     def verdict(self, status: int, message: str) -> Error:
         # A daemon on the builder quotes the end of the log, which Nix has already.
@@ -3491,15 +3561,19 @@ class Build:
         self.talk.say(INFO, f"'{self.link.name}' {text}")
         self.session.cancel()
         self.session = self.copier.session = Session(self.link)
-        self.session.ask_valid(self.inputs, self.substitute)
+        answer = self.session.ask_valid(self.inputs, self.substitute)
         self.session.greet()
-        self.send_inputs(self.session.valid())
+        self.send_inputs(answer.get(), lambda: None)
 
     def build_closure(self) -> tuple[int, str]:
         """As an untrusted user may build, and the only way on builders before 1.10."""
         with self.sending({self.path}):
             self.copier.send({self.path}, False, set())
-        return self.session.build_paths(self.path, self.nix)
+            self.session.hear_all()
+        status, message = self.session.build_paths(self.path, self.nix)
+        if not status:
+            self.infos = self.session.ask_infos(self.missing)
+        return status, message
 
 
 # ---- The conversation ---------------------------------------------------------------
@@ -3798,10 +3872,10 @@ class Hook:
         left = max(1.0, deadline - time.monotonic())
         session = Session(link, min(GREETING_TIMEOUT_S, left))
         try:
-            session.ask_valid([path], False)
+            answer = session.ask_valid([path], False)
             if link.proved():
                 return session
-            if session.first_answer():
+            if session.first_answer(answer):
                 self.make_sure_of_another_store(session)
         except SessionLost as error:
             session.cancel()
@@ -3825,8 +3899,7 @@ class Hook:
             return
         mark = self.run_here("--add", content)
         try:
-            session.ask_valid([mark] if mark else [], False)
-            same = session.valid(REPLY_S)
+            same = session.ask_valid([mark] if mark else [], False).get(REPLY_S)
         finally:
             os.unlink(content)
             if mark:
@@ -4412,8 +4485,7 @@ class Inspection:
         """In seconds, of questions that are answered at once."""
         for _ in range(3):
             start = time.monotonic()
-            session.ask_valid([], False)
-            session.valid(GREETING_TIMEOUT_S)
+            session.ask_valid([], False).get(GREETING_TIMEOUT_S)
             yield time.monotonic() - start
 
     def no_nix(self) -> bool:

@@ -373,13 +373,13 @@ class Taker:
 
     def session(self, case: bytes) -> bool:
         with self.talking(case) as session:
-            session.ask_valid([PATH], False)
+            valid = session.ask_valid([PATH], False)
             session.greet()
-            assert all(isinstance(path, str) for path in session.valid())
+            assert all(isinstance(path, str) for path in valid.get())
             if session.version == 0x200:
                 status, message = session.build_paths(PATH, self.new)
             else:
-                status, message = session.build_derivation(PATH, b"", self.new)
+                status, message = session.ask_to_build(PATH, b"", self.new).get()
             session.finish()
         if status:
             drv = Derivation.parse(fakes.RECORDED_BUILDS[0].drv)
@@ -417,7 +417,7 @@ class Taker:
         """What a builder says of the outputs that it has built."""
         with self.talking(case) as session:
             session.version = 0x207
-            infos = session.path_infos([PATH])
+            infos = session.ask_infos([PATH]).get()
             copier, relay = self.relay(session, b"")
             relay.child.kill()
             copier.check([PATH], [NEXT], infos)
@@ -457,7 +457,7 @@ class Taker:
         with self.talking(2 * ARCHIVES[0]) as session:
             with self.going_on(session, case) as relay:
                 with contextlib.suppress(hook.SessionLost):
-                    relay.offer({PATH: info})
+                    relay.offer({PATH: info}, last=True)
         return (self.directory / "heard").stat().st_size > 16  # more than a greeting
 
     def told(self, case: bytes) -> bool:
@@ -466,6 +466,7 @@ class Taker:
             with self.going_on(session, case) as relay:
                 with contextlib.suppress(hook.SessionLost):
                     relay.send({NEXT}, {PATH})
+                    session.hear_all()
         return (self.directory / "heard").stat().st_size > 16
 
     def mux(self, case: bytes) -> bool:

@@ -286,8 +286,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 def ask(session: Session, path: str) -> set[str]:
-    session.ask_valid([path], False)
-    return session.valid()
+    return set(session.ask_valid([path], False).get())
 
 
 def replay(version: str, directory: Path) -> Replay:
@@ -300,11 +299,11 @@ def replay(version: str, directory: Path) -> Replay:
             session.greet()
             valid = ask(session, f"/nix/store/{'0' * 32}-nothing")
             results = [
-                session.build_derivation(
+                session.ask_to_build(
                     build.path,
                     Derivation.parse(build.drv).encode([]),
                     Nix(nix.old, {"timeout": str(build.timeout)}, nix.environ),
-                )
+                ).get()
                 for build in fakes.RECORDED_BUILDS
             ]
             session.finish()
