@@ -17,7 +17,9 @@ folder = os.path.dirname(source)
 cache = folder + "/__pycache__"
 writable = os.stat(folder).st_mode & 0o1002
 if os.path.lexists(cache):
-    writable |= os.lstat(cache).st_mode & 0o1022
+    info = os.lstat(cache)
+    writable |= info.st_mode & 0o1022
+    writable |= info.st_uid not in (0, os.stat(source).st_uid)
 if writable or os.stat(source).st_mtime < 2:
     text = loader.get_data(source)
     if sys.argv[-1].isdigit():
@@ -867,6 +869,8 @@ def rank(machine: Machine, load: int) -> tuple[int, float, int]:
 # ---- Slots --------------------------------------------------------------------------
 
 
+# What the system says of a directory, a link and a socket (Linux, macOS) in its place.
+NO_FILE = (errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EOPNOTSUPP)
 LOCK_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -884,7 +888,7 @@ def open_lock(path: str, directory: int | None = None) -> int:
         except FileNotFoundError:
             pass
         except OSError as error:
-            if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+            if error.errno not in NO_FILE:
                 raise
             remove(path, directory)
         return os.open(path, LOCK_FLAGS | os.O_CREAT, 0o600, dir_fd=directory)
@@ -1040,16 +1044,13 @@ class MainLock:
                 os.fchmod(self.descriptor, 0o600)
 
     def __enter__(self) -> int:
-        if not try_lock(self.descriptor) and not MainLock.stuck:
-            try:
-                with Bell(MAIN_LOCK_TIMEOUT_S):
-                    fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-            except Late:
-                MainLock.stuck = True
-                if MainLock.tell:
-                    MainLock.tell(f"somebody has held {self.path} for "
-                                  f"{MAIN_LOCK_TIMEOUT_S} s (fuser says who); going on "
-                                  "without it")  # fmt: skip
+        if MainLock.stuck:
+            try_lock(self.descriptor)
+        elif not is_locked_within(self.descriptor, MAIN_LOCK_TIMEOUT_S):
+            MainLock.stuck = True
+            if MainLock.tell:
+                MainLock.tell(f"somebody has held {self.path} for {MAIN_LOCK_TIMEOUT_S} s "
+                              "(fuser says who); going on without it")  # fmt: skip
         return self.descriptor
 
     def __exit__(self, *error: object) -> None:
@@ -1074,6 +1075,18 @@ class Bell:
         raise Late("no end within the time for it")
 
 
+def is_locked_within(descriptor: int, seconds: float) -> bool:
+    """Whether we got that lock in time."""
+    if try_lock(descriptor):
+        return True
+    try:
+        with Bell(seconds):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except Late:
+        return False
+    return True
+
+
 class SlotDirectory(NamedTuple):
     """Nix's directory current-load, with the locks that count, and in it one for those
     that the stock hook does not know."""
@@ -1095,6 +1108,8 @@ class SlotDirectory(NamedTuple):
             os.makedirs(self.path, 0o700, exist_ok=True)
         except OSError as error:
             raise Error(f"cannot make {self.path}: {error.strerror}") from None
+        if not is_private(self.path):
+            raise Error(f"somebody else has just made {self.path}")
         make_directory(self.own)
 
     def main_lock(self) -> MainLock:
@@ -1106,7 +1121,12 @@ class SlotDirectory(NamedTuple):
         """A machine's load (slots taken), and a free slot, now ours, if it has one."""
         load, free = 0, None
         for number in range(machine.max_jobs):
-            descriptor = open_lock(f"{name}-{number}", directory)
+            try:
+                descriptor = open_lock(f"{name}-{number}", directory)
+            except Error:  # no room for its file
+                if free:
+                    break
+                raise
             if not try_lock(descriptor):
                 load += 1
             elif free is None:
@@ -1158,7 +1178,8 @@ class SlotDirectory(NamedTuple):
             if self.outage(name) in (before, None):
                 after = (before or Outage()).again(words)
                 with suppress(OSError):  # a full disk
-                    write_private(f"{self.own}/{name}.down", after.text())
+                    path = f"{self.own}/{name}.down"
+                    write_private(path, after.text(), lasting=False)
 
     def begin_probe(self, name: str, outage: Outage) -> int | None:
         """The lock of who finds out whether a machine is of use again, if nobody else
@@ -1927,9 +1948,12 @@ def read_private(path: str, limit: int = TAIL_BYTES) -> str | None:
     return data.decode("utf-8", "surrogateescape") if len(data) <= limit else None
 
 
-def write_private(path: str, text: str, mode: int = 0o600) -> None:
+def write_private(
+    path: str, text: str, mode: int = 0o600, *, lasting: bool = True
+) -> None:
     """Make or replace a file in a private directory: it is there as a whole, or not at
-    all, also after a power loss.  Raises OSError, as when the disk is full."""
+    all, also after a power loss if it is `lasting`, which a busy disk may take seconds
+    for.  Raises OSError, as when the disk is full."""
     import _thread
 
     temporary = f"{path}.{os.getpid()}.{_thread.get_ident()}"
@@ -1938,7 +1962,8 @@ def write_private(path: str, text: str, mode: int = 0o600) -> None:
         with open(os.open(temporary, flags, mode), "wb") as file:
             file.write(encode(text))
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         os.rename(temporary, path)
     except OSError:
         with suppress(OSError):
@@ -1946,7 +1971,7 @@ def write_private(path: str, text: str, mode: int = 0o600) -> None:
         if not os.path.isdir(path):
             raise
         remove(path)
-        write_private(path, text, mode)
+        write_private(path, text, mode, lasting=lasting)
 
 
 def keep(path: str, text: str, mode: int = 0o600) -> None:
@@ -2023,7 +2048,7 @@ class Link:
     def seats(self) -> int:
         """How many sessions a connection to this machine may have."""
         text = read_private(f"{self.base()}.seats") or ""
-        return int(text) if text.isdecimal() and 0 < len(text) < 3 else SEATS
+        return (int(text) if only(text, DIGITS) and 0 < len(text) < 3 else 0) or SEATS
 
     def lose_seat(self) -> None:
         """sshd has refused us a session: remember how many it allows."""
@@ -2051,17 +2076,24 @@ class Link:
             if not try_lock(descriptor, fcntl.LOCK_SH):
                 os.close(descriptor)
                 return
-        if not answers(name):
+        try:
+            if not answers(name):
+                self.start_master(name, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def start_master(self, name: str, descriptor: int) -> None:
+        """Its stderr is that file, in which nothing is said yet."""
+        with suppress(OSError):  # a full disk
             os.ftruncate(descriptor, 0)
-            # What a killed master has left: ssh would share nothing if it found that.
-            for stale in (f"{name}.proved", f"{name}.direct", name):
-                with suppress(OSError):
-                    remove(stale)
-            command = [self.ssh, "-N", "-oControlMaster=yes"]
-            command += [f"-oControlPersist={IDLE_S}", *self.options(name)]
-            command += ["--", self.machine.destination]
-            self.master = spawn(command, self.environ, {2: descriptor}, detached=True)
-        os.close(descriptor)
+        # What a killed master has left: ssh would share nothing if it found that.
+        for stale in (f"{name}.proved", f"{name}.direct", name):
+            with suppress(OSError):
+                remove(stale)
+        command = [self.ssh, "-N", "-oControlMaster=yes"]
+        command += [f"-oControlPersist={IDLE_S}", *self.options(name)]
+        command += ["--", self.machine.destination]
+        self.master = spawn(command, self.environ, {2: descriptor}, detached=True)
 
     def connect(self, patience_s: float) -> None:
         """Return with a live connection, or raise Unreachable with ssh's own words.  An
@@ -2086,7 +2118,7 @@ class Link:
                 self.socket = "none"
                 return
             if time.monotonic() > deadline:
-                raise Unreachable(f"no connection within {patience_s} s")
+                raise Unreachable(f"no connection within {patience_s:.0f} s")
             wait_readable([], LOCK_POLL_S / 10)
 
     def complain(self, words: str) -> None:
@@ -2298,6 +2330,8 @@ class Answer:
 
     def get(self, time_s: float | None = None) -> Any:
         while not self.heard:
+            if not self.session.awaited:  # it was to be heard, in vain
+                raise SessionLost("the builder's answers cannot be told apart any more")
             first = self.session.awaited.pop(0)
             within = time_s if first is self and time_s is not None else first.time_s
             first.value = first.hear(time.monotonic() + within)
@@ -2327,7 +2361,11 @@ class Session:
         self.child = link.run(self.deadline, "nix-store", "--serve", "--write")
         self.stdin, self.stdout, self.stderr = self.child.pipes
         os.set_blocking(self.stdin, False)
-        self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
+        try:
+            self.write(integer(SERVE_HELLO) + integer(SERVE_VERSION))
+        except BaseException:
+            self.child.kill()
+            raise
 
     def greet(self) -> None:
         """Read the answer to our hello; SessionLost, with ssh's own words, if it fails.
@@ -2480,7 +2518,10 @@ class Session:
 
     def ask_infos(self, paths: Iterable[str]) -> Answer:
         """Ask what it knows of those of the paths that it has; a dict of PathInfo."""
-        self.write(integer(QUERY_PATH_INFOS) + strings(sorted(paths)))
+        self.write(infos_question(paths))
+        return self.infos_answer()
+
+    def infos_answer(self) -> Answer:
         return Answer(
             self, lambda until: read_infos(self.reader(until), self.version),
             ANSWER_TIMEOUT_S,
@@ -2506,11 +2547,13 @@ class Session:
         limits += [self.last + silence] * (silence > 0)
         return min(limits, default=math.inf) + MARGIN_S
 
-    def ask_to_build(self, path: str, encoded: bytes, nix: Nix) -> Answer:
+    def ask_to_build(
+        self, path: str, encoded: bytes, nix: Nix, then: bytes = b""
+    ) -> Answer:
         """The answer: its status as the builder's Nix has it, 0 if it was built, and a
-        message."""
-        request = integer(BUILD_DERIVATION) + string(path) + encoded
-        self.write(request + self.build_options(nix))
+        message.  then: the next question, to be sent at once."""
+        build = integer(BUILD_DERIVATION) + string(path) + encoded
+        self.write(build + self.build_options(nix) + then)
         return Answer(self, lambda until: self.hear_of_build(nix), math.inf)
 
     def hear_of_build(self, nix: Nix) -> tuple[int, str]:
@@ -2540,6 +2583,10 @@ class Session:
             return 0, ""
         kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
         return kind, read_string(self.read)
+
+
+def infos_question(paths: Iterable[str]) -> bytes:
+    return integer(QUERY_PATH_INFOS) + strings(sorted(paths))
 
 
 def wait_until_read() -> None:
@@ -2621,6 +2668,7 @@ class Relay:
         self.patience_s = COPY_TIMEOUT_S
         self.ended = False  # its stderr has
         self.dumps_left: float = math.inf  # archives to ask for, before there is an end
+        self.quiet: list[int] = []  # where nothing may be said while the program asks
         os.set_blocking(self.input, False)
         for pipe in (session.stdin, session.stdout, self.input, self.output):
             if sys.platform == "linux":
@@ -2662,12 +2710,21 @@ class Relay:
         """Exactly so much of what it says; CopyEnded at its end."""
         data = b""
         while len(data) < count:
-            self.step([self.output])
+            if self.session.stdout in self.step([self.output, *self.quiet]):
+                self.hear_surplus()
+                continue
             more = os.read(self.output, count - len(data))
             if not more:
                 raise CopyEnded
             data += more
         return data
+
+    def hear_surplus(self) -> None:
+        """Nothing was asked of the builder, and it says something: its archive is longer
+        than it had said.  Or it ends, as it was told."""
+        self.quiet = []
+        if os.read(self.session.stdout, TAIL_BYTES):
+            raise Spoilt("size mismatch importing what the builder has")
 
     def reply(self, data: bytes) -> None:
         view = memoryview(data)
@@ -2701,8 +2758,14 @@ class Relay:
 
     def greet(self) -> None:
         """Be a builder that says hello; our session has had its own."""
-        if self.read(16)[:8] != integer(SERVE_HELLO):
+        start = self.read(8)
+        if start.startswith(b"exec "):  # what Lix 2.93.0 says to a shell of its own
+            while self.read(1) != b"\n":
+                pass
+            start = self.read(8)
+        if start != integer(SERVE_HELLO):
             raise Error("nix-copy-closure does not speak as expected")
+        self.read(8)  # its version
         self.reply(integer(SERVE_REPLY) + integer(self.session.version))
 
     def send(self, there: set[str], lacking: set[str]) -> None:
@@ -2711,14 +2774,18 @@ class Relay:
         is copied are heard when all is sent.  If the session ends, it hears that its ssh
         has ended, and fails."""
         self.there, self.lacking = there, lacking
+        lost: SessionLost | None = None
         with suppress(CopyEnded):
             self.greet()
             try:
                 while True:
                     self.take_in(read_integer(self.read))
-            except SessionLost:
+            except SessionLost as error:
+                lost = error
                 self.hang_up()
         self.finish()
+        if lost:
+            raise lost
 
     def take_in(self, command: int) -> None:
         """One command of nix-copy-closure --to, Nix 2.x."""
@@ -2730,15 +2797,14 @@ class Relay:
                 self.reply(strings(sorted(asked & self.there)))
             else:
                 self.ask(integer(command) + flags + strings(sorted(asked)))
-                self.reply(strings(read_strings(self.session.reader(math.inf))))
+                self.reply(strings(read_strings(self.builders_reader())))
         elif command == QUERY_PATH_INFOS:
             asked = set(read_strings(self.read))
             if asked <= self.lacking:
                 self.reply(string(""))
             else:
                 self.ask(integer(command) + strings(sorted(asked)))
-                read = self.session.reader(math.inf)
-                infos = read_infos(read, self.session.version)
+                infos = read_infos(self.builders_reader(), self.session.version)
                 self.reply(b"".join(i.encode() for i in infos.values()) + string(""))
         else:  # such as ImportPaths, for builders before 2.1: the rest goes as it is
             self.ask(integer(command))
@@ -2791,6 +2857,9 @@ class Relay:
         self.session.hear_all()
         self.session.write(question)
 
+    def builders_reader(self) -> Read:
+        return self.session.reader(time.monotonic() + self.patience_s)
+
     def hang_up(self) -> None:
         for pipe in (self.input, self.output):
             self.child.pipes.remove(pipe)
@@ -2800,6 +2869,7 @@ class Relay:
         """Be a builder that has these paths, in whose closure there is nothing else.
         Their archives come from the true one, which is asked no more after the last."""
         self.dumps_left = len(infos) if last else math.inf
+        self.quiet = [self.session.stdout]
         with suppress(CopyEnded):
             self.greet()
             while True:
@@ -2924,13 +2994,6 @@ class Copier:
             if problem:
                 raise self.blame_for_sending(batch, problem)
 
-    def confirmed(self, answer: Answer, paths: set[str]) -> set[str]:
-        """The answer to whether these are there now, after they were sent."""
-        try:
-            return set(answer.get())
-        except SessionLost as error:
-            raise self.blame_for_sending(sorted(paths), str(error)) from None
-
     def join(self, relay: Relay, there: set[str], paths: set[str]) -> None:
         if self.joined:
             relay.send(there, paths - there)
@@ -2938,7 +3001,7 @@ class Copier:
             relay.patience_s = OWN_SSH_COPY_TIMEOUT_S
             relay.finish()
 
-    def blame_for_sending(self, paths: list[str], problem: str) -> Error:
+    def blame_for_sending(self, paths: Iterable[str], problem: str) -> Error:
         """The error to raise.  It is mostly the builder's fault, unless a path is gone
         or spoilt here."""
         theirs = self.words_of_the_end()
@@ -2948,20 +3011,21 @@ class Copier:
         here = bool(spoilt) or not all(map(os.path.lexists, files))
         problem = " ".join(f"{spoilt}{words}".split()) or join_words(theirs, problem)
         if not here and trouble(theirs)[0] is None:  # it found them odd
-            words = self.verify(paths)
+            words = self.verify(sorted(paths))
             here, problem = bool(words), words or problem
         return Error(problem) if here else SessionLost(problem)
 
     def words_of_the_end(self) -> str:
-        """What the builder said if the session has ended."""
-        ended = self.session.child.wait(1) is not None
-        return self.session.last_words() if ended else ""
+        """What the builder said if the session has ended, and not in peace."""
+        return self.session.last_words() if self.session.child.wait(1) else ""
 
     def verify(self, paths: list[str]) -> str:
         """What is wrong with these in the store here."""
-        command = [self.store_program, "--verify-path", *paths]
-        child = Child(command, self.environ, "2")
-        return printable(" ".join(child.output().split()))[:TAIL_BYTES]
+        for batch in batches(paths):
+            child = Child([self.store_program, "--verify-path", *batch], self.environ, "2")
+            if words := printable(" ".join(child.output().split())):
+                return words[:TAIL_BYTES]
+        return ""
 
     # Fetching
 
@@ -2996,7 +3060,7 @@ class Copier:
             command = [*self.command("--from"), *infos]
             return self.run(command, environ, lambda relay: relay.offer(infos, last))
         command = [self.store_program, "--import", *self.options()]
-        join: Callable[[Relay], None] = lambda relay: relay.export(infos, last)  # noqa: E731
+        join: Callable[[Relay], None] = lambda relay: relay.export(infos, last)
         return self.run(command, environ, join, "201")
 
     def check(
@@ -3013,6 +3077,8 @@ class Copier:
         strange = {r for info in infos.values() for r in info.references} - known
         invalid = self.invalid_here(sorted(strange))
         for output, info in infos.items():
+            if info.deriver and not self.nix.store.owns(info.deriver):
+                raise Spoilt(f"it says that {info.deriver[:200]!r} made '{output}'")
             if found := sorted(invalid.intersection(info.references)):
                 raise Spoilt(f"the output '{output}' refers to '{found[0]}', which is "
                              "neither an output of this build nor valid here; it was "
@@ -3025,7 +3091,10 @@ class Copier:
             command = [self.store_program, "--check-validity", "--print-invalid", *batch]
             child = Child(command, self.environ, "1")
             words = child.output().split()
-            invalid.update(batch if child.wait() else words)
+            if child.wait() != 0:
+                raise Error("the store here does not say whether it has what an output "
+                            "refers to")  # fmt: skip
+            invalid.update(words)
         return invalid
 
     def blame_for_fetching(self, problem: str) -> Error:
@@ -3143,8 +3212,9 @@ def program_version(program: str, nix: Nix, slots: SlotDirectory) -> tuple[int, 
     directory = private_directory(f"{slots.path}/ssh")
     path = f"{directory}/version-{zlib.crc32(encode(key)):08x}"
     kept = read_private(path) or ""
-    if kept.endswith("\n") and only(kept, DIGITS + ".\n"):
-        return tuple(map(int, filter(None, kept.strip().split("."))))
+    numbers = [number for number in kept.removesuffix("\n").split(".") if number]
+    if kept.endswith("\n") and len(numbers) > 1 and only("".join(numbers), DIGITS):
+        return tuple(map(int, numbers))
     child = Child([program, "--version"], child_environ(nix), "1")
     version = parse_version(child.output())
     if child.wait() == 0:
@@ -3370,7 +3440,8 @@ class Build:
         self.copier = Copier(program, version, self.talk, self.session)
         try:
             answer = self.session.ask_valid(self.inputs, self.substitute)
-            if not self.session.version:
+            if not self.session.version:  # and Nix no longer waits for our reply
+                self.session.deadline = time.monotonic() + GREETING_TIMEOUT_S
                 self.session.first_answer(self.session.awaited[0])
             there = answer.get()
             self.greeted = True
@@ -3508,9 +3579,12 @@ class Build:
             if waited:
                 lacking -= self.session.ask_valid(lacking, False).get()
             self.copier.send(lacking, self.substitute, set(self.inputs) - lacking)
-            answer = self.session.ask_valid(lacking, False)
-            ask()
-            lacking -= self.copier.confirmed(answer, lacking)
+            try:
+                answer = self.session.ask_valid(lacking, False)
+                ask()
+                lacking -= answer.get()
+            except SessionLost as error:  # it may refuse so late what was sent
+                raise self.copier.blame_for_sending(lacking, str(error)) from None
         if lacking:
             raise Error(f"it still lacks {min(lacking)} after that was sent")
 
@@ -3520,8 +3594,9 @@ class Build:
         self.built = None
         if self.session.version >= 0x201:
             encoded = self.derivation.encode(self.inputs)
-            self.built = self.session.ask_to_build(self.path, encoded, self.nix)
-            self.infos = self.session.ask_infos(self.missing)
+            then = infos_question(self.missing)
+            self.built = self.session.ask_to_build(self.path, encoded, self.nix, then)
+            self.infos = self.session.infos_answer()
 
     def sending(self, paths: set[str]) -> Sending:
         return Sending(self.hook.slots, file_name(self.link.name), paths)
@@ -3762,13 +3837,18 @@ class Hook:
         derivation = read_derivation(request.derivation, self.nix.store)
         build = Build(self, request.derivation, derivation, fit)
         line = Line(self, fit, request.derivation)
+        until = time.monotonic() + REPLY_S
         for _ in fit:  # of which all may fail
             slot = self.find_slot(line, request)
             if not slot:
                 break
-            if self.reach(slot, build):
+            if self.reach(slot, build, until):
                 self.talk.reply("accept", slot.machine.name(self.nix))
                 return build, slot
+            if time.monotonic() > until:
+                if not might_build_itself(self.nix, request):
+                    line.join()
+                break
         if line.number >= 0:
             self.talk.reply("accept", "waiting for a builder")
             return build, line
@@ -3834,8 +3914,8 @@ class Hook:
                 self.links[machine].sit()
         return self.links[machine]
 
-    def reach(self, slot: Slot, build: Build) -> bool:
-        """Be sure of that slot's machine; without it the slot is free again."""
+    def reach(self, slot: Slot, build: Build, until: float) -> bool:
+        """Be sure of that slot's machine by then; without it the slot is free again."""
         try:
             link = self.link(slot.machine)
             if not link.proved():
@@ -3844,7 +3924,8 @@ class Hook:
                 self.talk.say(DEBUG, text)
                 if not link.live():
                     self.warm(build.fit, build.path)
-                self.session = self.open_session(link, build.path, REPLY_S)
+                left = max(1.0, until - time.monotonic())
+                self.session = self.open_session(link, build.path, left)
             return True
         except BaseException as error:
             slot.free()
@@ -3870,7 +3951,10 @@ class Hook:
         deadline = time.monotonic() + patience_s
         link.connect(min(LOGIN_TIMEOUT_S, patience_s))
         left = max(1.0, deadline - time.monotonic())
-        session = Session(link, min(GREETING_TIMEOUT_S, left))
+        try:
+            session = Session(link, min(GREETING_TIMEOUT_S, left))
+        except SessionLost as error:
+            raise Unreachable(str(error)) from None
         try:
             answer = session.ask_valid([path], False)
             if link.proved():
@@ -3941,26 +4025,29 @@ class Hook:
         if time.time() > outage.until:
             descriptor = self.slots.begin_probe(name, outage)
             if descriptor is not None:
-                if is_forked(descriptor):
-                    self.probe(name, machine, outage, path)
+                with suppress(OSError):  # no more processes may be made
+                    if is_forked(descriptor):
+                        self.probe(name, machine, outage, path)
                 os.close(descriptor)
         return True
 
     def probe(self, name: str, machine: Machine, outage: Outage, path: str) -> None:
         """Find out, in a process of our own, whether that machine is of use again.  Only
         an answer of its nix-store says so: a connection may live over which it hangs."""
+        link: Link | None = None
         try:
             link = Link(machine, self.nix, self.slots.path)
             with suppress(Error):
                 link.sit()
-            try:
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{link.socket}.proved")
-                self.open_session(link, path).cancel()
-                self.slots.note_success(name)
-            except (Unreachable, SessionLost) as error:
+            with suppress(OSError):
+                os.unlink(f"{link.socket}.proved")
+            self.open_session(link, path).cancel()
+            self.slots.note_success(name)
+        except (Error, OSError) as error:
+            if link:
                 link.retire(link.socket)
-                self.slots.note_outage(name, outage, " ".join(str(error).split()))
+            self.slots.note_outage(name, outage, " ".join(str(error).split()))
+            time.sleep(PAUSE_S)  # if that could not be noted, nobody else tries at once
         finally:
             os._exit(0)
 
@@ -4011,24 +4098,37 @@ class Hook:
 
 def is_forked(kept: int) -> bool:
     """Go on in two processes, and say which this is.  In the new one, Nix neither waits
-    for us nor kills us; of what was open, it has only that descriptor."""
+    for us nor kills us; of what was open, it has only that descriptor.  Raises OSError
+    if there can be no more processes."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)
         return False
-    os.setsid()
-    if os.fork():
-        os._exit(0)
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        let_go(kept)
+    except BaseException:  # noqa: BLE001  (there must not be two of this hook)
+        os._exit(1)
+    return True
+
+
+def let_go(kept: int) -> None:
+    """Of all that this process shares with the one that forked it, but that descriptor."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2, 4):
+    reader, writer = os.pipe()  # instead of Nix's: it has a reader, ourselves
+    for descriptor in (0, 1, 4):
         os.dup2(null, descriptor)
-    for name in os.listdir("/dev/fd"):  # locks among them, which would stay taken
-        with suppress(OSError):
-            if int(name) not in (0, 1, 2, 4, kept):
-                os.close(int(name))
-    return True
+    os.dup2(writer, 2)
+    numbers = set(range(DESCRIPTORS))
+    with suppress(OSError):
+        numbers = {int(name) for name in os.listdir("/dev/fd")}
+    for descriptor in numbers - {0, 1, 2, 4, kept, reader}:
+        with suppress(OSError):  # locks are among them, which would stay taken
+            os.close(descriptor)
 
 
 def terminate(number: int, frame: object) -> None:
@@ -4883,7 +4983,8 @@ class Looker:
 
     def taken(self, paths: list[str]) -> list[tuple[str, str]]:
         """Those that somebody holds, and what they say."""
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        if not is_locked_within(self.lock, MAIN_LOCK_TIMEOUT_S):
+            raise Error(f"somebody holds {self.slots.path}/main-lock (fuser says who)")
         try:
             found = [(path, self.held(path)) for path in paths]
         finally:
