@@ -454,19 +454,17 @@ class Taker:
     def asked(self, case: bytes) -> bool:
         """By nix-copy-closure --from, of whom we are the builder."""
         info = hook.PathInfo(PATH, "", (NEXT,), len(ARCHIVES[0]), "", b"")
-        with self.talking(2 * ARCHIVES[0]) as session:
-            with self.going_on(session, case) as relay:
-                with contextlib.suppress(hook.SessionLost):
-                    relay.offer({PATH: info}, last=True)
+        lost = contextlib.suppress(hook.SessionLost)  # the builder has ended
+        with self.talking(b"") as session, self.going_on(session, case) as relay, lost:
+            relay.offer({PATH: info}, last=True)
         return (self.directory / "heard").stat().st_size > 16  # more than a greeting
 
     def told(self, case: bytes) -> bool:
         """By nix-copy-closure --to: each path that it copies is acknowledged at once."""
-        with self.talking(integer(1) * 9) as session:
-            with self.going_on(session, case) as relay:
-                with contextlib.suppress(hook.SessionLost):
-                    relay.send({NEXT}, {PATH})
-                    session.hear_all()
+        said, lost = 9 * integer(1), contextlib.suppress(hook.SessionLost)
+        with self.talking(said) as session, self.going_on(session, case) as relay, lost:
+            relay.send({NEXT}, {PATH})
+            session.hear_all()
         return (self.directory / "heard").stat().st_size > 16
 
     def mux(self, case: bytes) -> bool:

@@ -71,7 +71,9 @@ def info(path):
         refers.append("/nix/store/../../etc/passwd")
     if lie == "spoil":
         digest = "sha256:" + 64 * "1"
-    send(path, "", len(refers), *refers, len(data), len(data), digest, "", 0)
+    size = len(data) - 8 if lie == "grow" else len(data)
+    deriver = "junk" if lie == "derive" else ""
+    send(path, deriver, len(refers), *refers, size, size, digest, "", 0)
 
 read(16)
 send(0x5452EECB, 0x207)
@@ -104,7 +106,7 @@ while True:
     else:
         sys.exit(f"unknown command {command}")
 """
-LIES = ("refer", "outside", "spoil", "forget", "volunteer", "smuggle")
+LIES = ("refer", "outside", "spoil", "forget", "volunteer", "smuggle", "grow", "derive")
 numbers = itertools.count()
 
 
@@ -155,7 +157,7 @@ def test_nothing_comes_in_but_what_was_built(
     outcome = nix.build(expression, check=False, env=way)
     assert not registered(nix.client, victim)
     # The second way reads an archive to where it ends, and so gets what was built.
-    honest = how == "smuggle" and bool(way)
+    honest = how in ("smuggle", "grow") and bool(way)
     assert (outcome.status == 0, registered(nix.client, output)) == (honest, honest)
 
 
@@ -182,7 +184,7 @@ def test_what_is_valid_here_may_be_referred_to(nix: Scene, way: dict[str, str]) 
     assert set(found) == {here, output}
 
 
-@pytest.mark.parametrize("how", ["spoil", "forget", "refer"])
+@pytest.mark.parametrize("how", ["spoil", "forget", "refer", "grow"])
 def test_what_one_machine_has_spoilt_another_builds(nix: Scene, how: str) -> None:
     nix.machines("b1 - - 1 8\nb2 - - 1\n")
     lie(nix, how)
