@@ -2943,6 +2943,10 @@ SPOILT_SIGNS = ("hash mismatch importing", "size mismatch importing", "is not va
                 "bad archive", "Nix archive", "look like something created by")  # fmt: skip
 
 
+# What Nix says of a build or a copy for which there was no room.
+FULL_SIGNS = ("lack of free disk space", "No space left on device", "disk is full")
+
+
 class Copier:
     """The programs of the calling Nix that copy, and one builder."""
 
@@ -3469,10 +3473,13 @@ class Build:
 
     def elsewhere(self, words: str, verdict: Error) -> Error:
         """What to raise if this machine may be to blame: that once another may try, if
-        one is there, else the verdict."""
+        one is there, else the verdict.  If its disk is full, each other one may."""
         others = {m.slot_name(self.nix): m for m in self.fit if m != self.slot.machine}
+        full = any(sign in words for sign in FULL_SIGNS)
+        if full:
+            others = {n: m for n, m in others.items() if m not in self.avoided}
         away = self.hook.away(others, self.path)
-        if self.verdict_elsewhere or len(away) == len(others):
+        if (self.verdict_elsewhere and not full) or len(away) == len(others):
             return verdict
         return NotHere(words, verdict)
 

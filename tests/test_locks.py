@@ -89,8 +89,8 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from nix_build_remote import NixGone, OutputLocks, Store
 locks = OutputLocks(Store.parse(sys.argv[2], {}), [sys.argv[3]])
+parent = os.getppid()  # before that may be killed
 print("ready", flush=True)
-parent = os.getppid()
 while os.getppid() == parent:
     time.sleep(0.01)
 try:
