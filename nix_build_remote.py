@@ -2765,6 +2765,10 @@ class Relay:
             start = self.read(8)
         if start != integer(SERVE_HELLO):
             raise Error("nix-copy-closure does not speak as expected")
+        self.welcome()
+
+    def welcome(self) -> None:
+        """Also a second time: after an error of its own, it may connect once more."""
         self.read(8)  # its version
         self.reply(integer(SERVE_REPLY) + integer(self.session.version))
 
@@ -2791,6 +2795,8 @@ class Relay:
         """One command of nix-copy-closure --to, Nix 2.x."""
         if command == ADD_TO_STORE_NAR:
             self.take_archive()
+        elif command == SERVE_HELLO:
+            self.welcome()
         elif command == QUERY_VALID_PATHS:
             flags, asked = self.read(16), set(read_strings(self.read))
             if asked <= self.there | self.lacking:
@@ -2890,6 +2896,8 @@ class Relay:
                 raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
             self.ask_for_archive(path)
             self.pass_on(infos[path].size)
+        elif command == SERVE_HELLO:
+            self.welcome()
         else:
             raise Error(f"nix-copy-closure asks for something unknown ({command})")
 
@@ -2994,7 +3002,7 @@ class Copier:
             except SessionLost as error:
                 if not self.words_of_the_end():
                     raise
-                problem = str(error)
+                problem = " ".join(self.problem.split()) or str(error)
             if problem:
                 raise self.blame_for_sending(batch, problem)
 
