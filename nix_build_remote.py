@@ -2374,7 +2374,7 @@ class Session:
         if magic != integer(SERVE_REPLY):
             raise SessionLost(f"it sent {magic!r} before nix-store's own words (does a "
                               "start-up file of the shell print that?)")  # fmt: skip
-        version = read_integer(lambda count: self.read(count, self.deadline))
+        version = read_integer(self.reader(self.deadline))
         if version >> 8 != 2:
             raise SessionLost("its Nix is older than 1.8, or no Nix (serve protocol "
                               f"{version >> 8}.{version & 255})")  # fmt: skip
@@ -3098,8 +3098,9 @@ class Copier:
 
     def invalid_here(self, paths: list[str]) -> set[str]:
         """Those of the paths that are not valid in the store here."""
-        invalid = {p for p in paths if not self.nix.store.owns(p)}
-        for batch in batches([path for path in paths if path not in invalid]):
+        ours = [path for path in paths if self.nix.store.owns(path)]
+        invalid = set(paths) - set(ours)
+        for batch in batches(ours):
             command = [self.store_program, "--check-validity", "--print-invalid", *batch]
             child = Child(command, self.environ, "1")
             words = child.output().split()
@@ -3956,10 +3957,7 @@ class Hook:
             self.talk.end()
 
     def open_session(
-        self,
-        link: Link,
-        path: str,
-        patience_s: float = PROBE_S,
+        self, link: Link, path: str, patience_s: float = PROBE_S
     ) -> Session:
         """A session to build that derivation in, which it is asked for; if the connection
         is proved, that is not answered yet, so that the next question can go along."""
