@@ -102,7 +102,20 @@ while True:
         outputs += fields[1::4]
         texts(), text(), text(), texts(), texts(2)
         read(48)
+        if os.path.exists("/tmp/distrust"):
+            open("/tmp/outputs", "w").write(" ".join(outputs))
+            sys.exit("error: you are not privileged to build derivations")
         send(0, "", 0, 0, 0, 0, 0)
+    elif command == 6:
+        texts()
+        read(48)
+        outputs += open("/tmp/outputs").read().split()
+        send(0)
+    elif command == 9:
+        text(), text(), text(), texts(), number()
+        size = number()
+        number(), texts(), text(), read(size)
+        send(1)
     else:
         sys.exit(f"unknown command {command}")
 """
@@ -159,6 +172,33 @@ def test_nothing_comes_in_but_what_was_built(
     # The second way reads an archive to where it ends, and so gets what was built.
     honest = how in ("smuggle", "grow") and bool(way)
     assert (outcome.status == 0, registered(nix.client, output)) == (honest, honest)
+
+
+@pytest.mark.parametrize("how", ["refer", "volunteer"])
+def test_nor_where_the_builder_does_not_trust_its_user(
+    nix: Scene, how: str, way: dict[str, str]
+) -> None:
+    """Then the derivation is sent, and built by another command."""
+    nix.machines("b1 - - 1\n")
+    victim, expression = lie(nix, how), innocent()
+    output = nix.output(expression)
+    nix.builder.write("/tmp/distrust", "")
+    outcome = nix.build(expression, check=False, env=way)
+    nix.builder.run("rm", "/tmp/distrust")
+    assert outcome.status != 0 and "does not trust its user" in outcome.log
+    assert not registered(nix.client, victim) and not registered(nix.client, output)
+
+
+@pytest.mark.parametrize("how", ["refer", "volunteer"])
+def test_nor_into_a_chroot_store(nix: Scene, how: str, way: dict[str, str]) -> None:
+    nix.machines("b1 - - 1\n")
+    victim, expression = lie(nix, how), innocent()
+    store = ("--store", f"local?root=/tmp/root-{next(numbers)}")
+    load = {"NIX_CURRENT_LOAD": f"/tmp/load-{next(numbers)}", **way}
+    outcome = nix.build(expression, *store, check=False, env=load)
+    assert outcome.status != 0 and "cannot fetch the outputs" in outcome.log
+    query = ("nix-store", *store, "--check-validity", victim)
+    assert nix.client.run(*query, check=False).returncode != 0
 
 
 def test_a_reference_that_is_not_valid_here_is_named(
