@@ -1,25 +1,22 @@
-"""What all tests share: a clean environment, the farm, and the engines to run it with.
+"""What all tests share: a clean environment, and the engines to run the farm with.
 
 `pytest` alone runs the farm with this machine's own Nix as client and as builder.
 `pytest --engines 2.3,2.8,2.26,2.34 -m engines` runs the engine matrix: every test marked
 `engines` with each of them as client, the pairs in both directions.
+A test's folder is its marker: unit, process or farm; see tests/README.md.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import farm
-
-HOOK = ROOT / "nix_build_remote.py"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +25,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="host",
         help="comma-separated engines for the farm: host, 2.3, 2.8, 2.26, 2.34",
     )
+    parser.addoption(
+        "--part",
+        default="1/1",
+        help="1/2 or 2/2: run about half of the tests, whole modules, as tests/run does",
+    )
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(item.path.parent.name)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leave the tests of other parts out."""
+    part, parts = map(int, config.getoption("--part").split("/"))
+    sizes = Counter(item.path for item in items)
+    loads = [0] * parts
+    chosen: set[Path] = set()
+    for path, size in sizes.most_common():  # the biggest first, where least is
+        lightest = loads.index(min(loads))
+        loads[lightest] += size if path.parent.name == "farm" else size // 9
+        if lightest == part - 1:
+            chosen.add(path)
+    config.hook.pytest_deselected(items=[i for i in items if i.path not in chosen])
+    items[:] = [item for item in items if item.path in chosen]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -50,15 +74,6 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-
-
-@pytest.fixture(scope="session")
-def lab() -> Iterator[farm.Lab]:
-    reason = farm.unavailable()
-    if reason:
-        pytest.skip(reason)
-    with farm.Lab() as running:
-        yield running
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

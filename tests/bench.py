@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from farm import Host, Lab, connect, engine
+from lab import Host, Lab, connect, engine
 
 HERE = Path(__file__).resolve().parent
 HOOK = HERE.parent / "nix_build_remote.py"
@@ -183,7 +183,9 @@ def inputs(name: str, runs: int) -> Iterator[Row]:
             def measure(ours: bool, count: int = count) -> float:
                 return where.build(INPUTS, ours, count=count)
 
-            yield Row(f"{count} small inputs, 50 ms, warm", *where.compare(runs, measure))
+            yield Row(
+                f"{count} small inputs, 50 ms, warm", *where.compare(runs, measure)
+            )
 
 
 def graph(name: str, runs: int) -> Iterator[Row]:
@@ -200,7 +202,9 @@ def graph(name: str, runs: int) -> Iterator[Row]:
             where.client.write("/etc/nix/machines", "")
             here = where.build(GRAPH, True, count=80, jobs=16)
             note = f"16 local jobs: {here:.1f} s"
-            yield Row(f"graph of 80 of 0.3 s, 4 x 4 slots, {delay_ms} ms, cold", *times, note)
+            yield Row(
+                f"graph of 80 of 0.3 s, 4 x 4 slots, {delay_ms} ms, cold", *times, note
+            )
 
 
 def local(name: str, runs: int) -> Iterator[Row]:
@@ -348,7 +352,9 @@ hook.kill()
 def ask(where: Site, ours: bool, derivation: str) -> list[float]:
     """Seconds to the first and to the next reply, if there are two, and MiB."""
     stock = (
-        "/usr/libexec/nix/build-remote" if where.name in ("2.3", "2.8") else "nix __build-remote"
+        "/usr/libexec/nix/build-remote"
+        if where.name in ("2.3", "2.8")
+        else "nix __build-remote"
     )
     program = f"{INSIDE if ours else stock} 3"
     where.client.write("/tmp/ask.py", ASK.replace("\\\\", "\\"))
@@ -359,9 +365,17 @@ def ask(where: Site, ours: bool, derivation: str) -> list[float]:
 
 def settings(where: Site, **more: str) -> None:
     """What a Nix of that age would send, as far as either hook looks at it."""
-    values = {"builders": "@/etc/nix/machines", "system": SYSTEM, "max-jobs": "1",
-              "experimental-features": "", "store": "auto", "extra-platforms": "",
-              "system-features": "", "substituters": "", **more}  # fmt: skip
+    values = {
+        "builders": "@/etc/nix/machines",
+        "system": SYSTEM,
+        "max-jobs": "1",
+        "experimental-features": "",
+        "store": "auto",
+        "extra-platforms": "",
+        "system-features": "",
+        "substituters": "",
+        **more,
+    }
     text = "".join(f"{name} = {value}\n" for name, value in values.items())
     where.client.write("/tmp/settings", text)
 
@@ -384,13 +398,17 @@ def replies(name: str, runs: int) -> Iterator[Row]:
         where.client.write("/etc/nix/machines", "".join(lines))
         directory = where.client.path("/nix/var/nix/current-load")
         with all_slots_taken(directory, 1000, 16):
-            found = {ours: [ask(where, ours, derivation) for _ in range(runs)]
-                     for ours in (True, False)}  # fmt: skip
+            found = {
+                ours: [ask(where, ours, derivation) for _ in range(runs)]
+                for ours in (True, False)
+            }
         for position, what in enumerate(
             ("first reply, s", "next reply, s", "memory, MiB")
         ):
-            ours, stock = (statistics.median(run[position] for run in found[kind])
-                           for kind in (True, False))  # fmt: skip
+            ours, stock = (
+                statistics.median(run[position] for run in found[kind])
+                for kind in (True, False)
+            )
             yield Row(f"1000 machines x 16 slots, all busy: {what}", ours, stock)
 
 
@@ -424,8 +442,16 @@ def waiting(name: str, runs: int) -> Iterator[Row]:
         with all_slots_taken(directory, 1, 64):
             values = {"tag": "wait", "count": 64, "sleep": 0, "system": SYSTEM}
             where.client.write("/tmp/bench.nix", TRIVIAL % values)
-            command = ["nix-build", "/tmp/bench.nix", "--no-out-link", "--max-jobs", "0",
-                       "--option", "build-hook", INSIDE]  # fmt: skip
+            command = [
+                "nix-build",
+                "/tmp/bench.nix",
+                "--no-out-link",
+                "--max-jobs",
+                "0",
+                "--option",
+                "build-hook",
+                INSIDE,
+            ]
             process = where.client.popen(*command, stderr=subprocess.DEVNULL)
             while len(hooks(where.client)) < 64:
                 time.sleep(0.2)
@@ -433,8 +459,11 @@ def waiting(name: str, runs: int) -> Iterator[Row]:
             before, start = processor_time(where.client), time.monotonic()
             time.sleep(10)
             used = processor_time(where.client) - before
-            yield Row("64 hooks in line: per cent of one core",
-                      100 * used / (time.monotonic() - start), 0.0)  # fmt: skip
+            yield Row(
+                "64 hooks in line: per cent of one core",
+                100 * used / (time.monotonic() - start),
+                0.0,
+            )
             process.kill()
 
 
@@ -475,8 +504,16 @@ def elsewhere(machines: Path, runs: int) -> Iterator[Row]:
             tag = f"{os.getpid()}-{time.time_ns()}"
             values = {"tag": tag, "count": 24, "sleep": 0, "system": SYSTEM}
             expression.write_text(TRIVIAL % values)
-            command = ["nix-build", str(expression), "--no-out-link", "--max-jobs", "0",
-                       "--option", "builders", f"@{machines.resolve()}"]  # fmt: skip
+            command = [
+                "nix-build",
+                str(expression),
+                "--no-out-link",
+                "--max-jobs",
+                "0",
+                "--option",
+                "builders",
+                f"@{machines.resolve()}",
+            ]
             command += ["--option", "build-hook", str(HOOK)] * ours
             start = time.monotonic()
             subprocess.run(command, check=True, capture_output=True)

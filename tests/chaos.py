@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from farm import Host, Inside, Lab, connect, engine, is_taken, poll
+from lab import Host, Inside, Lab, connect, engine, is_taken, poll
 
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
 INSTALLED = "/usr/local/bin/nix_build_remote.py"
@@ -215,8 +215,11 @@ class Chaos:
     def go_wrong(self) -> None:
         """One thing after another on each builder, until it is over."""
         kinds: list[Callable[[Host], None]] = [
-            self.lose_power, self.pull_cable, self.restart_sshd, self.fill_disk
-        ]  # fmt: skip
+            self.lose_power,
+            self.pull_cable,
+            self.restart_sshd,
+            self.fill_disk,
+        ]
         if self.ours:
             kinds.append(self.kill_hook)
         while not self.over.wait(self.random.uniform(0.5, 2)):
@@ -359,7 +362,9 @@ def main() -> int:
     options = parser.parse_args()
     passed, ours = report(options, True)
     stock = report(options, False)[1] if options.stock else {}
-    print(f"| seed {options.seed}, {options.derivations} derivations each | ours | Nix's own |")
+    print(
+        f"| seed {options.seed}, {options.derivations} derivations each | ours | Nix's own |"
+    )
     print("|---|--:|--:|")
     for name in {**ours, **stock}:
         print(f"| {name} | {ours.get(name, '-')} | {stock.get(name, '-')} |")

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from farm import Host, Lab, connect, engine, unavailable
+from lab import Host, Lab, connect, engine, unavailable
 
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
 MACHINES = """\
@@ -50,8 +50,16 @@ def build(client: Host) -> int:
     client.copy(HOOK, "/usr/local/lib/nix_build_remote.py")
     client.write("/etc/nix/machines", MACHINES.replace("x86_64-linux", system(client)))
     client.write("/tmp/meal.nix", GRAPH.replace("x86_64-linux", system(client)))
-    command = ("nix-build", "/tmp/meal.nix", "--no-out-link", "--max-jobs", "0",
-               "--option", "build-hook", "/usr/local/lib/nix_build_remote.py")  # fmt: skip
+    command = (
+        "nix-build",
+        "/tmp/meal.nix",
+        "--no-out-link",
+        "--max-jobs",
+        "0",
+        "--option",
+        "build-hook",
+        "/usr/local/lib/nix_build_remote.py",
+    )
     print("$", *command, flush=True)
     start = time.monotonic()
     done = client.run(*command, check=False, timeout=120)

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from launcher import assigned, launcher
+
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
 TRANSCRIPTS = Path(__file__).resolve().parent / "transcripts"
 VERSIONS = ("1.11.17", "2.3.7", "2.8.0", "2.26.3", "2.34.8")
@@ -125,6 +127,8 @@ def listen():
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)
     server.listen(64)
+    with open(path + ".pid", "w") as file:
+        print(os.getpid(), file=file)
     os.dup2(1, 2)
     while True:
         server.accept()
@@ -159,6 +163,9 @@ def end(status, words):
     sys.stdout.flush()
     sys.exit(print(words, file=sys.stderr) or status)
 
+if "check" in sys.argv and os.path.exists(sys.argv[4] + ".pid"):
+    with open(sys.argv[4] + ".pid") as file:
+        end(0, f"Master running (pid={{file.read().strip()}})")
 if "-O" in sys.argv:
     end(255, "Control socket connect: Connection refused")
 if manners == "refuse":
@@ -332,15 +339,9 @@ class Client:
         self.machines.write_text("root@b1 x86_64-linux - 2\n", encoding="utf-8")
         for file in (self.have, self.journal):
             file.touch()
+        shutil.copy(HOOK, self.hook)
         # The fakes never recover, so there is nothing to wait for.
-        text = HOOK.read_text(encoding="utf-8")
-        hasty = {"PAUSE_S = 1": 0.4, "PAUSE_LIMIT_S = 60": 5, "AWAY_TIMEOUT_S = 15 * 60": 2}
-        for constant, seconds in hasty.items():
-            assert text.count(f"\n{constant}") == 1
-            name = constant.partition(" ")[0]
-            text = text.replace(f"\n{constant}", f"\n{name} = {seconds}")
-        self.hook.write_text(text, encoding="utf-8")
-        self.hook.chmod(0o755)
+        self.constants = {"PAUSE_S": 0.4, "PAUSE_LIMIT_S": 5.0, "AWAY_TIMEOUT_S": 2.0}
         for drv in (CAP_A_DRV, CAP_B_DRV):
             shutil.copy(TRANSCRIPTS / Path(drv).name, self.store)
         self.ssh = self.program("bin/ssh", SSH)
@@ -405,7 +406,8 @@ class Client:
             pairs = (text(k) + text(v) for k, v in self.settings.items())
             stdin = b"".join(number(1) + pair for pair in pairs) + number(0) + stdin
         descriptors = 'exec "$@" 4>&1 1>&2'
-        program = [sys.executable, str(self.hook), *self.arguments]
+        start = launcher(str(self.hook), *assigned(self.constants))
+        program = [sys.executable, "-ISc", start, *self.arguments]
         done = subprocess.run(
             ["/bin/sh", "-c", descriptors, "sh", *program],
             input=stdin,

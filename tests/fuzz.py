@@ -24,7 +24,6 @@ import random
 import re
 import resource
 import signal
-import socket
 import struct
 import sys
 import tempfile
@@ -33,14 +32,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).parent)]
 
 import fakes
 
 import nix_build_remote as hook
-from nix_build_remote import Derivation, Machine, Nix, Remote, integer, string, strings
+from nix_build_remote import Derivation, Machine, Nix, integer, string, strings
 
 Rng = random.Random
 TIME_S = 5
@@ -54,26 +53,57 @@ STDERR = b"\n== stderr ==\n"  # what is behind it comes on a session's stderr
 
 KEY = base64.b64encode(b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE6kaVyB a@b").decode()
 HOSTS = [
-    "b1", "nix@b1", "b1:2222", "ssh://b1", "ssh-ng://nix@b1:22", "::1", "192.0.2.7",
-    "ssh://[2001:db8::7]:22", "fe80::1%eth0", "ssh://[fe80::1%25eth0]", "nix@::1",
-    "ssh://b1?ssh-key=/root/%2Essh/id&compress=true", "ssh://localhost:2222",
-]  # fmt: skip
+    "b1",
+    "nix@b1",
+    "b1:2222",
+    "ssh://b1",
+    "ssh-ng://nix@b1:22",
+    "::1",
+    "192.0.2.7",
+    "ssh://[2001:db8::7]:22",
+    "fe80::1%eth0",
+    "ssh://[fe80::1%25eth0]",
+    "nix@::1",
+    "ssh://b1?ssh-key=/root/%2Essh/id&compress=true",
+    "ssh://localhost:2222",
+]
 FIELDS = [
-    [*HOSTS, f"b1?base64-ssh-public-host-key={KEY}"], ["-", SYSTEM, f"a-b,{SYSTEM}"],
-    ["-", "/root/.ssh/id_b1"], ["-", "8", "0"], ["-", "1", "2.5", ".5"], ["-", "kvm,a"],
-    ["-", "perf"], ["-", KEY],
-]  # fmt: skip
+    [*HOSTS, f"b1?base64-ssh-public-host-key={KEY}"],
+    ["-", SYSTEM, f"a-b,{SYSTEM}"],
+    ["-", "/root/.ssh/id_b1"],
+    ["-", "8", "0"],
+    ["-", "1", "2.5", ".5"],
+    ["-", "kvm,a"],
+    ["-", "perf"],
+    ["-", KEY],
+]
 MESSAGES = ["", "builder failed", "x; last 2 log lines:\n> a\n> b", "\x1b[31mü\n"]
 LOGS = [b"", b"log\n", b"two\nlines", b"root@b1: Permission denied (publickey).\r\n"]
 COPYING = [
-    "", "copying 2 paths...", "# accept", "@ x", "error (ignored): busy", "warning: ü",
-    f"copying path '{PATH}' to 'ssh://b1'...", "copying path '", "\x1b[31mred\x1b[0m",
-]  # fmt: skip
-NOTES = [b"2 NOW.5 NOW.2 Connection refused", b"1 1.5 2 ", b"9 NOW NOW \xc3\xbc\n", b""]
+    "",
+    "copying 2 paths...",
+    "# accept",
+    "@ x",
+    "error (ignored): busy",
+    "warning: ü",
+    f"copying path '{PATH}' to 'ssh://b1'...",
+    "copying path '",
+    "\x1b[31mred\x1b[0m",
+]
+NOTES = [
+    b"2 NOW.5 NOW.2 passes Connection refused",
+    b"1 1.5 2 lasts ",
+    b"9 NOW NOW unknown \xc3\xbc\n",
+    b"",
+]
 PROGRAMS = [
-    b"nix-copy-closure (Nix) 2.26.3", b"(Nix) 2.35pre20260101_abc", b"Nix 2.3\n",
-    b"nix (Lix, like Nix) 2.91.1", b"", b"usage: nix-copy-closure",
-]  # fmt: skip
+    b"nix-copy-closure (Nix) 2.26.3",
+    b"(Nix) 2.35pre20260101_abc",
+    b"Nix 2.3\n",
+    b"nix (Lix, like Nix) 2.91.1",
+    b"",
+    b"usage: nix-copy-closure",
+]
 RECORDINGS = [fakes.recording(version) for version in fakes.VERSIONS]
 DERIVATIONS = [path.read_bytes() for path in sorted(fakes.TRANSCRIPTS.glob("*.drv"))]
 NODE = b"".join(map(string, ("(", "type", "regular", "contents", ")(", ")")))
@@ -150,9 +180,10 @@ def copying(rng: Rng) -> bytes:
 
 def infos(rng: Rng) -> bytes:
     info = hook.PathInfo(
-        *(PATH, rng.choice(["", f"{PATH}.drv"]), (PATH, bent(rng, NEXT))), 96,
+        *(PATH, rng.choice(["", f"{PATH}.drv"]), (PATH, bent(rng, NEXT))),
+        96,
         *(f"sha256:{'1' * 52}", string("") + strings([])),
-    )  # fmt: skip
+    )
     return info.encode() * rng.choice([0, 1, 1, 1, 2]) + string("")
 
 
@@ -176,29 +207,76 @@ def told(rng: Rng) -> bytes:
     return hello + valid + of_path + (add + ARCHIVES[0][:size]) * rng.randrange(3)
 
 
-def mux(rng: Rng) -> bytes:
-    opened = struct.pack(">3I", Remote.OPENED, 0, 1)
-    end = struct.pack(">3I", Remote.EXIT, 1, rng.choice([0, 1, 127, 255]))
-    refusal = struct.pack(">3I", 0x80000003, 0, 7) + b"refused"
-    said = [refusal] if rng.random() < 0.2 else [opened, end]
-    said.insert(0, struct.pack(">II", Remote.HELLO, 4))
-    return b"".join(struct.pack(">I", len(message)) + message for message in said)
-
-
 # -- Spoiling -------------------------------------------------------------------------
 
 EXTREMES = [
-    0, 1, 2, 9, 255, 2**16, 2**26, 2**26 + 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63,
-    2**64 - 8, 2**64 - 1,
-]  # fmt: skip
+    0,
+    1,
+    2,
+    9,
+    255,
+    2**16,
+    2**26,
+    2**26 + 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**63 - 1,
+    2**63,
+    2**64 - 8,
+    2**64 - 1,
+]
 TOKENS = [
-    b"\0", b"\n", b"\r", b"\t", b" ", b"\x1b[31m", b"\x7f", b"\x85", b"\xff\xfe", b"-",
-    b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\\ud800", b"\\u0000", b"%", b"%0a", b"%00",
-    b"%ff", b"--", b"-oProxyCommand=id", b"@", b";", b"#", b"\n# accept\n", b"\n@ x\n",
-    b"[", b"]", b"(", b")", b"{", b",", b'"', b"\\", b'\\"', b"'", b"`", b"$(id)", b"9",
-    b"../", b"1e308", b"nan", b"-1", b" 1_0 ", b".", b"error:", b"Lix", b"NOW", STDERR,
+    b"\0",
+    b"\n",
+    b"\r",
+    b"\t",
+    b" ",
+    b"\x1b[31m",
+    b"\x7f",
+    b"\x85",
+    b"\xff\xfe",
+    b"-",
+    b"\xed\xa0\x80",
+    b"\xf4\x90\x80\x80",
+    b"\\ud800",
+    b"\\u0000",
+    b"%",
+    b"%0a",
+    b"%00",
+    b"%ff",
+    b"--",
+    b"-oProxyCommand=id",
+    b"@",
+    b";",
+    b"#",
+    b"\n# accept\n",
+    b"\n@ x\n",
+    b"[",
+    b"]",
+    b"(",
+    b")",
+    b"{",
+    b",",
+    b'"',
+    b"\\",
+    b'\\"',
+    b"'",
+    b"`",
+    b"$(id)",
+    b"9",
+    b"../",
+    b"1e308",
+    b"nan",
+    b"-1",
+    b" 1_0 ",
+    b".",
+    b"error:",
+    b"Lix",
+    b"NOW",
+    STDERR,
     "²٣\u2028\u00a0\u3000".encode(),
-]  # fmt: skip
+]
 
 
 def spoil(rng: Rng, data: bytes, other: bytes, long: bool) -> bytes:
@@ -272,19 +350,39 @@ def pipe_with(data: bytes) -> int:
     return reading
 
 
-class Ended(hook.Child):
+class Ended:
     """A program on a builder that has ended, and what it has said."""
 
+    returncode = 255
+
     def __init__(self, *said: bytes) -> None:
-        self.pipes = [os.open(os.devnull, os.O_WRONLY), *map(pipe_with, said)]
-        self.status = 255
+        self.stdin = open(os.devnull, "wb", buffering=0)  # noqa: SIM115 (the hook does)
+        ends = [open(pipe_with(data), "rb", buffering=0) for data in said]  # noqa: SIM115
+        self.stdout, self.stderr = ends
+
+    def wait(self, timeout: float = 0) -> int:
+        return self.returncode
+
+    def kill(self) -> None:
+        pass
 
 
-class FakeLink(hook.Link):
+class FakeSeat(hook.Seat):
     said = (b"", b"")
 
-    def run(self, deadline: float, *remote: str) -> Ended:
+    def start(self, *remote: str, **options: Any) -> Any:
         return Ended(*self.said)
+
+
+class FakeCopy(hook.Copy):
+    """A program that copies, which has said this and ended; `heard` is what it is told."""
+
+    def __init__(self, heard: Path, output: bytes, errors: bytes) -> None:
+        self.process: Any = Ended(output, errors)
+        self.is_heard = True
+        self.input = os.open(heard, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self.output = os.dup(self.process.stdout.fileno())
+        self.stderr = self.process.stderr.fileno()
 
 
 def is_plain(text: str) -> bool:
@@ -301,19 +399,26 @@ class Taker:
         fakes.write_program(directory / "ssh", "")
         environ = {"PATH": str(directory), "NIX_CURRENT_LOAD": load}
         self.old = Nix(True, {"system": SYSTEM}, environ)
-        self.new = Nix(False, {"experimental-features": "", "timeout": "9"}, environ, 9)
+        settings = {"experimental-features": "", "timeout": "9", "system": SYSTEM}
+        self.new = Nix(False, settings, environ, verbosity=9)
         self.talks = [hook.Talk(nix) for nix in (self.old, self.new)]
-        self.machine = Machine.parse("machines:1", "ssh://root@b1", SYSTEM)
-        self.slot_name = self.machine.slot_name(self.new)
-        self.hook = hook.Hook(self.new)
-        self.hook.slots.make()
-        self.link = FakeLink(self.machine, self.new, load)
+        self.machine = Machine.parse("machines:1", "ssh://root@b1", self.new)
+        slots = hook.Slots(load)
+        slots.make()
+        fakes.write_program(directory / "nix-copy-closure", "print('(Nix) 2.30.0')")
+        self.sites = [hook.Site(self.new, talk, slots) for talk in self.talks]
+        self.seat = FakeSeat(*self.seat_of(self.sites[1]))
+
+    def seat_of(self, site: hook.Site) -> tuple[hook.Ssh, hook.Programs, str]:
+        seat = site.new_seat(self.machine)
+        return seat.ssh, seat.programs, site.directory
 
     def machines(self, case: bytes) -> bool:
         file = self.directory / "machines"
         file.write_bytes(case.replace(b"@machines", b"@" + bytes(file)))
-        settings = {"builders": f"@{file}", "system": SYSTEM}
-        machines, complaints = hook.load_machines(Nix(False, settings, {}))
+        settings, old = {"builders": f"@{file}", "system": SYSTEM}, len(case) % 2 == 0
+        environ = {"NIX_REMOTE_SYSTEMS": str(file)}
+        machines, complaints = hook.load_machines(Nix(old, settings, environ))
         assert all(text.startswith(str(file)) for text in complaints)
         for machine in machines:
             words = [machine.destination, machine.host, hook.alias(machine)]
@@ -323,10 +428,8 @@ class Taker:
             assert hook.only(options, hook.PLAIN + "* ")
             assert 0 <= machine.port <= 65535 and 0 <= machine.max_jobs < 10**6
             assert 0 < machine.speed <= 10**9 and machine.host_key.isprintable()
-            for nix in (self.old, self.new):
-                name = machine.slot_name(nix)
-                assert name.isprintable() and "/" not in name
-                assert len(name.encode()) < 236  # and a number, or the like
+            assert machine.slots.isprintable() and "/" not in machine.slots
+            assert len(machine.slots.encode()) < 236  # and a number, or the like
         if not machines:
             raise hook.BadMachine("; ".join(complaints))
         return True
@@ -364,8 +467,8 @@ class Taker:
     @contextlib.contextmanager
     def talking(self, case: bytes) -> Iterator[hook.Session]:
         stdout, _, stderr = case.partition(STDERR)
-        self.link.said = (stdout, stderr)
-        session = hook.Session(self.link)
+        self.seat.said = (stdout, stderr)
+        session = hook.Session(self.seat, 30)
         try:
             yield session
         finally:
@@ -373,7 +476,7 @@ class Taker:
 
     def session(self, case: bytes) -> bool:
         with self.talking(case) as session:
-            valid = session.ask_valid([PATH], False)
+            valid = session.ask_valid([PATH])
             session.greet()
             assert all(isinstance(path, str) for path in valid.get())
             if session.version == 0x200:
@@ -383,10 +486,14 @@ class Taker:
             session.finish()
         if status:
             drv = Derivation.parse(fakes.RECORDED_BUILDS[0].drv)
-            build = hook.Build(self.hook, PATH, drv, [self.machine])
-            build.slot, build.link = hook.Slot(self.machine, -1), self.link
-            raise build.verdict(status, message)
-        return 0x200 <= session.version <= 0x207
+            wanted = hook.Wanted(PATH, drv, [], [])
+            slot = self.sites[1].slots.choose([self.machine])[0]
+            assert slot
+            slot.free()
+            locks = hook.OutputLocks(self.new.store, [])
+            attempt = hook.Attempt(self.sites[1], wanted, locks, slot)
+            raise attempt.verdict(status, message)
+        return 0x200 <= (session.version or 0) <= 0x207
 
     def copying(self, case: bytes) -> bool:
         stderr, _, log = case.partition(STDERR)
@@ -394,7 +501,7 @@ class Taker:
             session.version = 0x207
             copier, relay = self.relay(session, b"", stderr, len(case))
             relay.finish()
-            relay.child.kill()
+            relay.copy.end()
             copier.talk.end()
         if copier.problem:
             raise hook.SessionLost(copier.problem)
@@ -405,13 +512,9 @@ class Taker:
     ) -> tuple[hook.Copier, hook.Relay]:
         """For a program that copies and has said this; `heard` is what it is told."""
         session.version = 0x207
-        copier = hook.Copier("", (2, 30), self.talks[number % 2], session)
-        child = Ended(asked, stderr)
-        os.close(child.pipes[0])
-        heard = os.open(self.directory / "heard", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        output, errors = child.pipes[1:]
-        child.pipes[:] = [errors, heard, output]
-        return copier, hook.Relay(session, child, copier.tell, copier.tell_progress)
+        copier = hook.Copier(self.sites[number % 2], session)
+        copy = FakeCopy(self.directory / "heard", asked, stderr)
+        return copier, hook.Relay(session, copy, copier.tell, copier.tell_progress)
 
     def infos(self, case: bytes) -> bool:
         """What a builder says of the outputs that it has built."""
@@ -419,7 +522,7 @@ class Taker:
             session.version = 0x207
             infos = session.ask_infos([PATH]).get()
             copier, relay = self.relay(session, b"")
-            relay.child.kill()
+            relay.copy.end()
             copier.check([PATH], [NEXT], infos)
             copier.talk.end()
         assert infos.keys() == {PATH} and {*infos[PATH].references} <= {PATH, NEXT}
@@ -433,12 +536,12 @@ class Taker:
         """For a program that says no more, but does not end: then it is given up."""
         copier, relay = self.relay(session, asked)
         reading, writing = os.pipe()
-        os.dup2(reading, relay.stderr)
+        os.dup2(reading, relay.copy.stderr)
         relay.patience_s = 0.01
         try:
             yield relay
         finally:
-            relay.child.kill()
+            relay.copy.end()
             copier.talk.end()
             os.close(reading)
             os.close(writing)
@@ -467,43 +570,17 @@ class Taker:
             session.hear_all()
         return (self.directory / "heard").stat().st_size > 16
 
-    def mux(self, case: bytes) -> bool:
-        path = self.directory / "mux"
-        path.unlink(missing_ok=True)
-        server = socket.socket(socket.AF_UNIX)
-        server.bind(str(path))
-        server.listen(1)
-
-        def serve() -> None:
-            with server, server.accept()[0] as client, contextlib.suppress(OSError):
-                client.sendall(case)
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(1 << 16):
-                    pass
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        try:
-            deadline = time.monotonic() + TIME_S
-            remote = Remote(str(path), "nix-store --serve --write", deadline)
-        except OSError:  # then a whole ssh is started
-            return False
-        assert remote.wait(1) in range(2**32)
-        remote.kill()
-        thread.join()
-        return True
-
     def outage(self, case: bytes) -> bool:
         """`NOW` stands for the time."""
-        slots, name = self.hook.slots, self.slot_name
+        outages = self.sites[1].outages
         now = b"%d" % time.time()
-        Path(f"{slots.own}/{name}.down").write_bytes(case.replace(b"NOW", now))
-        found = slots.outage(name)
-        despair = self.hook.despair({name: self.machine})
-        assert despair or not found or not found.hopeless
-        slots.note_outage(name, found, "ü again")
-        after = slots.outage(name)
-        assert after and after.words == "ü again"
+        Path(outages.file(self.machine)).write_bytes(case.replace(b"NOW", now))
+        found = outages.of(self.machine)
+        despair = outages.despair([self.machine])
+        assert despair or not found or not found.is_hopeless
+        outages.note(self.machine, found, hook.heard(hook.Unreachable, "ü closed by"))
+        after = outages.of(self.machine)
+        assert after and after.words == "ü closed by" and after.lasting is False
         failures = found.failures if found else 0
         assert after.failures == failures + 1 or failures == 999999999  # digits kept
         return found is not None
@@ -525,7 +602,6 @@ TARGETS: dict[str, Target] = {
     "archive": (lambda rng: rng.choice(ARCHIVES), Taker.archive),
     "asked": (asked, Taker.asked),
     "told": (told, Taker.told),
-    "mux": (mux, Taker.mux),
     "outage": (lambda rng: rng.choice(NOTES), Taker.outage),
     "version": (lambda rng: rng.choice(PROGRAMS), Taker.version),
 }
@@ -586,9 +662,11 @@ def prepared() -> Iterator[Taker]:
     """With the limits, and with the descriptors that Nix gives a hook."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, too_long)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as directory, open_as(
-        4, os.devnull
-    ), open_as(2, f"{directory}/said"):
+    with (
+        tempfile.TemporaryDirectory(prefix="fuzz-") as directory,
+        open_as(4, os.devnull),
+        open_as(2, f"{directory}/said"),
+    ):
         try:
             resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES_BYTES, limits[1]))
             yield Taker(Path(directory))
@@ -613,7 +691,7 @@ def outcome(taker: Taker, take: Callable[[Taker, bytes], bool], case: bytes) -> 
         result = "accepted" if take(taker, case) else "refused"
     except hook.Error as error:
         result = type(error).__name__
-        talk.say(hook.ERROR, hook.with_remedy(str(error), taker.machine.destination))
+        talk.say(hook.ERROR, error.told(taker.machine.destination))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     *lines, rest = os.pread(2, os.fstat(2).st_size, 0).decode().split("\n")

@@ -8,7 +8,6 @@ Nothing is built on the client itself, unless a test gives nix-build `-j1`.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from farm import (
+from lab import (
     ENGINES,
     ENGINES_DIR,
     Host,
@@ -29,10 +28,12 @@ from farm import (
     poll,
     unavailable,
 )
+from launcher import assigned, launcher
 
 TESTS = Path(__file__).resolve().parent
 HOOK = TESTS.parent / "nix_build_remote.py"
 INSTALLED = "/usr/local/bin/nix_build_remote.py"
+CHANGED = "/usr/local/lib/nix_build_remote_to_change.py"
 DRIVER = "/usr/local/lib/old_nix.py"
 SLOTS = "/nix/var/nix/current-load"
 
@@ -54,7 +55,14 @@ case " $* " in *" -N "*) echo "$*" >> {JOURNAL};; esac
 exec /usr/bin/ssh "$@"
 """
 
-MAY_STAY = ("nix-daemon", "delay.py", "-oControlPersist=", "[mux]", "sshd: ", "sshd-session: ")
+MAY_STAY = (
+    "nix-daemon",
+    "delay.py",
+    "-oControlPersist=",
+    "[mux]",
+    "sshd: ",
+    "sshd-session: ",
+)
 
 
 class Outcome(NamedTuple):
@@ -154,7 +162,10 @@ class Scene(NamedTuple):
         return self.launch(*self.nix_build(expression, *options), env=env, user=user)
 
     def launch(
-        self, *command: str, env: Mapping[str, str] | None = None, user: str | None = None
+        self,
+        *command: str,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
     ) -> Run:
         number = len(list(self.client.path("/tmp").glob("*.log")))
         log = self.client.path(f"/tmp/{number}.log")
@@ -230,16 +241,13 @@ def verified(host: Host) -> bool:
     return done.returncode == 0 and "error" not in done.stderr
 
 
-def rewrite_hook(nix: Scene, **constants: float) -> None:
-    """Install the hook with other values of some of its constants."""
-    text = HOOK.read_text(encoding="utf-8")
-    for name, value in constants.items():
-        pattern = rf"(?m)^{name} = [^ #\n]+( [*] \S+)*"
-        text, count = re.subn(pattern, f"{name} = {value}", text)
-        assert count == 1, name
-    nix.client.write(INSTALLED, text, 0o755)
-    # The compiled program is told from an older one by its source's size and second.
-    nix.client.run("rm", "-rf", f"{os.path.dirname(INSTALLED)}/__pycache__")
+def change_hook(
+    nix: Scene, *statements: str, after: str = "", **constants: float
+) -> None:
+    """Install the hook with other values of some of its constants; see launcher.py."""
+    nix.client.copy(HOOK, CHANGED)
+    changes = [*assigned(constants), *statements]
+    nix.client.write(INSTALLED, launcher(CHANGED, *changes, after=after), 0o755)
 
 
 def masters(nix: Scene) -> list[int]:

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 from chaos import report
-from farm import unavailable
+from lab import unavailable
 from scene import other
 
 

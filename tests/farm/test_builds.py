@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from farm import Host
+from lab import Host
 from scene import (
     INSTALLED,
     Outcome,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from farm import keypair, poll, trust
+from lab import keypair, poll, trust
 from scene import (
     HOOK,
     INSTALLED,
@@ -93,7 +93,9 @@ def type_in(running: Scene, commands: list[str]) -> None:
 
 def by_the_readme(running: Scene) -> Scene:
     """Installed in nix.conf, in the one that this Nix heeds."""
-    commands = readme(r"^    (install|mv) .* /usr/local/lib/nix_build_remote\.(new|py)$")
+    commands = readme(
+        r"^    (install|mv) .* /usr/local/lib/nix_build_remote\.(new|py)$"
+    )
     assert [line.split()[0] for line in commands] == ["install", "mv"]
     forgets = (2, 25) <= version(running.client.engine.name) < (2, 34)
     where = "/root/.config/nix" if forgets else "/etc/nix"
@@ -160,6 +162,46 @@ def test_in_a_nix_store_it_leaves_its_path_as_it_is(running: Scene) -> None:
     running.client.copy(HOOK, "/tmp/package/hook")
     path = running.client.run("nix-store", "--add", "/tmp/package").stdout.strip()
     build_seen(running, f"{path}/hook", "--option", "build-hook", f"{path}/hook")
+    assert valid(running.client, path)
+
+
+# As README's lines for NixOS make it, without nixpkgs.
+PACKAGE = """
+  mk "package" ''
+    mkdir -p $out
+    cp ${/tmp/source/nix_build_remote.py} $out/nix_build_remote.py
+    chmod 755 $out/nix_build_remote.py
+    [ -z "$bytecode" ] || python3 -m compileall -q --invalidation-mode checked-hash $out
+  '' { bytecode = "%s"; }
+"""
+# A python3 that tells what is compiled, and goes on.
+TELLTALE = """#!/bin/sh
+hook='import sys
+def tell(event, arguments):
+    if event == "compile" and str(arguments[1]).endswith("nix_build_remote.py"):
+        print("compiled", file=sys.stderr)
+sys.addaudithook(tell)
+'
+program=$3
+shift 3
+exec /usr/bin/python3 -IS -c "$hook$program" "$@"
+"""
+
+
+@pytest.mark.parametrize("bytecode", ["", "yes"], ids=["without", "with"])
+def test_in_a_nix_store_bytecode_is_used_and_not_written(
+    running: Scene, bytecode: str
+) -> None:
+    running.client.copy(HOOK, "/tmp/source/nix_build_remote.py")
+    here = ("--option", "builders", "", "--option", "max-jobs", "1")
+    path = running.build(PACKAGE % bytecode, *here).output
+    hook = f"{path}/nix_build_remote.py"
+    running.client.write("/tmp/tells/python3", TELLTALE, 0o755)
+    told = running.client.run(
+        "sh", "-c", f"PATH=/tmp/tells:$PATH exec {hook} --version"
+    ).stderr
+    assert told.count("compiled") == (0 if bytecode else 1)
+    build_seen(running, hook, "--option", "build-hook", hook)
     assert valid(running.client, path)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import pytest
-from farm import FarmError, Host, Inside, poll
+from lab import FarmError, Host, Inside, poll
 from scene import DRIVER, INSTALLED, PRELUDE, TESTS, Scene, scene
 
 MACHINES = "/etc/old/machines"

@@ -12,7 +12,7 @@ import pytest
 
 from nix_build_remote import OutputLocks, Store
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

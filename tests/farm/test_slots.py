@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from farm import Host, is_taken, poll
+from lab import Host, is_taken, poll
 from scene import INSTALLED, PRELUDE, SLOTS, Run, Scene, registered, scene
 
 POLL = ("--option", "build-poll-interval", "1")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nix_build_remote import Machine, Nix, Request, Slot, SlotDirectory, rank, unfit
+from nix_build_remote import Machine, Nix, Request, Slot, Slots, rank, unfit
 
-NIX = Nix(False, {"experimental-features": ""}, {})
+NIX = Nix(False, {"experimental-features": "", "system": "x86_64-linux"}, {})
 
 MANUAL = """
 nix@mcflurry.labs.cs.uu.nl  x86_64-darwin   /home/nix/.ssh/id_quarterpounder_auto  2
@@ -19,13 +19,9 @@ nix@poochie.labs.cs.uu.nl   i686-linux      /home/nix/.ssh/id_scratchy_auto     
 """  # noqa: E501, RUF100  (literally the manual)
 
 
-def named(candidates: list[Machine]) -> dict[str, Machine]:
-    return {machine.slot_name(NIX): machine for machine in candidates}
-
-
 def machines(text: str) -> list[Machine]:
     lines = text.strip().splitlines()
-    return [Machine.parse("machines:1", line, "x86_64-linux") for line in lines]
+    return [Machine.parse("machines:1", line, NIX) for line in lines]
 
 
 def ask(features: str = "", system: str = "i686-linux") -> Request:
@@ -42,8 +38,8 @@ def short(machine: Machine) -> str:
 
 def deal(directory: Path, candidates: list[Machine], builds: int) -> Counter[str]:
     """How many builds each machine gets, all of them running at once."""
-    slots = SlotDirectory(str(directory))
-    held: list[Slot | None] = [slots.take(named(candidates))[0] for _ in range(builds)]
+    slots = Slots(str(directory))
+    held: list[Slot | None] = [slots.choose(candidates)[0] for _ in range(builds)]
     taken = Counter(short(slot.machine) for slot in held if slot)
     for slot in filter(None, held):
         slot.free()
@@ -189,21 +185,21 @@ def test_the_best_is(text: str, loads: tuple[int, int], best: str) -> None:
 
 
 def test_slots_go_to_the_first_written_on_full_ties(tmp_path: Path) -> None:
-    slots = SlotDirectory(str(tmp_path))
-    slot = slots.take(named(machines("b1\nb2\nb3")))[0]
+    slots = Slots(str(tmp_path))
+    slot = slots.choose(machines("b1\nb2\nb3"))[0]
     assert slot and slot.machine.host == "b1"
 
 
 def test_no_slot_is_left_when_all_are_taken(tmp_path: Path) -> None:
-    slots = SlotDirectory(str(tmp_path))
+    slots = Slots(str(tmp_path))
     candidates = machines("b1 - - 2\nb2 - - 1")
-    taken = [slots.take(named(candidates))[0] for _ in range(4)]
+    taken = [slots.choose(candidates)[0] for _ in range(4)]
     assert [slot is not None for slot in taken] == [True, True, True, False]
 
 
 def test_a_freed_slot_can_be_taken_again(tmp_path: Path) -> None:
-    slots = SlotDirectory(str(tmp_path))
-    first = slots.take(named(machines("b1")))[0]
+    slots = Slots(str(tmp_path))
+    first = slots.choose(machines("b1"))[0]
     assert first
     first.free()
-    assert slots.take(named(machines("b1")))[0]
+    assert slots.choose(machines("b1"))[0]

@@ -11,7 +11,7 @@ from nix_build_remote import (
     BadMachine,
     Machine,
     Nix,
-    SlotDirectory,
+    Slots,
     file_name,
     load_machines,
 )
@@ -31,8 +31,8 @@ FULL = (
 )
 
 
-def parse(line: str) -> Machine:
-    return Machine.parse("machines:1", line, "x86_64-linux")
+def parse(line: str, nix: Nix = OLD) -> Machine:
+    return Machine.parse("machines:1", line, nix)
 
 
 def load(builders: str) -> tuple[list[str], list[str]]:
@@ -251,9 +251,9 @@ def test_a_nul_in_a_line_costs_no_other_machine(
     settings = {**nix.settings, "builders": f"@{file}", "system": "x86_64-linux"}
     environ = {"NIX_REMOTE_SYSTEMS": str(file)}
     nix = Nix(nix.old, settings, environ)
-    slots = SlotDirectory(str(tmp_path))
+    slots = Slots(str(tmp_path))
     machines, _ = load_machines(nix)
-    taken = [slots.take({machine.slot_name(nix): machine}) for machine in machines]
+    taken = [slots.choose([machine]) for machine in machines]
     assert machines[-1].destination == "b2" and all(taken)
 
 
@@ -389,7 +389,7 @@ class TestASlip:
     ],
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -> None:
-    assert parse(line).slot_name(nix) == name
+    assert parse(line, nix).slots == name
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -
     ids=["1.x", "2.3", "2.24"],
 )
 def test_upload_locks_have_the_stock_hooks_names(nix: Nix, name: str) -> None:
-    assert file_name(parse("nix@b1 i686-linux").name(nix)) == name
+    assert file_name(parse("nix@b1 i686-linux", nix).name) == name
 
 
 LONG = [
@@ -415,7 +415,7 @@ LONG = [
 @pytest.mark.parametrize("nix", [OLD, NIX_2_3, NIX_2_24], ids=["1.x", "2.3", "2.24"])
 @pytest.mark.parametrize("line", LONG, ids=["systems", "parameter", "not ascii"])
 def test_a_long_name_still_fits_into_a_file_name(nix: Nix, line: str) -> None:
-    assert len(f"{parse(line).slot_name(nix)}-99.upload-lock".encode()) <= 255
+    assert len(f"{parse(line, nix).slots}-99.upload-lock".encode()) <= 255
 
 
 def test_long_names_that_differ_at_the_end_stay_different() -> None:

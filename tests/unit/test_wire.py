@@ -20,11 +20,14 @@ import nix_build_remote
 from nix_build_remote import (
     Derivation,
     Error,
-    Link,
     Machine,
     Nix,
+    Programs,
     Request,
+    Seat,
     Session,
+    Ssh,
+    Talk,
 )
 
 
@@ -251,9 +254,8 @@ class TestRecordedSettings:
         ],
     )
     def test_tell_how_slots_are_named(self, heard: Heard, slot: str) -> None:
-        machine = Machine.parse("machines:1", "b1", "x86_64-linux")
-        machine = Machine(machine.where, "ssh://b1?b=1&a=/", *machine[2:])
-        assert machine.slot_name(heard.nix) == slot
+        name = nix_build_remote.machine_name("ssh://b1?b=1&a=/", heard.nix)
+        assert nix_build_remote.file_name(name) == slot
 
 
 # -- What a builder answered ----------------------------------------------------------
@@ -286,14 +288,14 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 def ask(session: Session, path: str) -> set[str]:
-    return set(session.ask_valid([path], False).get())
+    return set(session.ask_valid([path]).get())
 
 
 def replay(version: str, directory: Path) -> Replay:
     sent = fakes.fake_player(directory, version)
-    machine = Machine.parse("machines:1", "b1", "x86_64-linux")
     nix = Nix(False, {}, {"PATH": str(directory)})
-    session = Session(Link(machine, nix, str(directory / "slots")))
+    ssh = Ssh.find(Machine.parse("machines:1", "b1", nix), nix, str(directory))
+    session = Session(Seat(ssh, Programs(Talk(nix)), str(directory)), 30)
     try:
         with log_to(directory / "log"):
             session.greet()
@@ -310,7 +312,7 @@ def replay(version: str, directory: Path) -> Replay:
     finally:
         session.cancel()
     log = (directory / "log").read_text(encoding="utf-8")
-    return Replay(session.version, valid, results, sent.read_bytes(), log)
+    return Replay(session.version or 0, valid, results, sent.read_bytes(), log)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from farm import Host, keypair, poll, trust
-from scene import HOOK, INSTALLED, Scene, other, scene, suitable
+from lab import Host, keypair, poll, trust
+from scene import HOOK, INSTALLED, Scene, change_hook, other, scene, suitable
 
 KEY = "/root/.ssh/other"
 GO = "/tmp/go"
@@ -28,10 +28,7 @@ WAITS = f"echo $$ > /tmp/running-$name; while ! [ -e {GO} ]; do sleep 0.05; done
 def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
     builder = other(pytestconfig, client_engine)
     with scene(client_engine, builder, builder) as running:
-        text = HOOK.read_text(encoding="utf-8")
-        assert text.count("\nCONNECT_TIMEOUT_S = 10 ") == 1
-        hasty = text.replace("\nCONNECT_TIMEOUT_S = 10 ", "\nCONNECT_TIMEOUT_S = 3 ")
-        running.client.write(INSTALLED, hasty, 0o755)
+        change_hook(running, CONNECT_TIMEOUT_S=3)
         yield running
 
 
@@ -68,7 +65,16 @@ def well(nix: Scene) -> bool:
     assert status == 0, said
     [machine] = said["machines"]
     states = {finding["what"]: finding["state"] for finding in machine["findings"]}
-    assert list(states) == ["ssh", "login", "nix", "offers", "disk", "clock", "cores", "build"]
+    assert list(states) == [
+        "ssh",
+        "login",
+        "nix",
+        "offers",
+        "disk",
+        "clock",
+        "cores",
+        "build",
+    ]
     return bool(machine["well"])
 
 
@@ -262,7 +268,9 @@ def test_a_bad_line(nix: Scene) -> None:
     nix.machines("b1 - - 2\nb2 - - many\n")
     status, said = check(nix)
     [complaint] = said["complaints"]
-    assert status == 1 and complaint.startswith("/etc/nix/machines:2: maxJobs is 'many'")
+    assert status == 1 and complaint.startswith(
+        "/etc/nix/machines:2: maxJobs is 'many'"
+    )
     nix.machines("b1 - - 2\n")
     assert well(nix)
 
@@ -290,6 +298,7 @@ def test_a_machine_that_is_put_right_is_used_again_at_once(nix: Scene) -> None:
 
 def test_a_hook_that_nix_does_not_use_is_noticed(nix: Scene) -> None:
     """As Nix 2.25 to 2.33 forget it, if it stands in /etc/nix/nix.conf."""
+    nix.client.copy(HOOK, INSTALLED)
     _, said = check(nix)
     assert said["note"].startswith("Note: Nix here does not use this hook now")
     nix.client.run("cp", INSTALLED, "/tmp/copy")
@@ -503,9 +512,12 @@ def on_a_terminal(nix: Scene, *words: str, **env: str) -> tuple[str, int]:
     """What a terminal shows within a few seconds, and the exit status of a Ctrl-C."""
     ours, theirs = pty.openpty()
     process = nix.client.popen(
-        INSTALLED, *words, env={"TERM": "xterm", **env}, stdout=theirs,
+        INSTALLED,
+        *words,
+        env={"TERM": "xterm", **env},
+        stdout=theirs,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     os.close(theirs)
     data = b""
     try:
@@ -538,9 +550,15 @@ def test_a_build_goes_where_explain_says(nix: Scene) -> None:
     drv = nix.client.run("nix-instantiate", command[1]).stdout.strip()
     said = json.loads(nix.client.run(INSTALLED, "explain", "--json", drv).stdout)
     assert said["system"] == "x86_64-linux" and not said["here"]
-    assert [machine["machine"] for machine in said["machines"]] == ["ssh://b2", "ssh://b1"]
+    assert [machine["machine"] for machine in said["machines"]] == [
+        "ssh://b2",
+        "ssh://b1",
+    ]
     [out] = said["left-out"]
-    assert out["where"] == "/etc/nix/machines:3" and "builds x86_64-darwin" in out["reason"]
+    assert (
+        out["where"] == "/etc/nix/machines:3"
+        and "builds x86_64-darwin" in out["reason"]
+    )
     assert nix.client.read(nix.build(expression).output) == "b2\n"
 
 
@@ -565,7 +583,9 @@ def test_explain_needs_no_derivation(nix: Scene) -> None:
 def test_explain_says_what_is_no_derivation(nix: Scene) -> None:
     done = nix.client.run(INSTALLED, "explain", "/etc/hosts", check=False)
     assert done.returncode == 1
-    assert "cannot read the derivation /etc/hosts: it is not a well-formed" in done.stderr
+    assert (
+        "cannot read the derivation /etc/hosts: it is not a well-formed" in done.stderr
+    )
 
 
 def test_another_machines_file_may_be_named(nix: Scene) -> None:

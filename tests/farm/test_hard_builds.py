@@ -7,8 +7,8 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from farm import Host, poll
-from scene import Run, Scene, other, registered, rewrite_hook, scene, valid, verified
+from lab import Host, poll
+from scene import Run, Scene, change_hook, other, registered, scene, valid, verified
 
 pytestmark = pytest.mark.engines
 
@@ -106,7 +106,7 @@ def test_a_copy_that_is_killed_is_made_again(running: Scene) -> None:
 
 
 def test_a_copy_that_stands_still_is_made_again(running: Scene) -> None:
-    rewrite_hook(running, COPY_TIMEOUT_S=2)
+    change_hook(running, COPY_TIMEOUT_S=2)
     expression = 'mk "still" "head -c 600000000 /dev/zero > $out" {}'
     run = start_arriving(running, expression)
     stores = [p.pid for p in running.builder.processes() if "--serve" in p.cmdline]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from farm import poll
+from lab import poll
 from scene import SLOTS, Run, Scene, other, scene, valid, verified
 
 SOON_S = 20
@@ -56,12 +56,26 @@ def reach(nix: Scene, run: Run, moment: str) -> None:
         poll(lambda: phase(nix) == moment or run.ended, moment, timeout=SOON_S)
 
 
-@pytest.mark.parametrize("how", ["hook killed", "hook terminated", "Nix killed", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "how", ["hook killed", "hook terminated", "Nix killed", "Ctrl-C"]
+)
 @pytest.mark.parametrize(
     "moment",
-    ["0", "2", "4", "7", "10", "15", "20", "30",
-     "connecting", "sending", "building", "fetching"],
-)  # fmt: skip
+    [
+        "0",
+        "2",
+        "4",
+        "7",
+        "10",
+        "15",
+        "20",
+        "30",
+        "connecting",
+        "sending",
+        "building",
+        "fetching",
+    ],
+)
 def test_an_end_leaves_nothing_and_the_next_build_succeeds(
     nix: Scene, moment: str, how: str
 ) -> None:

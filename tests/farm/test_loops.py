@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from farm import connect
+from lab import connect
 from scene import HOOK, INSTALLED, Scene, distrustful, forget, other, scene, suitable
 
 LONG_S = 60

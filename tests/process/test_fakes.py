@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -418,9 +419,7 @@ def limited(client: Client, timeout: int = 0, silence: int = 0) -> Client:
         client.arguments[1:] = [str(silence), "0", str(timeout)]
     client.settings["timeout"] = str(timeout)
     client.settings["max-silent-time"] = str(silence)
-    text = client.hook.read_text(encoding="utf-8")
-    assert text.count("\nMARGIN_S = 60 ") == 1
-    client.hook.write_text(text.replace("\nMARGIN_S = 60 ", "\nMARGIN_S = 1 "))
+    client.constants["MARGIN_S"] = 1
     return client
 
 
@@ -703,6 +702,22 @@ def test_nix_debug_hook_says_how_each_machine_was_judged(client: Client) -> None
     client.environ["NIX_DEBUG_HOOK"] = "1"
     messages = client.run(client.request(features=["kvm"])).messages
     assert "root@b1" in messages and "kvm" in messages
+
+
+def test_nix_debug_hook_shows_each_command_line_to_be_pasted(client: Client) -> None:
+    client.environ["NIX_DEBUG_HOOK"] = "1"
+    lines = client.build(CAP_B_DRV, CAP_A).lines
+    texts = [
+        json.loads(line[5:]).get("msg", "") if line[:5] == "@nix " else line
+        for line in lines
+    ]
+    told = [text.partition("] + ")[2] for text in texts if text[:1] == "["]
+    commands = [shlex.split(line) for line in told if line]
+    pasted = [[w for w in words if not w.startswith("NIX_")] for words in commands]
+    made = [[call.program, *call.arguments] for call in client.calls()]
+    assert [words[1:] for words in pasted if words[1:] != ["--version"]] == [
+        words[1:] for words in made
+    ]
 
 
 # -- Programs -------------------------------------------------------------------------

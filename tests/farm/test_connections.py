@@ -14,17 +14,17 @@ from pathlib import Path
 
 import fakes
 import pytest
-from farm import connect, poll
+from lab import connect, poll
 from scene import (
     HOOK,
     INSTALLED,
     SLOTS,
     Scene,
+    change_hook,
     distrustful,
     end_masters,
     masters,
     other,
-    rewrite_hook,
     scene,
     valid,
 )
@@ -32,13 +32,16 @@ from test_builds import DEPENDENT, INPUT, LOCAL
 
 from nix_build_remote import (
     SOCKET_LIMIT_BYTES,
-    Link,
     Machine,
     Nix,
-    private_directory,
+    Programs,
+    Seat,
+    Ssh,
+    Talk,
+    ssh_directory,
 )
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 SSHD_CONF = "/etc/ssh/sshd_config"
 SSHD_LOG = "/var/log/sshd.log"
 # What ssh says when something goes wrong with a shared connection.
@@ -183,24 +186,25 @@ def test_every_machine_has_a_connection_of_its_own(nix: Scene) -> None:
 
 
 def test_an_idle_connection_ends_by_itself(nix: Scene) -> None:
-    rewrite_hook(nix, IDLE_S=1)
+    change_hook(nix, IDLE_S=1)
     nix.build(one())
     poll(lambda: not masters(nix), "the end of the connection", timeout=SOON_S)
     assert sockets(nix) == []
 
 
 def test_a_connection_in_use_is_not_idle(nix: Scene) -> None:
-    rewrite_hook(nix, IDLE_S=1)
+    change_hook(nix, IDLE_S=1)
     outcome = nix.build(one("sleep 2.5; hostname > $out"))
     assert nix.client.read(outcome.output) == "b1\n"
     assert logins(nix) == 1
 
 
-def link(line: str, tmp_path: Path, **environ: str) -> Link:
+def seat(line: str, tmp_path: Path, **environ: str) -> Seat:
     fakes.write_program(tmp_path / "bin/ssh", "")
-    machine = Machine.parse("machines:1", line, "x86_64-linux")
     given = {"PATH": f"{tmp_path}/bin", "HOME": "/root", **environ}
-    return Link(machine, Nix(False, {}, given), str(tmp_path))
+    nix, directory = Nix(False, {}, given), ssh_directory(str(tmp_path))
+    ssh = Ssh.find(Machine.parse("machines:1", line, nix), nix, directory)
+    return Seat(ssh, Programs(Talk(nix)), directory)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +224,11 @@ def link(line: str, tmp_path: Path, **environ: str) -> Link:
 def test_whoever_connects_in_another_way_shares_nothing(
     line: str, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    assert link(line, tmp_path, **environ).base() != link("b1", tmp_path).base()
+    assert seat(line, tmp_path, **environ).base != seat("b1", tmp_path).base
 
 
 def test_what_does_not_matter_to_ssh_does_not_keep_from_sharing(tmp_path: Path) -> None:
-    bases = {link(line, tmp_path).base() for line in ("b1", "ssh://b1 - - 8 2 kvm")}
+    bases = {seat(line, tmp_path).base for line in ("b1", "ssh://b1 - - 8 2 kvm")}
     assert len(bases) == 1
 
 
@@ -250,7 +254,7 @@ def test_nobody_else_may_use_a_connection(nix: Scene) -> None:
 
 
 def test_a_private_directory_is_made_for_us_alone(tmp_path: Path) -> None:
-    path = private_directory(f"{tmp_path}/s/ssh")
+    path = ssh_directory(f"{tmp_path}/s")
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
 
 
@@ -261,12 +265,14 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777], ids=oct)
-def test_a_directory_that_others_could_write_is_made_anew(mode: int, short: Path) -> None:
+def test_a_directory_that_others_could_write_is_made_anew(
+    mode: int, short: Path
+) -> None:
     """What is in it may be theirs."""
     (short / "ssh").mkdir()
     (short / "ssh/theirs").touch()
     (short / "ssh").chmod(mode)
-    assert private_directory(f"{short}/ssh") == f"{short}/ssh"
+    assert ssh_directory(str(short)) == f"{short}/ssh"
     assert os.listdir(short / "ssh") == []
     assert stat.S_IMODE((short / "ssh").stat().st_mode) == 0o700
 
@@ -274,7 +280,7 @@ def test_a_directory_that_others_could_write_is_made_anew(mode: int, short: Path
 def test_a_link_is_replaced_by_a_directory(short: Path) -> None:
     (short / "there").mkdir(mode=0o700)
     (short / "ssh").symlink_to("there")
-    private_directory(f"{short}/ssh")
+    ssh_directory(str(short))
     assert not (short / "ssh").is_symlink()
 
 
@@ -282,7 +288,7 @@ def test_a_link_is_replaced_by_a_directory(short: Path) -> None:
 def test_a_directory_of_somebody_else_is_put_aside(short: Path) -> None:
     (short / "ssh").mkdir(mode=0o700)
     os.chown(short / "ssh", 12345, 12345)
-    private_directory(f"{short}/ssh")
+    ssh_directory(str(short))
     assert (short / "ssh").stat().st_uid == os.geteuid()
 
 
@@ -291,8 +297,8 @@ def test_a_control_sockets_name_fits_whatever_the_slot_directorys(
     length: int, tmp_path: Path
 ) -> None:
     """ssh binds another name first, with 17 characters more."""
-    made = link("b1", tmp_path / ("d" * length))
-    assert len(f"{made.base()}-15") <= SOCKET_LIMIT_BYTES
+    made = seat("b1", tmp_path / ("d" * length))
+    assert len(f"{made.base}-15") <= SOCKET_LIMIT_BYTES
 
 
 def test_a_slot_directory_may_have_a_long_name(nix: Scene) -> None:
@@ -349,7 +355,9 @@ def test_a_master_that_stands_still_is_not_used_again(nix: Scene) -> None:
     poll(built_on_b1, "a build on b1", timeout=SOON_S)
 
 
-def test_a_master_whose_socket_takes_no_more_calls_is_not_used_again(nix: Scene) -> None:
+def test_a_master_whose_socket_takes_no_more_calls_is_not_used_again(
+    nix: Scene,
+) -> None:
     """As that of one that stands still when many have called: to call it would wait."""
     nix.build(one())
     still = masters(nix)
@@ -389,7 +397,7 @@ def test_builds_are_done_again_after_the_builder_has_restarted(nix: Scene) -> No
 
 def test_a_build_moves_when_the_network_to_its_builder_is_silent(nix: Scene) -> None:
     """The connection seems to live, so the build is accepted at once."""
-    rewrite_hook(nix, ALIVE_INTERVAL_S=1)
+    change_hook(nix, ALIVE_INTERVAL_S=1)
     nix.build(one())
     nix.machines("b1 - - 1 9\nb2 - - 1\n")
     nix.builder.swallow(True)
@@ -423,7 +431,7 @@ def test_a_connection_is_in_no_group_of_nixs(nix: Scene) -> None:
 @pytest.fixture(params=["silent", "refusing"])
 def dead(request: pytest.FixtureRequest, nix: Scene) -> Iterator[Scene]:
     """b1 is the likeliest, and either never answers or has nothing that listens."""
-    rewrite_hook(nix, CONNECT_TIMEOUT_S=2)
+    change_hook(nix, CONNECT_TIMEOUT_S=2)
     nix.machines("b1 - - 4 8\nb2 - - 4\n")
     silent = request.param == "silent"
     nix.builder.swallow(True) if silent else nix.builder.stop_sshd(sessions=True)
@@ -465,16 +473,6 @@ def test_variables_are_sent_as_ssh_is_told(
         watched.build(one(), env={"MARK": "here", "NIX_SSHOPTS": options})
     assert set(watched.builder.read("/tmp/marks").split()) == {"mark:here."}
     assert logins(watched) == 1
-
-
-def test_sessions_are_asked_of_the_master_without_an_ssh_each(watched: Scene) -> None:
-    watched.build(one())
-    run = watched.start(one(HELD))
-    held(watched, 1)
-    processes = [process.cmdline for process in watched.client.processes()]
-    assert not [line for line in processes if "nix-store --serve" in line]
-    release(watched)
-    assert run.end().status == 0
 
 
 SHARING = "ControlMaster auto\nControlPath /root/.ssh/user-%C\nControlPersist 60\n"

@@ -17,14 +17,16 @@ import pytest
 from nix_build_remote import (
     COPY_BATCH_BYTES,
     Error,
-    Link,
     Machine,
     Nix,
-    SlotDirectory,
+    Programs,
+    Ssh,
     Store,
+    Talk,
     alias,
     batches,
     find_program,
+    heard,
     is_old_call,
     load_machines,
     old_nix,
@@ -32,8 +34,8 @@ from nix_build_remote import (
     printable,
     program_version,
     quoted,
+    ssh_directory,
     ssh_options,
-    trouble,
     user_ssh_options,
 )
 
@@ -42,7 +44,8 @@ KEY = base64.b64encode(KEY_LINE.encode()).decode()
 
 
 def machine(line: str) -> Machine:
-    return Machine.parse("machines:1", line, "x86_64-linux")
+    nix = Nix(False, {"system": "x86_64-linux"}, {})
+    return Machine.parse("machines:1", line, nix)
 
 
 # -- How Nix starts us ----------------------------------------------------------------
@@ -270,10 +273,10 @@ LINES = [
 ]
 
 
-def link(line: str, directory: Path, **environ: str) -> Link:
+def ssh(line: str, directory: Path, **environ: str) -> Ssh:
     fakes.write_program(directory / "bin/ssh", "")
     nix = Nix(False, {}, {"PATH": f"{directory}/bin", **environ})
-    return Link(machine(line), nix, str(directory))
+    return Ssh.find(machine(line), nix, ssh_directory(str(directory)))
 
 
 @pytest.mark.parametrize("line", LINES, ids=["name", "uri", "ipv6", "zone"])
@@ -283,7 +286,7 @@ class TestNixSshopts:
         self, line: str, folder: str, tmp_path: Path
     ) -> None:
         directory = tmp_path / folder
-        text = link(line, directory).copy_environ()["NIX_SSHOPTS"]
+        text = ssh(line, directory).copy_environ()["NIX_SSHOPTS"]
         script = f"printf '%s\\n' {text}"
         shell = subprocess.run(
             ["/bin/sh", "-c", script],
@@ -297,13 +300,13 @@ class TestNixSshopts:
     def test_says_what_our_own_ssh_is_told(
         self, line: str, folder: str, tmp_path: Path
     ) -> None:
-        made = link(line, tmp_path / folder)
+        made = ssh(line, tmp_path / folder)
         options = made.copy_environ()["NIX_SSHOPTS"].split()
         assert set(options) >= set(made.options("none"))
 
 
 def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
-    options = link("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99").options("none")
+    options = ssh("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99").options("none")
     timeouts = [word for word in options if word.startswith("-oConnectTimeout=")]
     assert timeouts[0] == "-oConnectTimeout=99" and len(timeouts) == 2
 
@@ -311,12 +314,12 @@ def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
 def test_the_users_options_reach_the_copying_program_as_they_are(
     tmp_path: Path,
 ) -> None:
-    environ = link("b1", tmp_path, NIX_SSHOPTS="-o 'User=a  b'").copy_environ()
+    environ = ssh("b1", tmp_path, NIX_SSHOPTS="-o 'User=a  b'").copy_environ()
     assert " -o 'User=a  b' " in environ["NIX_SSHOPTS"]
 
 
 def test_the_host_comes_after_the_end_of_options(tmp_path: Path) -> None:
-    command = link("nix@b1", tmp_path).command("nix-store", "--serve")
+    command = ssh("nix@b1", tmp_path).session("none", "nix-store", "--serve")
     assert command[-4:] == ["--", "nix@b1", "nix-store", "--serve"]
 
 
@@ -338,11 +341,11 @@ def test_the_copying_program_never_sees_ipv6_or_localhost(line: str) -> None:
 def test_the_copying_programs_ssh_is_told_the_true_name(
     line: str, option: str, tmp_path: Path
 ) -> None:
-    assert option in link(line, tmp_path).copy_environ()["NIX_SSHOPTS"].split()
+    assert option in ssh(line, tmp_path).copy_environ()["NIX_SSHOPTS"].split()
 
 
 def test_a_pinned_host_key_is_all_that_is_believed(tmp_path: Path) -> None:
-    options = link(f"b1 - - 1 1 - - {KEY}", tmp_path).options("none")
+    options = ssh(f"b1 - - 1 1 - - {KEY}", tmp_path).options("none")
     (file,) = (word for word in options if word.startswith("-oUserKnownHostsFile="))
     assert "-oStrictHostKeyChecking=yes" in options
     assert Path(file.partition("=")[2]).read_text("ascii") == f"* {KEY_LINE}\n"
@@ -350,7 +353,7 @@ def test_a_pinned_host_key_is_all_that_is_believed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS"])
 def test_children_do_not_get(name: str, tmp_path: Path) -> None:
-    assert name not in link("b1", tmp_path, **{name: "x"}).environ
+    assert name not in ssh("b1", tmp_path, **{name: "x"}).environ
 
 
 # -- Programs -------------------------------------------------------------------------
@@ -405,7 +408,7 @@ def version_asker(directory: Path, *, status: int = 0) -> Path:
 
 def ask(program: Path) -> tuple[int, ...]:
     nix = Nix(False, {}, {"PATH": ""})
-    return program_version(str(program), nix, SlotDirectory(str(program.parent)))
+    return program_version(str(program), nix, Programs(Talk(nix)), str(program.parent))
 
 
 def asked(directory: Path) -> int:
@@ -484,7 +487,7 @@ def test_nothing_is_no_batch() -> None:
     assert list(batches([])) == []
 
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_a_start_imports_little() -> None:
@@ -501,8 +504,13 @@ def test_a_start_imports_little() -> None:
 @pytest.mark.parametrize("quote", ["", "'"], ids=["2.8", "2.26"])
 def test_a_daemon_that_may_not_be_reached_is_no_wrong_key(quote: str) -> None:
     socket = f"{quote}/nix/var/nix/daemon-socket/socket{quote}"
-    denied = f"error: getting status of {socket}: Permission denied (ssh's exit status 1)"
-    assert "nix-users" in trouble(denied)[1]
+    denied = (
+        f"error: getting status of {socket}: Permission denied (ssh's exit status 1)"
+    )
+    assert "nix-users" in heard(Error, denied).remedy
     gone = "cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused"
-    assert trouble(gone) == (True, "as root there: systemctl start nix-daemon.socket")
-    assert "key" in trouble("Permission denied (publickey).")[1]
+    error = heard(Error, gone)
+    assert (
+        error.lasting is False and "systemctl start nix-daemon.socket" in error.remedy
+    )
+    assert "key" in heard(Error, "Permission denied (publickey).").remedy

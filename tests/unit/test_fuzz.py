@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import time
 from collections.abc import Callable
 
@@ -34,10 +33,9 @@ def test_only_our_own_errors_come_out(name: str) -> None:
     "name, case, end",
     [
         ("copying", b"x" * BULK, "accepted"),
-        ("mux", struct.pack(">I", BULK) + bytes(BULK), "refused"),
         ("serve-2.7", GREETING + integer(2**63) + bytes(BULK), "Nonsense"),
     ],
-    ids=["a line without end", "a message of ssh's master", "a list of paths"],
+    ids=["a line without end", "a list of paths"],
 )
 def test_what_has_no_end_takes_no_memory(name: str, case: bytes, end: str) -> None:
     with fuzz.prepared() as taker:

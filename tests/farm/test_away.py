@@ -12,17 +12,18 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from farm import poll
+from lab import poll
+from launcher import assigned
 from scene import (
     SLOTS,
     Scene,
+    change_hook,
     come_back,
     distrustful,
     forget,
     go_away,
     other,
     outage,
-    rewrite_hook,
     scene,
 )
 
@@ -55,7 +56,7 @@ def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
     forget(hosts)
-    rewrite_hook(hosts, CONNECT_TIMEOUT_S=3)
+    change_hook(hosts, CONNECT_TIMEOUT_S=3)
     hosts.machines("b1 - - 4 8\nb2 - - 4\n")
     for builder in hosts.builders:
         builder.run("rm", "-f", "/tmp/go", "/tmp/held")
@@ -130,8 +131,16 @@ def test_what_was_put_right_is_used_at_once(nix: Scene) -> None:
 
 @pytest.mark.parametrize(
     "note",
-    ["", "x", "1 2 3", "1 1e400 nan x", "9 {now} {far} set back", "7 {now} 0 old"],
-    ids=["empty", "nonsense", "no words", "no numbers", "clock set", "old"],
+    [
+        "",
+        "x",
+        "1 2 3 lasts",
+        "1 1e400 nan lasts x",
+        "1 {now} {now} likely x",
+        "9 {now} {far} lasts set back",
+        "7 {now} 0 lasts old",
+    ],
+    ids=["empty", "nonsense", "no words", "no numbers", "no kind", "clock set", "old"],
 )
 def test_a_note_that_means_nothing_keeps_nobody_away(nix: Scene, note: str) -> None:
     built_on(nix, some(1))
@@ -144,7 +153,7 @@ def test_a_note_that_means_nothing_keeps_nobody_away(nix: Scene, note: str) -> N
 
 def test_a_note_counts(nix: Scene) -> None:
     built_on(nix, some(1))
-    text = f"3 {time.time()} {time.time() + 30} Connection refused"
+    text = f"3 {time.time()} {time.time() + 30} passes Connection refused"
     nix.client.write(f"{SLOTS}/own/ssh:__b1.down", text, 0o600)
     assert built_on(nix, some(1)) == {"b2"}
 
@@ -153,7 +162,8 @@ def test_a_note_counts(nix: Scene) -> None:
 
 
 def leave_alone(nix: Scene, host: str, words: str, seconds: int = 5) -> None:
-    text = f"1 {time.time()} {time.time() + seconds} {words}"
+    kind = "lasts" if "denied" in words else "passes"
+    text = f"1 {time.time()} {time.time() + seconds} {kind} {words}"
     nix.client.write(f"{SLOTS}/own/ssh:__{host}.down", text, 0o600)
 
 
@@ -173,7 +183,7 @@ def test_an_outage_of_long_ago_ends_no_build(nix: Scene) -> None:
     nix.machines("b1 - - 4\n")
     built_on(nix, some(1))
     ended = time.time() - 3600
-    note = f"1 {ended} {ended} Permission denied (publickey)."
+    note = f"1 {ended} {ended} lasts Permission denied (publickey)."
     nix.client.write(f"{SLOTS}/own/ssh:__b1.down", note, 0o600)
     run = nix.start(some(1, HELD))
     for _ in range(2):
@@ -218,7 +228,7 @@ def test_a_failure_that_nobody_else_can_try_is_a_failure(
 
 def test_a_daemon_that_stands_still_delays_no_reply(client_engine: str) -> None:
     with distrustful(client_engine, client_engine) as nix:
-        rewrite_hook(nix, GREETING_TIMEOUT_S=1)
+        change_hook(nix, GREETING_TIMEOUT_S=1)
         (daemon,) = daemons(nix)
         nix.builder.signal(signal.SIGSTOP, daemon)
         assert built_on(nix, some(3), "-j2") == {"client"}
@@ -280,14 +290,16 @@ time.sleep(1000)
 def hung(request: pytest.FixtureRequest, nix: Scene) -> Iterator[Scene]:
     """b1's nix-store hangs from the start, or where it needs its store; its sshd is well.
     The times are shorter, but as long beside each other as they are."""
-    patient = {"REPLY_S": 1, "GREETING_TIMEOUT_S": 3, "LOGIN_TIMEOUT_S": 5}
-    rewrite_hook(nix, **patient, PAUSE_LIMIT_S=2)
+    patient = assigned({"REPLY_S": 1, "GREETING_TIMEOUT_S": 3, "LOGIN_TIMEOUT_S": 5})
+    change_hook(nix, *patient, PAUSE_LIMIT_S=2)
     nix.builder.write("/tmp/manners", request.param)
     nix.builder.write("/usr/local/bin/nix-store", HANG, 0o755)
     yield nix
     nix.builder.run("rm", "-f", "/usr/local/bin/nix-store")
     found = nix.builder.processes()
-    nix.builder.signal(signal.SIGKILL, *(p.pid for p in found if "--serve" in p.cmdline))
+    nix.builder.signal(
+        signal.SIGKILL, *(p.pid for p in found if "--serve" in p.cmdline)
+    )
 
 
 def fails(nix: Scene, times: int) -> None:

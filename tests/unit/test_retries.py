@@ -1,0 +1,182 @@
+"""Where a build goes on after each failure: design's table of errors, without a farm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+from nix_build_remote import (
+    AWAY_TIMEOUT_S,
+    LOSSES,
+    PAUSE_LIMIT_S,
+    PAUSE_S,
+    Away,
+    BuildBroken,
+    BuildFailed,
+    Error,
+    Failure,
+    Late,
+    Machine,
+    Nix,
+    NotHere,
+    Retries,
+    SessionLost,
+    Turn,
+    Unreachable,
+    heard,
+)
+
+NIX = Nix(False, {"system": "x86_64-linux"}, {})
+B1, B2, B3 = (Machine.parse(f"machines:{n}", f"b{n}", NIX) for n in (1, 2, 3))
+
+REFUSED = heard(Unreachable, "Connection refused")
+DENIED = heard(Unreachable, "Permission denied (publickey).")
+LOST = heard(SessionLost, "Connection to b1 closed by remote host.")
+ODD = heard(SessionLost, "nix-store: strange")
+BROKEN = BuildBroken("broken")
+NOT_HERE = NotHere("broken", BROKEN)
+FULL = NotHere("No space left on device", BROKEN)
+
+
+class Step(NamedTuple):
+    """What fails next, and where the build should go: hosts, or the error it ends with."""
+
+    machine: Machine
+    error: Error
+    goes_to: str
+    greeted: bool = False
+    begun: bool = False
+
+
+def where(turn: Turn) -> str:
+    return " ".join(machine.host for machine in turn.machines)
+
+
+def play(retries: Retries, steps: list[Step]) -> list[Turn]:
+    """Each failure in turn; all but the last must go where it says."""
+    turns = []
+    for when, step in enumerate(steps):
+        failure = Failure(when, step.machine, step.error, step.greeted, step.begun)
+        turns.append(retries.after(failure))
+        assert where(turns[-1]) == step.goes_to, step
+    return turns
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [Step(B1, REFUSED, "b2 b3"), Step(B2, REFUSED, "b3")],
+        [Step(B1, LOST, "b1", True), Step(B1, LOST, "b2 b3", True)],
+        [Step(B1, LOST, "b1", True, True), Step(B1, LOST, "b2 b3", True, True)],
+        [Step(B1, Late("no answer"), "b1"), Step(B1, Late("no answer"), "b2 b3")],
+        [Step(B1, NOT_HERE, "b2 b3", True, True)],
+        [Step(B1, FULL, "b2 b3", True), Step(B2, FULL, "b3", True)],
+        [
+            Step(B1, DENIED, "b2 b3"),
+            Step(B2, REFUSED, "b3"),
+            Step(B3, DENIED, "b1 b2 b3"),
+        ],
+        [Step(B1, LOST, "b1"), Step(B1, Away("others"), "b2 b3")],
+    ],
+    ids=[
+        "unreachable: another",
+        "lost before the build: once more, then another",
+        "lost in the build: once more, then another",
+        "silent: once more, then another",
+        "could not do it: another",
+        "full disks: each other",
+        "all failed, one may come back: any",
+        "away when it was to be tried once more: another",
+    ],
+)
+def test_a_build_goes_on(steps: list[Step]) -> None:
+    play(Retries([B1, B2, B3]), steps)
+
+
+@pytest.mark.parametrize(
+    "steps, last, end",
+    [
+        ([Step(B1, DENIED, "b2")], Step(B2, DENIED, ""), DENIED),
+        ([Step(B1, NOT_HERE, "b2", True)], Step(B2, NOT_HERE, "", True), BROKEN),
+        ([Step(B1, FULL, "b2", True)], Step(B2, FULL, "", True), BROKEN),
+        ([Step(B1, NOT_HERE, "b2", True)], Step(B1, Away("others"), ""), BROKEN),
+    ],
+    ids=["all refuse for good", "two could not", "all disks full", "no other is there"],
+)
+def test_a_build_ends(steps: list[Step], last: Step, end: Error) -> None:
+    retries = Retries([B1, B2])
+    play(retries, steps)
+    with pytest.raises(type(end), match=str(end)[:9]):
+        retries.after(Failure(9, last.machine, last.error, last.greeted, last.begun))
+
+
+def test_the_only_machine_that_could_not_do_it_ends_the_build() -> None:
+    with pytest.raises(BuildBroken):
+        Retries([B1]).after(Failure(0, B1, NOT_HERE, True, True))
+
+
+def test_a_failed_build_is_no_failure_of_a_machine() -> None:
+    """Its error says so by itself, and is not asked about: 100 and 101 end a build."""
+    assert not isinstance(BuildFailed("x"), (Unreachable, SessionLost, NotHere, Away))
+
+
+def test_a_build_ends_after_some_losses() -> None:
+    retries, steps = Retries([B1]), [Step(B1, LOST, "b1", True, True)] * LOSSES
+    play(retries, steps)
+    with pytest.raises(SessionLost):
+        retries.after(Failure(9, B1, LOST, True, True))
+
+
+def test_losses_that_the_network_is_to_blame_for_do_not_count() -> None:
+    play(Retries([B1]), [Step(B1, LOST, "b1", True)] * (LOSSES + 9))
+
+
+def test_odd_losses_before_a_build_count() -> None:
+    retries = Retries([B1])
+    play(retries, [Step(B1, ODD, "b1", True)] * LOSSES)
+    with pytest.raises(SessionLost):
+        retries.after(Failure(9, B1, ODD, True))
+
+
+def test_a_build_waits_for_machines_only_so_long() -> None:
+    retries = Retries([B1])
+    retries.after(Failure(0, B1, REFUSED))
+    retries.after(Failure(AWAY_TIMEOUT_S, B1, REFUSED))
+    with pytest.raises(Unreachable):
+        retries.after(Failure(AWAY_TIMEOUT_S + 1, B1, REFUSED))
+
+
+def test_the_time_counts_anew_when_a_build_has_begun() -> None:
+    retries = Retries([B1])
+    retries.after(Failure(0, B1, REFUSED))
+    retries.after(Failure(AWAY_TIMEOUT_S + 1, B1, LOST, True, True))
+
+
+def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
+    retries = Retries([B1, B2])
+    turns = play(retries, [Step(B1, REFUSED, "b2"), Step(B2, REFUSED, "b1 b2")] * 9)
+    assert [turn.pause_s for turn in turns[::2]] == [0] * 9
+    pauses = [turn.pause_s for turn in turns[1::2]]
+    assert (
+        pauses[:3] == [PAUSE_S, 2 * PAUSE_S, 4 * PAUSE_S]
+        and pauses[-1] == PAUSE_LIMIT_S
+    )
+
+
+@pytest.mark.parametrize(
+    "steps, outage, renew, impatient",
+    [
+        ([Step(B1, REFUSED, "b2")], True, False, False),
+        ([Step(B1, LOST, "b1")], False, True, True),
+        ([Step(B1, LOST, "b1", True)], False, False, True),
+        ([Step(B1, LOST, "b1"), Step(B1, LOST, "b2")], True, False, False),
+        ([Step(B1, NOT_HERE, "b2", True)], False, False, True),
+    ],
+    ids=["unreachable", "no greeting", "greeted", "no greeting twice", "could not"],
+)
+def test_what_else_a_failure_means(
+    steps: list[Step], outage: bool, renew: bool, impatient: bool
+) -> None:
+    turn = play(Retries([B1, B2]), steps)[-1]
+    assert (turn.outage, turn.renew, turn.impatient) == (outage, renew, impatient)
