@@ -1,17 +1,14 @@
 #!/bin/sh
 """:"
-# sh runs these lines, and Python takes them for a string.  They find a Python where the
-# PATH of a daemon has none, and load the program: compiled, if nobody else can have put
-# that into __pycache__ (compiling takes 60 ms); in a Nix store it is read, never written.
-PATH=${PATH:+$PATH:}/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin
-PATH=$PATH:/usr/local/bin:/usr/bin:/bin:/opt/homebrew/bin exec python3 -IS -c 'import os
-import sys; from importlib.machinery import SourceFileLoader as Loader; os.umask(0o022)
-del sys.argv[0]; __file__ = sys.argv[0]; path = os.path.realpath(__file__)
-found = [os.stat(path), *map(os.lstat, filter(os.path.lexists, [os.path.dirname(path),
-os.path.dirname(path) + "/__pycache__"]))]; sys.dont_write_bytecode = found[0].st_mtime < 2
-safe = not any(i.st_mode & 0o1022 or i.st_uid not in (0, found[0].st_uid) for i in found[1:])
-me = Loader("__main__", path); exec(me.get_code("__main__") if safe else
-me.source_to_code(me.get_data(path), path))' "$0" "$@"
+# sh runs these lines: they find Python, and the program compiled, if only we or root could do that.
+PATH=${PATH:-/usr/bin:/bin}:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin
+PATH=$PATH:/usr/local/bin:/opt/homebrew/bin exec python3 -IS -c 'import importlib.machinery, os, sys
+os.umask(0o022); del sys.argv[0]; __file__ = sys.argv[0]; path = os.path.realpath(__file__)
+me = importlib.machinery.SourceFileLoader("__main__", path); folder = os.path.dirname(path)
+cache = folder + "/__pycache__"; place = os.lstat(cache if os.path.lexists(cache) else folder)
+safe = place.st_uid in (0, os.getuid()) and not place.st_mode & 0o1022  # sticky: others may add files
+sys.dont_write_bytecode = os.stat(path).st_mtime < 2  # as all files in a Nix store have it
+exec(me.get_code("__main__") if safe else compile(me.get_data(path), path, "exec"))' "$0" "$@"
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ It reads from Nix which derivation is to be built, picks a machine of the right 
 that has a free slot, copies the missing inputs there with nix-copy-closure, builds over
 ssh, passes on the log and brings the outputs back.
 
-Install, for any Nix 2.x, in /etc/nix/nix.conf, or for 2.25 to 2.33, which forget it
+Install, for any Nix 2.x, in /etc/nix/nix.conf, or for 2.25 to 2.33, which ignore it
 there, in /root/.config/nix/nix.conf:
 
     build-hook = /usr/local/lib/nix_build_remote.py
@@ -65,20 +62,21 @@ Exit status:
     0    all outputs are in the local store, or there was nothing to do
     100  the build itself failed: building again would not help
     101  the build took, or was silent for, longer than Nix allows
-    1    the hook failed
+    1    the hook failed;  128 and more: a signal ended it
 
 Command line, for people:
     nix_build_remote.py check [MACHINE...]    try the machines, say what is wrong
-    nix_build_remote.py status [--watch]      what is built where, and who waits
-    nix_build_remote.py explain [DERIVATION]  where it would go, and why not elsewhere
+    nix_build_remote.py status [MACHINE...] [--watch]   what is built where, who waits
+    nix_build_remote.py explain [DERIVATION]  where it would go, and why not elsewhere;
+                        or for [--system S] [--features F,...]
     nix_build_remote.py --help | --version
     They take --json, and --machines FILE.
 """
 
 # The words of this program, each for one thing:
-# machine     one line of the machines file;  builder: the host behind it
+# machine     one entry of the machines file;  builder: the host behind it
 # slot        one of a machine's maxJobs, a lock file;  load: how many are taken
-# line        hooks that wait for a slot on one set of machines, each at its place
+# line        the queue of hooks that wait for one set of machines, each at its place
 # outage      what all hooks remember of a machine that failed
 # connection  one shared ssh master;  seat: one hook's right to a session on it
 # session     one `nix-store --serve --write` on a builder
@@ -121,11 +119,11 @@ WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list that anybody may send 
 # Slots, lines and outages
 WAIT_S = 0.02  # between two looks for a free slot
 PATIENCE_S, IMPATIENCE_S = 1.0, 4.0  # wait that long for a slot; then not for so long
-LINE = 64  # hooks that wait for one set of machines
+LINE_LIMIT = 64  # hooks that wait for one set of machines
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
-UNKNOWN_FAILURES = 3  # in a row, for a reason we don't know, may pass by themselves
+UNKNOWN_FAILURES = 3  # in a row for an unknown reason, before we call that hopeless
 PAUSE_S = 1  # a machine that has failed is left alone for that,
 PAUSE_LIMIT_S = 60  # and for longer each time it fails again
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
@@ -157,18 +155,22 @@ OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
 COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB in a
 # variable (MAX_ARG_STRLEN)
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
-BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # more comes soon after so much
+BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
 
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
-SERVE_VERSION = 0x207  # offered less than 2.6, servers of 2.4 to 2.10 answer as 2.6
+SERVE_VERSION = (
+    0x207  # 2.7; if less than 2.6, Nix 2.4 to 2.10 answer as 2.6 all the same
+)
 QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH = 1, 2, 3
 BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = (0, 1, 2, 13)  # built, substituted, already valid, resolves to already valid
 PERMANENT, TRANSIENT, TIMED_OUT, MISC = 3, 6, 8, 9
+
+MESSAGES, LOG = 2, 4  # the descriptors that Nix reads messages and the build's log from
 
 DIGITS = "0123456789"
 HEX = DIGITS + "abcdefABCDEF"
@@ -181,8 +183,8 @@ PLAIN = WORD + "@%+=:,./~-"
 
 # ---- Stand-ins ----------------------------------------------------------------------
 
-# One process for each build: before it replies to Nix it starts no program over a live
-# connection, and imports nothing that is slow.  What these stand for would take (Python
+# Each build has a hook process of its own, which over a live connection imports nothing
+# slow before it replies to Nix.  What these stand for would take (Python
 # 3.11, processor time, 40 starts): typing 10 ms, 2 ms if subprocess is there already,
 # and 0.2 ms for each of its classes; contextlib 3 ms; json 8 ms (`quoted`); urllib.parse
 # 10 ms (`unquote`).
@@ -286,17 +288,17 @@ class Away(Error):
 
 
 class SessionLost(Error):
-    """The session with the builder ended before it had answered."""
+    """The session with the builder, or a copy over it, ended too early."""
 
 
 class Late(SessionLost):
-    """The builder, or the connection to it, says nothing for too long."""
+    """An answer did not come in time."""
 
     lasting = False
 
 
 class Nonsense(SessionLost):
-    """The builder sends what is not in the protocol, or too much of it."""
+    """What was read is not in the protocol, or is too much."""
 
 
 class Spoilt(Error):
@@ -347,9 +349,9 @@ class Terminated(Stop):
         self.status = 128 + number
 
 
-# All that is decided by what ssh (7.6 and newer) and Nix say in words.  A row has whether
-# that lasts, what it means, where more depends on it, the words, and a remedy.  The first
-# that fits counts: an ssh that is refused may add that the connection was closed.
+# All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
+# it lasts; a name, if the code asks for it; the words; behind ` = ` a remedy.  The first
+# row that fits counts: an ssh that is refused may add that the connection was closed.
 SIGNS = """\
 lasts   -        daemon-socket/socket: Permission = as root there, on Debian: usermod -aG nix-users USER
 lasts   -        daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
@@ -501,10 +503,9 @@ class PathInfo(NamedTuple):
     def encode(self) -> bytes:
         """As the answer to QueryPathInfos has it."""
         head = string(self.path) + string(self.deriver) + strings(self.references)
-        sizes = integer(self.size) + integer(
-            self.size
-        )  # of the download, of the archive
-        return head + sizes + (string(self.hash) + self.rest if self.rest else b"")
+        sizes = integer(self.size) + integer(self.size)  # to download; of the archive
+        tail = string(self.hash) + self.rest if self.rest else b""  # from 2.4 on
+        return head + sizes + tail
 
 
 def read_infos(read: Read, version: int) -> dict[str, PathInfo]:
@@ -815,7 +816,7 @@ class Talk:
 
     def write(self, line: str) -> None:
         """A line to Nix; NixGone if it has ended."""
-        write_all(2, encode(line) + b"\n")
+        write_all(MESSAGES, encode(line) + b"\n")
 
     def wants(self, level: int) -> bool:
         """Whether the user wants messages of that level."""
@@ -842,7 +843,8 @@ class Talk:
     ) -> None:
         """Begin an activity, something that takes time, for the progress bar of 2.x.
 
-        All activities that run at that depth and below are over.
+        depth: 0 for a step of the build, 1 for a path that is copied in it.  What runs at
+        that depth, and deeper, is over.
         """
         self.end(depth)
         if not self.old:
@@ -860,7 +862,7 @@ class Talk:
             self.write(f'@nix {{{head},"fields":[{bytes_done},0,0,0]}}')
 
     def end(self, depth: int = 0) -> None:
-        """End the activities at that depth and below."""
+        """End the activities at that depth and deeper."""
         while len(self.running) > depth:
             self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
 
@@ -894,7 +896,7 @@ NO_READER = select.POLLERR | select.POLLHUP
 def nix_has_gone() -> bool:
     """Whether nobody reads our messages any more."""
     poll = select.poll()
-    poll.register(2, select.POLLHUP)  # which macOS says, and Linux does not
+    poll.register(MESSAGES, select.POLLHUP)  # which macOS says, and Linux does not
     return any(event & NO_READER for _, event in poll.poll(0))
 
 
@@ -904,17 +906,17 @@ def wait_readable(
     """Wait for one of these to have something to read, or to end, or for one of those
     that were full to take something again; returns all that do.
 
-    Nobody has if the time is over.  NixGone if Nix ends meanwhile.
+    The set is empty if the time is over.  NixGone if Nix ends meanwhile.
     """
     poll = select.poll()
-    poll.register(2, select.POLLHUP)
+    poll.register(MESSAGES, select.POLLHUP)
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
     for descriptor in full:
         poll.register(descriptor, select.POLLOUT)
     most = (1 << 31) - 1  # milliseconds that poll can take: 24 days
     events = poll.poll(None if timeout_s == math.inf else min(timeout_s * 1000, most))
-    ready = {descriptor for descriptor, event in events if descriptor != 2}
+    ready = {descriptor for descriptor, event in events if descriptor != MESSAGES}
     if not ready and any(event & NO_READER for _, event in events):
         raise NixGone
     return ready
@@ -926,9 +928,10 @@ def wait_until_read() -> None:
     What is unread when we exit is dropped (2.x reads the messages to their end, 1.x
     neither of them).
     """
-    unread, deadline = -1, time.monotonic() + DRAIN_TIMEOUT_S
-    while unread and time.monotonic() < deadline and not nix_has_gone():
-        left = unread_in(2) + unread_in(4)
+    unread: int | None = None  # bytes, at the last look
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    while unread != 0 and time.monotonic() < deadline and not nix_has_gone():
+        left = unread_in(MESSAGES) + unread_in(LOG)
         if left != unread:
             unread, deadline = left, time.monotonic() + DRAIN_TIMEOUT_S
         time.sleep(0.002 if unread else 0)
@@ -953,7 +956,7 @@ class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
     where: file:line; uri: as it was written; name: what Nix's own hook calls it; slots:
-    that hook's name of its slot files, without the number; destination: [user@]host;
+    what the names of its slot files begin with, as that hook has them; destination: [user@]host;
     port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
     host_key: a line such as "ssh-ed25519 AAAA...", or "".
     """
@@ -1089,6 +1092,7 @@ def is_name(text: str, marks: str) -> bool:
     return text != "" and only(text[0], WORD) and only(text, WORD + marks)
 
 
+# What store URIs may say; only the first three mean something to a hook.
 PARAMETERS = (
     *(
         "ssh-key",
@@ -1102,10 +1106,10 @@ PARAMETERS = (
 
 
 def check_parameters(parameters: dict[str, str]) -> None:
-    """ValueError if one would have to be obeyed and is not."""
+    """ValueError if one is unknown: it may have been meant to be obeyed."""
     for name in parameters:
         if name not in PARAMETERS:
-            hint = "without it, it would use the machine"
+            hint = "the machine can be used without it"
             raise ValueError(
                 f"this hook does not support the parameter {name!r}; {hint}"
             )
@@ -1280,30 +1284,45 @@ def is_shut(info: os.stat_result, owners: set[int]) -> bool:
 
 
 def is_private(path: str) -> bool:
-    """Whether nobody else can change what is there, nor put something in its place.
+    """Whether nobody but us and root can change what is in that directory, or put another
+    in its place.
 
-    That could also who may write a directory above it, unless that is sticky, as /tmp is.
-    What is not there yet is private if we could make it so.
+    So each directory above must be theirs or ours alone, too, or sticky, as /tmp is; and
+    so on for each link on the way.  What is not there yet counts as private.
     """
     # Whoever owns the root can do everything: not always 0 in a user namespace.
     trusted = {0, os.geteuid(), os.stat("/").st_uid}
-    above = {part for way in (path, os.path.realpath(path)) for part in parents(way)}
-    links = filter(os.path.islink, {path, *above})
+    goal = os.path.realpath(path)
     try:
-        for place in filter(os.path.lexists, {path, *above}):
-            info = os.stat(place)
-            sticky = info.st_mode & stat.S_ISVTX and info.st_uid in trusted
-            if not is_shut(info, trusted) and (place == path or not sticky):
+        for place in filter(os.path.lexists, on_the_way(path)):
+            info = os.lstat(place)
+            sticky = info.st_mode & stat.S_ISVTX and place != goal
+            if info.st_uid not in trusted:
                 return False
-        return all(os.lstat(link).st_uid in trusted for link in links)
+            if (
+                not stat.S_ISLNK(info.st_mode)
+                and not sticky
+                and not is_shut(info, trusted)
+            ):
+                return False
     except OSError:
         return False
+    return True
 
 
-def parents(path: str) -> list[str]:
-    """The directories above an absolute name, one in the other."""
-    parts = os.path.normpath(path).split("/")
-    return ["/".join(parts[:count]) or "/" for count in range(1, len(parts))]
+def on_the_way(path: str) -> set[str]:
+    """A path, all that is above it, and the same for where each link of these leads."""
+    seen: set[str] = set()
+    left = [os.path.normpath(path)]
+    while left:
+        place = left.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        left.append(os.path.dirname(place))
+        if os.path.islink(place):
+            left.append(os.path.normpath(os.path.join(place, "..", os.readlink(place))))
+    return seen
 
 
 def checksum(text: str) -> str:
@@ -1337,14 +1356,15 @@ def ssh_directory(slot_directory: str) -> str:
     or one in /tmp if its name could not be handed on to ssh."""
     wanted = f"{slot_directory}/ssh"
     plain = only(wanted, PLAIN) and "%" not in wanted  # ssh would expand that
-    if not plain or len(wanted) + 30 >= SOCKET_LIMIT_BYTES:
+    name = len("/0123456789abcdef-15") + 10  # and what ssh appends while it binds
+    if not plain or len(wanted) + name >= SOCKET_LIMIT_BYTES:
         return spare_directory()
     make_directory(wanted)
     return wanted
 
 
 def remove(path: str) -> None:
-    """Have nothing there, whatever it was; OSError if that cannot be."""
+    """Have nothing there; a directory is renamed, to PATH.junk-....  OSError if not."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -1430,22 +1450,32 @@ def try_flock(descriptor: int, kind: int) -> bool:
     return True
 
 
+LOCK_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
 class Lock:
     """A file that one process at a time may hold, and whose text says who does.
 
-    The kernel frees the lock when its holder dies, however it dies; so do programs that
-    got the descriptor.  What is no file but stands in its place is removed.  Raises Error
-    if there is no room for the file.
+    The kernel frees the lock when the last process ends that has the descriptor: its
+    holder, or a program that it gave that to.  A directory, a link or a socket in its place
+    is removed.  Raises Error if there is no room for the file.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:  # to ask for a file to be made is dear, also if it is there
+            self.descriptor = os.open(path, LOCK_FLAGS)
+        except OSError:
+            self.descriptor = self.make(path)
+
+    @staticmethod
+    def make(path: str) -> int:
+        """Make the file, and open it."""
         try:
             with suppress(FileNotFoundError):
                 if not stat.S_ISREG(os.lstat(path).st_mode):
                     remove(path)
-            self.descriptor = os.open(path, flags, 0o600)
+            return os.open(path, LOCK_FLAGS | os.O_CREAT, 0o600)
         except OSError as error:
             raise Error(f"cannot open {path}: {error.strerror}") from None
 
@@ -1481,8 +1511,10 @@ class Lock:
         return False
 
     def read(self, limit: int = LOCK_LIMIT_BYTES) -> str:
-        """What its file says."""
-        data = os.pread(self.descriptor, limit, 0)
+        """What its file says; nothing if it is a fifo."""
+        data = b""
+        with suppress(OSError):
+            data = os.pread(self.descriptor, limit, 0)
         return data.decode("utf-8", "surrogateescape")
 
     def write(self, text: str) -> None:
@@ -1493,7 +1525,7 @@ class Lock:
             os.pwrite(self.descriptor, encode(text), 0)
 
     def release(self) -> None:
-        """Let go, once: since then it may be another's."""
+        """Close it; only once, since the descriptor's number is used again."""
         os.close(self.descriptor)
 
     def __enter__(self) -> Self:
@@ -1509,6 +1541,7 @@ class Alarm:
 
     def __init__(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
+        self.is_over = False  # whether the block has ended
 
     def __enter__(self) -> None:
         import signal
@@ -1520,11 +1553,14 @@ class Alarm:
     def __exit__(self, *error: object) -> None:
         import signal
 
+        self.is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.before)
 
     def ring(self, number: int, frame: object) -> None:
         """The signal's handler."""
+        if self.is_over:
+            return
         if nix_has_gone():
             raise NixGone
         if time.monotonic() >= self.deadline:
@@ -1658,7 +1694,8 @@ class Slots:
         return best, loads
 
     def fetching_place(self, machine: Machine) -> Slot | None:
-        """A place to bring outputs home from; there are as many as slots."""
+        """The right to bring outputs home, when the slot is free for the next build; there
+        are as many of these as slots."""
         with suppress(Error):  # no room for its file
             for number in range(machine.max_jobs):
                 lock = Lock.take(f"{self.own}/{machine.slots}.fetch-{number}")
@@ -1703,21 +1740,21 @@ class Outage(NamedTuple):
         try:
             failures, since, until, lasting, words = text.split(" ", 4)
             times = float(since), float(until)
-            meant = {"lasts": True, "passes": False, "unknown": None}[lasting]
-            found = cls(int(failures[:9]), *times, meant, words)
+            found = cls(int(failures[:9]), *times, LASTING[lasting], words)
         except (ValueError, KeyError):
             return None
         return found if math.isfinite(sum(times)) else None
 
     def text(self) -> str:
         """One line for its file."""
-        kind = {True: "lasts", False: "passes", None: "unknown"}[self.lasting]
-        return f"{self.failures} {self.since:.3f} {self.until:.3f} {kind} {self.words}"
+        kinds = {lasting: kind for kind, lasting in LASTING.items()}
+        numbers = f"{self.failures} {self.since:.3f} {self.until:.3f}"
+        return f"{numbers} {kinds[self.lasting]} {self.words}"
 
     @property
     def is_old(self) -> bool:
-        """Whether nobody has tried for so long that it says nothing any more, or the
-        clock was set.  That counts from when a try must have ended."""
+        """Whether it says nothing any more: a probe that began at `until` must have ended
+        long ago, and nobody has noted how; or the clock was set."""
         age = time.time() - self.until
         probe_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
         return not -PAUSE_LIMIT_S <= age <= PAUSE_LIMIT_S + probe_s
@@ -1815,15 +1852,16 @@ class Outages:
             if time.time() < outage.until:
                 continue
             path = f"{self.slots.own}/{machine.slots}.probe"
-            with suppress(Error), Lock(path) as lock:  # no room, or no more processes
+            with suppress(Error, OSError), Lock(path) as lock:  # no room, no processes
                 self.find_out_of(machine, outage, lock)
 
     def find_out_of(self, machine: Machine, outage: Outage, lock: Lock) -> None:
         """The same for one.  Its file begins with the end of the outage, and the process
         with its start time; then comes what that has said."""
         until = f"{outage.until:.3f}"
+        is_ours = lock.hold()
         head, said = lock.read()[:PROBE_HEAD].split(), lock.read()[PROBE_HEAD:]
-        if not lock.hold():
+        if not is_ours:
             end_late(head, outage)
         elif self.of(machine) != outage:
             pass  # somebody else was quicker
@@ -1867,7 +1905,8 @@ class Line:
     """Where hooks wait for a slot on one of some machines: places, which are locks.
 
     Whoever has a place waits for the lock of the one before, and only the holder of
-    the first looks for a free slot, so that waiting costs nothing and nobody is passed.
+    the first looks for a free slot, so that waiting costs nothing and nobody is passed
+    (but who finds no place, as the line is full, looks for a slot, too).
     A place's file says who stands there, and names the machines: lines of more machines
     leave those alone that somebody waits for in first place.  Machines that are away
     are waited for, unless the line is `impatient`.
@@ -1889,7 +1928,7 @@ class Line:
         self.all_away = False  # whether all machines were when we last looked
         self.has_told = False  # whether the first look was told of
         self.names = "\n".join(sorted(machine.slots for machine in machines))
-        self.size = min(LINE, sum(machine.max_jobs for machine in machines))
+        self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.place = 0  # ours, if we have its lock
         self.lock: Lock | None = None
 
@@ -1980,7 +2019,7 @@ class Line:
             self.leave()
 
     def wait_for_slot(self) -> Slot:
-        """In the first place, or in none if there is no room for it."""
+        """In the first place, or in none: the line is full, or the disk."""
         told = False
         while True:
             start = time.monotonic()
@@ -2191,11 +2230,12 @@ class Programs:
         self.talk = talk
 
     def start(
-        self, command: list[str], environ: dict[str, str], **options: Any
+        self, command: list[str], environ: dict[str, str], *piped: str, **options: Any
     ) -> subprocess.Popen[bytes]:
-        """Start a program, as subprocess.Popen does; Error if that cannot be.
+        """Start a program, with pipes for those of "stdin", "stdout" and "stderr".
 
-        Where nothing else is said, it reads and writes nothing.
+        Where the options, which are those of subprocess.Popen, say nothing else, it reads
+        and writes nothing.  Error if it cannot be started.
         """
         import subprocess
 
@@ -2206,8 +2246,9 @@ class Programs:
                 f"{n}={shlex.quote(environ[n])} " for n in self.SHOWN if n in environ
             ]
             self.talk.say(DEBUG, f"+ {''.join(told)}{shlex.join(command)}")
-        nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        options = {**nothing, "bufsize": 0, "env": environ, **options}
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        streams.update(dict.fromkeys(piped, subprocess.PIPE))
+        options = {**streams, "bufsize": 0, "env": environ, **options}
         try:
             return subprocess.Popen(command, **options)
         except OSError as error:
@@ -2221,17 +2262,17 @@ class Programs:
     ) -> tuple[int, str, str]:
         """Run it; returns its exit status, and what it wrote on stdout and stderr.
 
-        Who has not ended in time is killed, which is a negative status.
+        What has not ended in time is killed: a negative status, and no words.
         """
         import subprocess
 
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with self.start(command, environ, **pipes) as process:
-            try:
+        process = self.start(command, environ, "stdout", "stderr")
+        said = b"", b""
+        try:
+            with suppress(subprocess.TimeoutExpired):
                 said = process.communicate(timeout=timeout_s)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                said = process.communicate()
+        finally:
+            end(process)
         return process.returncode, decode(said[0]), decode(said[1])
 
 
@@ -2334,8 +2375,8 @@ def pin_host_key(machine: Machine, directory: str) -> str:
 class Ssh(NamedTuple):
     """The ssh for one machine: command lines and an environment.
 
-    program: its file; own: our options; user: those of NIX_SSHOPTS, and user_text, as
-    that has them.
+    program: its file; own: our options; user: those of NIX_SSHOPTS, and user_text: all of
+    that as it is.
     """
 
     machine: Machine
@@ -2414,7 +2455,7 @@ class Ssh(NamedTuple):
 class Connection:
     """One ssh master, which hooks share and which outlives them.
 
-    The first hook to need it starts it in a session of its own (Nix kills ours).  In the
+    The first hook to need it starts it apart from our process group, which Nix kills.  In the
     directory ssh/, NAME being of the machine (see Ssh.socket_name) and N of the connection:
 
     NAME-N         its control socket, with which only ssh talks
@@ -2537,7 +2578,7 @@ class Seat:
             else:
                 return
             self.connection = self.over(number)
-            if self.number == seats - 1:
+            if self.number == seats - 1 and number + 1 < CONNECTIONS:
                 self.over(number + 1).start()
 
     def over(self, number: int) -> Connection:
@@ -2576,8 +2617,8 @@ class Seat:
         """Start a program on the machine, with pipes, but for what the options say."""
         socket = self.connection.socket if self.connection else "none"
         command = self.ssh.session(socket, *remote)
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), -1)  # subprocess.PIPE
-        return self.programs.start(command, self.ssh.environ, **{**pipes, **options})
+        piped = [name for name in ("stdin", "stdout", "stderr") if name not in options]
+        return self.programs.start(command, self.ssh.environ, *piped, **options)
 
     def last_words(self) -> str:
         """What the connection's master said, if it has ended."""
@@ -2591,8 +2632,8 @@ class Seat:
 class Answer:
     """What a builder will say to something that it has been asked or told.
 
-    It answers in the order of the questions, so those before are heard first.  To hear
-    is to read, within so many seconds or the question's own time.
+    It answers in the order of the questions, so those before are heard first.  hear reads
+    it until some (monotonic) time; time_s: how long that may take.
     """
 
     def __init__(
@@ -2674,6 +2715,11 @@ class Session:
         elif means(words, "UNSHARED"):
             self.seat.retire()
 
+    @property
+    def spoken(self) -> int:
+        """The version of the protocol, such as 0x207; 0 before it has greeted."""
+        return self.version or 0
+
     def pipes(self) -> list[int]:
         """Where it may say something."""
         return [self.stdout] if self.stderr is None else [self.stdout, self.stderr]
@@ -2695,7 +2741,7 @@ class Session:
         if not data:
             self.stderr = None
         elif self.version:
-            write_all(4, data)
+            write_all(LOG, data)
             self.last = time.monotonic()
             self.first = self.last if self.is_silent else self.first
             self.is_silent = False
@@ -2755,9 +2801,11 @@ class Session:
 
     def drain(self) -> None:
         """Pass on stderr to its end, or until nothing comes for a while: a start-up file
-        of the builder's shell may have left a process that keeps it open."""
+        of the builder's shell may have left a process that keeps it open, or writes."""
+        deadline = time.monotonic() + MARGIN_S
         while self.stderr is not None:
-            if not wait_readable([self.stderr], QUIET_S):
+            left = min(QUIET_S, deadline - time.monotonic())
+            if left <= 0 or not wait_readable([self.stderr], left):
                 return
             self.take_log(os.read(self.stderr, 65536))
 
@@ -2830,14 +2878,14 @@ class Session:
         """The answer to that question, if it was sent together with another."""
 
         def hear(deadline: float) -> dict[str, PathInfo]:
-            return read_infos(self.reader(deadline), self.version or 0)
+            return read_infos(self.reader(deadline), self.spoken)
 
         return Answer(self, hear, ANSWER_TIMEOUT_S)
 
     def build_options(self, nix: Nix) -> bytes:
         """Nix's settings that concern a build, as this version of the protocol wants."""
         numbers = [nix.number("max-silent-time"), nix.number("timeout")]
-        version = self.version or 0
+        version = self.spoken
         if version >= 0x202:
             numbers.append(nix.number("max-build-log-size"))
         if version >= 0x203:
@@ -2848,9 +2896,9 @@ class Session:
         return b"".join(map(integer, numbers))
 
     def build_limit(self) -> float:
-        """When the running build will have gone too far beyond what Nix allows; that
-        counts from the first of its log, since before it may wait for its turn; but from
-        when we asked for it as long as it says nothing."""
+        """When the running build will have exceeded Nix's limits by far.  They count from
+        the first of its log, before which it may have waited for its turn; as long as there
+        is none, from our question."""
         timeout, silence = self.limits
         ends = (
             self.first + timeout if timeout else math.inf,
@@ -2870,9 +2918,9 @@ class Session:
     def hear_of_build(self, nix: Nix) -> tuple[int, str]:
         """Read the answer to BuildDerivation."""
         status, message = self.wait_for_build(nix), read_string(self.read)
-        if (self.version or 0) >= 0x203:
+        if self.spoken >= 0x203:
             self.read(4 * 8)  # times built, non-deterministic, start, stop
-        if (self.version or 0) >= 0x206:
+        if self.spoken >= 0x206:
             for _ in range(2 * min(read_integer(self.read), WIRE_LIMIT_BYTES)):
                 read_string(self.read)
         return (0 if status in BUILT else status), message
@@ -3035,12 +3083,13 @@ JOINED = (8, 9)  # sh knows only descriptors of one digit
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 
 
-def keep_free(numbers: Iterable[int]) -> None:
+def keep_free(numbers: tuple[int, ...]) -> None:
     """Have nothing of ours on these descriptors, and let nothing come there."""
     null = os.open(os.devnull, os.O_RDWR)
-    for number in numbers:
+    for number in set(numbers) - {null}:
         os.dup2(null, number, inheritable=False)
-    os.close(null)
+    if null not in numbers:
+        os.close(null)
 
 
 class CopyEnded(Exception):
@@ -3063,14 +3112,15 @@ class Copy:
     ) -> None:
         reads, self.input = os.pipe()
         self.output, writes = os.pipe()
-        self.is_heard = True  # until we hang up
+        self.name = os.path.basename(command[0])
+        self.is_open = True  # until we hang up
         options: dict[str, Any] = {"stdin": reads}
         if joined:
             for number, end in zip(JOINED, (reads, writes)):
                 os.dup2(end, number, inheritable=False)
             options = {"pass_fds": JOINED}
         try:
-            self.process = programs.start(command, environ, stderr=-1, **options)
+            self.process = programs.start(command, environ, "stderr", **options)
         except Error:
             self.hang_up()
             raise
@@ -3079,12 +3129,12 @@ class Copy:
             os.close(writes)
             keep_free(JOINED)
         stderr = self.process.stderr
-        self.stderr = stderr.fileno() if stderr else 2
+        self.stderr = stderr.fileno() if stderr else MESSAGES
 
     def hang_up(self) -> None:
         """Let it hear the end, and say no more to us."""
-        if self.is_heard:
-            self.is_heard = False
+        if self.is_open:
+            self.is_open = False
             os.close(self.input)
             os.close(self.output)
 
@@ -3192,8 +3242,8 @@ class Relay:
                 raise CopyEnded from None
 
     def pass_on(self, count: int, see: Callable[[bytes], None] | None = None) -> bytes:
-        """So much of what the builder says; see is given all of it.  Returns the last
-        of it, which is all of what is short."""
+        """Pass on so much of what the builder says, and show it to see; returns the last
+        TAIL_BYTES of it."""
         kept = b""
         while count:
             data = self.session.take(min(count, MOVE_BYTES), self.step)
@@ -3209,9 +3259,8 @@ class Relay:
         """Take note of bytes that were moved."""
         self.moved += len(data)
         self.progress(self.moved)
-        if (
-            len(data) >= BULK_BYTES
-        ):  # much is coming: let it pile up, to move more at once
+        # Much is coming: let it pile up, to move more at once.
+        if len(data) >= BULK_BYTES:
             time.sleep(BULK_PAUSE_S)
 
     def greet(self) -> None:
@@ -3228,7 +3277,7 @@ class Relay:
     def welcome(self) -> None:
         """Also a second time: after an error of its own, it may connect once more."""
         self.read(8)  # its version
-        self.reply(integer(SERVE_REPLY) + integer(self.session.version or 0))
+        self.reply(integer(SERVE_REPLY) + integer(self.session.spoken))
 
     # Sending
 
@@ -3270,15 +3319,13 @@ class Relay:
                 self.reply(string(""))
             else:
                 self.ask(integer(command) + strings(sorted(asked)))
-                self.reply_infos(read_infos(self.builders_reader(), self.version()))
+                self.reply_infos(
+                    read_infos(self.builders_reader(), self.session.spoken)
+                )
         else:  # such as ImportPaths, for builders before 2.1: the rest goes as it is
             self.ask(integer(command))
             while self.exchange():
                 pass
-
-    def version(self) -> int:
-        """Of the protocol that is spoken on both sides."""
-        return self.session.version or 0
 
     def reply_infos(self, infos: dict[str, PathInfo]) -> None:
         """The answer to QueryPathInfos."""
@@ -3429,10 +3476,11 @@ class Copier:
         self.site, self.nix, self.talk = site, site.nix, site.talk
         self.programs, self.program = site.programs, site.copy_program
         self.store_program = f"{os.path.dirname(self.program)}/nix-store"
-        self.session = session
+        self.session = session  # there may be another one later
         self.told = 0.0  # when progress was, last
         self.problem = ""  # what the running program says from its first error on
         self.relay: Relay | None = None  # of the running program
+        self.early: Copy | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
         self.target = alias(ssh.machine)
         self.environ = ssh.copy_environ()
@@ -3456,28 +3504,24 @@ class Copier:
         """Copy the closures of these paths to the builder, of which it has those."""
         flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
         command = [self.program, *flags, self.target, *self.options()]
-        there = set(there)
+        there, lacking = set(there), paths - there
+
+        def send(relay: Relay) -> None:
+            if self.is_joined:
+                relay.send(there, lacking)
+            else:
+                relay.patience_s = OWN_SSH_COPY_TIMEOUT_S
+                relay.finish()
+
         for batch in batches(sorted(paths)):
             try:
-                problem = self.run([*command, *batch], {}, self.sender(there, paths))
+                problem = self.run(self.start([*command, *batch]), send)
             except SessionLost as error:
                 if not self.last_words():
                     raise
                 problem = " ".join(self.problem.split()) or str(error)
             if problem:
                 raise self.blame_for_sending(batch, problem)
-
-    def sender(self, there: set[str], paths: set[str]) -> Callable[[Relay], None]:
-        """What the relay is to do while the program copies these."""
-
-        def send(relay: Relay) -> None:
-            if self.is_joined:
-                relay.send(there, paths - there)
-            else:
-                relay.patience_s = OWN_SSH_COPY_TIMEOUT_S
-                relay.finish()
-
-        return send
 
     def blame_for_sending(self, paths: Iterable[str], problem: str) -> Error:
         """The error to raise.  It is mostly the builder's fault, unless a path is gone
@@ -3522,25 +3566,52 @@ class Copier:
         on them.  infos: what the builder says of them.  Raises Spoilt if one of them may
         not come in."""
         self.check(outputs, inputs, infos)
-        held = self.site.copy_version < (2, 29)
-        if not held:
+        if self.site.copy_version >= (2, 29):
             locks.retire(outputs)
         ordered = in_order(infos)
         for batch in batches(ordered):
-            environ = {"NIX_HELD_LOCKS": " ".join(batch)} if held else {}
-            some = {path: infos[path] for path in batch}
-            if problem := self.bring(some, environ, batch[-1] == ordered[-1]):
+            some, last = {path: infos[path] for path in batch}, batch[-1] == ordered[-1]
+            if problem := self.run(self.fetcher(batch), self.bringer(some, last)):
                 raise self.blame_for_fetching(problem)
 
-    def bring(
-        self, infos: dict[str, PathInfo], environ: dict[str, str], last: bool
-    ) -> str:
-        """Bring these, each behind those it refers to; returns what went wrong, or ""."""
+    def fetcher(self, paths: list[str]) -> Copy:
+        """The program that is to bring these: that which waits for them, if it lives."""
+        early, self.early = self.early, None
+        if early and early.process.poll() is None:
+            return early
+        if early:
+            early.end()
+        return self.start_to_fetch(paths)
+
+    def bringer(
+        self, infos: dict[str, PathInfo], last: bool
+    ) -> Callable[[Relay], None]:
+        """What the relay is to do while a program brings these, each behind those it
+        refers to."""
         if self.is_joined:
-            command = [self.program, "--from", self.target, *self.options(), *infos]
-            return self.run(command, environ, lambda relay: relay.offer(infos, last))
-        command = [self.store_program, "--import", *self.options()]
-        return self.run(command, environ, lambda relay: relay.export(infos, last))
+            return lambda relay: relay.offer(infos, last)
+        return lambda relay: relay.export(infos, last)
+
+    def start_to_fetch(self, paths: list[str]) -> Copy:
+        """Start the program that is to bring these."""
+        environ = {}
+        if self.site.copy_version < (2, 29):
+            environ = {"NIX_HELD_LOCKS": " ".join(paths)}
+        if self.is_joined:
+            command = [self.program, "--from", self.target, *self.options(), *paths]
+        else:
+            command = [self.store_program, "--import", *self.options()]
+        return self.start(command, environ)
+
+    def prepare_to_fetch(self, outputs: list[str]) -> None:
+        """Start it while they are built, if one can bring all: to start takes 20 ms."""
+        if not self.early and list(batches(outputs)) == [outputs]:
+            self.early = self.start_to_fetch(outputs)
+
+    def end(self) -> None:
+        """Forget what was to be fetched."""
+        if self.early:
+            self.early.end()
 
     def check(
         self, outputs: list[str], inputs: list[str], infos: dict[str, PathInfo]
@@ -3590,13 +3661,14 @@ class Copier:
 
     # Both
 
-    def run(
-        self, command: list[str], environ: dict[str, str], join: Callable[[Relay], None]
-    ) -> str:
-        """Run it to its end, joined with the builder; returns what went wrong, or ""."""
-        self.problem = ""
+    def start(self, command: list[str], environ: dict[str, str] | None = None) -> Copy:
+        """Start a program that copies, joined with us if it uses ssh."""
         joined = self.is_joined and command[0] == self.program
-        copy = Copy(self.programs, command, {**self.environ, **environ}, joined)
+        return Copy(self.programs, command, {**self.environ, **(environ or {})}, joined)
+
+    def run(self, copy: Copy, join: Callable[[Relay], None]) -> str:
+        """Have it run to its end; returns what went wrong, or ""."""
+        self.problem = ""
         try:
             self.relay = Relay(self.session, copy, self.tell, self.tell_progress)
             join(self.relay)
@@ -3607,10 +3679,9 @@ class Copier:
         if status == 0:
             return ""
         if status < 0:  # the session is in the middle of it
-            raise SessionLost(f"{command[0]} was killed by signal {-status}")
+            raise SessionLost(f"{copy.name} was killed by signal {-status}")
         words = " ".join(self.problem.split()).removeprefix("error: ")
-        name = os.path.basename(command[0])
-        return f"{words or 'it gave no reason'} ({name}, status {status})"
+        return f"{words or 'it gave no reason'} ({copy.name}, status {status})"
 
     def tell(self, data: bytes) -> None:
         """Pass a line of its stderr on to Nix."""
@@ -3632,7 +3703,7 @@ class Copier:
         if self.nix.old or not line.startswith("copying path '"):
             self.talk.say(INFO, line)
             return
-        path, way, machine = f"{line}' ' '".split("'")[1:4]
+        path, way, machine = f"{line}' ' '".split("'")[1:4]  # without the quotes
         here = self.nix.store.remote or "local"
         ends = (machine, here) if "from" in way else (here, machine)
         self.talk.begin(1, line.rstrip("."), INFO, COPY_PATH, path, *ends)
@@ -3748,7 +3819,7 @@ class UploadLock:
         """Whether we had to wait, and others may have sent what we were to send."""
         waited, deadline = False, time.monotonic() + UPLOAD_LOCK_TIMEOUT_S
         with suppress(Error):  # no room for the locks' files: go on without the right
-            while rival := self.take():
+            while rival := self.take_or_rival():
                 waited = True
                 left = deadline - time.monotonic()
                 with rival:
@@ -3757,9 +3828,11 @@ class UploadLock:
                     break
         return waited
 
-    def take(self) -> Lock | None:
-        """Take one of the locks; if that has to wait, return the one to wait for."""
+    def take_or_rival(self) -> Lock | None:
+        """Take one of the locks; or, if that has to wait, return the one to wait for."""
         with self.slots.main_lock():
+            for file in self.files:
+                Lock(file).release()  # all can be had, or none is taken
             opened = [Lock(file) for file in self.files]
             free = [lock for lock in opened if lock.hold()]
             busy = [lock for lock in opened if lock not in free]
@@ -3832,14 +3905,16 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
         environ = site.nix.store_environ()
         return site.programs.output([program, *arguments], environ)[1].strip()
 
+    same: set[str]
     content = f"{site.slots.own}/{os.urandom(8).hex()}-mark"
     try:
         write_private(content, os.urandom(16).hex())
     except OSError:  # a full disk
         return
-    mark = run_here("--add", content)
+    mark, same = "", set()
     try:
-        same = session.ask_valid([mark] if mark else []).get(REPLY_S)
+        mark = run_here("--add", content)
+        same = session.ask_valid([mark]).get(REPLY_S) if mark else set()
     finally:
         os.unlink(content)
         if mark:
@@ -3971,7 +4046,7 @@ class Attempt:
     ) -> None:
         self.site, self.wanted, self.locks, self.slot = site, wanted, locks, slot
         self.nix, self.talk, self.machine = site.nix, site.talk, slot.machine
-        self.seat = site.seat(slot.machine)
+        self.seat: Seat | None = None  # once we have one
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.doing = f"build '{wanted.path}'"  # for messages
         self.built: Answer | None = None  # to the question to build, if it was asked
@@ -3983,9 +4058,10 @@ class Attempt:
         path = self.wanted.path
         self.begin("connecting", "connect for", "to")
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
-        self.session = session or open_session(self.site, self.seat, path, patience_s)
+        self.seat = seat = self.site.seat(self.machine)
+        self.session = session or open_session(self.site, seat, path, patience_s)
+        self.copier = Copier(self.site, self.session)
         try:
-            self.copier = Copier(self.site, self.session)
             there = self.ask_for_inputs()
             self.greeted = True
             self.site.outages.end(self.machine)
@@ -4001,6 +4077,7 @@ class Attempt:
             self.fetch(infos)
             self.session.finish()
         finally:
+            self.copier.end()
             self.session.cancel()
 
     def begin(self, phase: str, verb: str, preposition: str) -> None:
@@ -4060,12 +4137,13 @@ class Attempt:
         """Ask in the way that only trusted users may, but in which nothing else need be
         sent; and for what the fetch will need."""
         self.built = None
-        if (self.session.version or 0) >= 0x201:
+        if self.session.spoken >= 0x201:
             encoded = self.wanted.derivation.encode(self.wanted.inputs)
             then = infos_question(self.wanted.outputs)
             path = self.wanted.path
             self.built = self.session.ask_to_build(path, encoded, self.nix, then)
             self.infos = self.session.infos_answer()
+        self.copier.prepare_to_fetch(self.wanted.outputs)
 
     def build(self) -> dict[str, PathInfo]:
         """Build on the builder, in whichever way it lets us; returns what it says of the
@@ -4085,12 +4163,12 @@ class Attempt:
 
     def verdict(self, status: int, message: str) -> Error:
         """What a build that failed with that status has come to."""
-        # A daemon on the builder quotes the end of the log, which Nix has already.
+        # A daemon there quotes the log, which Nix has already: ...; last 9 log lines: ...
         message, quotes, _ = message[:TAIL_BYTES].partition(" log lines:")
         if quotes:
             message = message.rstrip(DIGITS + " ")[: -len("last")].rstrip(" ;\n")
         message = message or "the log says why"
-        kinds = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken, TRANSIENT: BuildFailed}
+        kinds = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}
         text = (
             f"build of '{self.wanted.path}' on '{self.machine.name}' failed: {message}"
         )
@@ -4103,7 +4181,8 @@ class Attempt:
         text = f"{UNTRUSTED_USER}; sending the derivation's closure"
         self.talk.say(INFO, f"'{self.machine.name}' {text}")
         self.session.cancel()
-        self.session = self.copier.session = Session(self.seat, GREETING_TIMEOUT_S)
+        self.session = Session(self.session.seat, GREETING_TIMEOUT_S)
+        self.copier.session = self.session
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
         self.send_inputs(answer.get(), lambda: None)
@@ -4163,21 +4242,21 @@ class Build:
     def perform(self, place: Slot | Line, session: Session | None) -> None:
         """Have it built on one machine after another, for as long as it is the machine or
         the way to it that fails.  session: one with the slot's machine, if there is one."""
-        attempt: Attempt | None = None
+        last: Attempt | None = None
         while True:
+            attempt: Attempt | None = None
             try:
                 slot = self.wait(place) if isinstance(place, Line) else place
-                attempt = Attempt(self.site, self.wanted, self.locks, slot)
-                try:
-                    attempt.perform(session)
-                finally:
-                    attempt.slot.free()
+                attempt = last = Attempt(self.site, self.wanted, self.locks, slot)
+                attempt.perform(session)
                 return
             except (Unreachable, SessionLost, NotHere, Away) as error:
-                place, session = self.move(attempt, error), None
+                place, session = self.move(last, error), None
             except Error as error:
                 raise self.final(attempt, error) from None
             finally:
+                if attempt:
+                    attempt.slot.free()
                 self.talk.end()
 
     def wait(self, line: Line) -> Slot:
@@ -4211,7 +4290,7 @@ class Build:
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
         if turn.outage:
             self.site.outages.note(machine, attempt.slot.outage, error)
-        if turn.outage or turn.renew:
+        if attempt.seat and (turn.outage or turn.renew):
             attempt.seat.retire()
         if turn.pause_s:
             if despair := self.site.outages.despair(self.fit):
@@ -4338,7 +4417,7 @@ class Hook:
         """Find a slot or a place in line, and reply; returns the build if we accept it.
 
         A machine with a live connection is accepted at once; else we open a session
-        first, so that one that cannot be used costs no build a move.
+        first, so that one that is of no use is noticed before we accept.
         """
         reply = self.without_looking(request, machines)
         fit = [] if reply else self.eligible(request, machines)
@@ -4411,9 +4490,8 @@ class Hook:
                 slot = line.find()
                 if slot or (line.all_away and line.outages.despair(line.machines)):
                     return slot
-            if request.willing if might else line.join():
-                return None
-            if time.monotonic() < self.patient_from:
+            stays = request.willing if might else line.join()
+            if stays or time.monotonic() < self.patient_from:
                 return None
             if time.monotonic() > deadline:
                 self.patient_from = time.monotonic() + IMPATIENCE_S
@@ -4458,7 +4536,8 @@ class Hook:
         there = [machine for machine in fit if machine not in away]
         there.sort(key=lambda machine: rank(machine, 0))
         for machine in there[:WARM_AT_ONCE]:
-            site.new_seat(machine).over(0).start()
+            with suppress(Error):  # whoever needs it will hear
+                site.new_seat(machine).over(0).start()
 
     def turn_down(self, line: Line, request: Request) -> str:
         """The reply to what no machine can take now."""
@@ -4494,9 +4573,9 @@ def prepare_descriptors() -> None:
     of them is for our children.
     """
     try:
-        os.fstat(4)
+        os.fstat(LOG)
     except OSError:  # started by hand
-        os.dup2(2, 4)
+        os.dup2(MESSAGES, LOG)
     with suppress(OSError):  # it is not open
         if stat.S_ISFIFO(os.fstat(5).st_mode):
             os.close(5)
@@ -4675,12 +4754,12 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
     known, complaints = load_machines(nix)
     chosen = []
     for word in words:
-        means = [m for m in known if word in (m.host, m.uri, m.destination)]
-        if not means:
+        found = [m for m in known if word in (m.host, m.uri, m.destination)]
+        if not found:
             there = ", ".join(machine.host for machine in known) or "none"
-            listed = f"is listed in {where_machines_stand(nix)}"
-            raise Error(f"no machine {word!r} {listed}; there are: {there}")
-        chosen += means
+            where = f"is listed in {where_machines_stand(nix)}"
+            raise Error(f"no machine {word!r} {where}; there are: {there}")
+        chosen += found
     return chosen or known, complaints
 
 
@@ -4769,7 +4848,8 @@ class Inspection:
             steps = (self.log_in, self.find_nix, self.measure, self.build)
             all(step() for step in steps)  # until one says no
         except (Error, OSError, ValueError) as error:
-            self.add(COLUMNS[min(len(self.found), 7)], WRONG, "FAILED", str(error))
+            column = [*COLUMNS, COLUMNS[-1]][len(self.found)]  # the next
+            self.add(column, WRONG, "FAILED", str(error))
         except Stop:
             pass
         finally:
@@ -4811,18 +4891,19 @@ class Inspection:
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
         start = time.time()
         process = self.seat.start("sh")
-        try:
+        answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
+        in_time = False
+        with suppress(subprocess.TimeoutExpired):
             answer, words = process.communicate(LOOK.encode(), LOGIN_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            answer, _ = process.communicate()
-            words = f"no answer within {LOGIN_TIMEOUT_S} s".encode()
+            in_time = True
+        end(process)
         for line in decode(answer).splitlines():
             name, _, value = line.partition(" ")
             self.facts.setdefault(name, printable(value.removeprefix("= ").strip()))
         self.facts["asked"] = str(int(start))
         self.facts["answered"] = str(int(time.time()))
-        return self.refused(decode(words)) if process.returncode in (255, -9) else True
+        refused = process.returncode == 255 or not in_time
+        return self.refused(decode(words)) if refused else True
 
     def refused(self, words: str) -> bool:
         """Tell of ssh's own words, and what to type, as exactly as they tell it."""
@@ -4854,11 +4935,9 @@ class Inspection:
         if error.meaning == "NAMELESS":
             places = "DNS, /etc/hosts or ~/.ssh/config"
             return str(error), f"correct {machine.where}, or add {host} to {places}"
-        return (
-            self.denied(str(error))
-            if error.meaning == "DENIED"
-            else (str(error), error.remedy_for(machine.destination))
-        )
+        if error.meaning == "DENIED":
+            return self.denied(str(error))
+        return str(error), error.remedy_for(machine.destination)
 
     def denied(self, text: str) -> tuple[str, str]:
         """Why a key does not let us in, as far as it can be seen from here."""
@@ -4897,9 +4976,11 @@ class Inspection:
         # Hooks need not leave it alone any longer, and shall have what we have found.
         for number in range(CONNECTIONS):
             self.seat.over(number).retire()
+        with suppress(OSError):
+            remove(f"{self.seat.base}.seats")
         Outages(self.slots).end(self.machine)
         version = self.facts.get("nix", "").rpartition(" ")[2]
-        spoken = session.version or 0
+        spoken = session.spoken
         protocol = f"{spoken >> 8}.{spoken & 255}"
         text = f"nix-store {version}, serve protocol {protocol}"
         return self.add("nix", OK, version or protocol, text)
@@ -5161,8 +5242,7 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
 
     # Its name is known before it is made: a signal may come at any moment.
     folder = f"{tempfile.gettempdir()}/check-{os.urandom(8).hex()}"
-    numbered = enumerate(machines)
-    inspections = [Inspection(m, nix, f"{folder}/{number}") for number, m in numbered]
+    inspections = [Inspection(m, nix, f"{folder}/{n}") for n, m in enumerate(machines)]
     try:
         os.mkdir(folder, 0o700)
         for inspection in inspections:
@@ -5302,10 +5382,7 @@ class Looker:
     def look(self, machines: list[Machine]) -> Overview:
         """How things are; Error if we may not read that.  Hooks that want the main lock,
         too, have to wait for no more than one machine to be looked at."""
-        path = f"{self.slots.path}/main-lock"
         try:
-            if not os.path.exists(path):  # no hook has ever run
-                os.stat(self.slots.path)
             own = os.listdir(self.slots.own) if os.path.isdir(self.slots.own) else []
             loads = [self.load(machine, own) for machine in machines]
             places = [
@@ -5316,7 +5393,7 @@ class Looker:
             lines = self.taken(
                 [f"{self.slots.own}/{''.join(place)}" for place in places]
             )
-        except FileNotFoundError:
+        except FileNotFoundError:  # no hook has ever run
             return Overview([Load(m, [], [], None) for m in machines], [])
         except OSError as error:
             raise Error(f"cannot read {error.filename}; try it as root") from None
@@ -5623,7 +5700,7 @@ def run_for_people(arguments: list[str]) -> int:
         return 0
     options = parse_options(arguments)
     environ = dict(os.environ)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 4)  # the log of a build, for a hook
+    os.dup2(os.open(os.devnull, os.O_RDWR), LOG)  # of a build, for a hook
     signal.signal(signal.SIGTERM, terminate)
     try:
         nix = calling_nix(environ, options.machines)

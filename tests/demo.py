@@ -11,10 +11,10 @@ from lab import Host, Lab, connect, engine, unavailable
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
 MACHINES = """\
 # host      systems       sshKey  maxJobs  speedFactor
-breakfast   x86_64-linux  -       2        1
-lunch       x86_64-linux  -       2        2
+builder-1   x86_64-linux  -       2        1
+builder-2   x86_64-linux  -       2        2
 """
-# Four libraries, two programs that use them, one collection of both.
+# Three libraries, two programs that use them, one collection of both.
 GRAPH = """
 let
   build = name: inputs: derivation {
@@ -25,9 +25,9 @@ let
     args = [ "-c" "sleep 1; cat $inputs /dev/null > $out; echo $name: $(uname -n) >> $out" ];
   };
   library = name: build "lib${name}" [ ];
-  cook = build "cook" (map library [ "bread" "butter" ]);
-  eat = build "eat" (map library [ "jam" "butter" "knife" ]);
-in build "meal" [ cook eat ]
+  server = build "server" (map library [ "net" "log" ]);
+  client = build "client" (map library [ "ui" "log" "net" ]);
+in build "suite" [ server client ]
 """
 
 
@@ -37,7 +37,7 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 1
     with Lab() as lab:
-        names = ("breakfast", "lunch", "client")
+        names = ("builder-1", "builder-2", "client")
         *builders, client = (lab.host(name, engine("host")) for name in names)
         for builder in builders:
             connect(client, builder)
@@ -49,10 +49,10 @@ def build(client: Host) -> int:
     """One nix-build that may build nothing itself; its last output names all builders."""
     client.copy(HOOK, "/usr/local/lib/nix_build_remote.py")
     client.write("/etc/nix/machines", MACHINES.replace("x86_64-linux", system(client)))
-    client.write("/tmp/meal.nix", GRAPH.replace("x86_64-linux", system(client)))
+    client.write("/tmp/suite.nix", GRAPH.replace("x86_64-linux", system(client)))
     command = (
         "nix-build",
-        "/tmp/meal.nix",
+        "/tmp/suite.nix",
         "--no-out-link",
         "--max-jobs",
         "0",

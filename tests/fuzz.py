@@ -379,7 +379,7 @@ class FakeCopy(hook.Copy):
 
     def __init__(self, heard: Path, output: bytes, errors: bytes) -> None:
         self.process: Any = Ended(output, errors)
-        self.is_heard = True
+        self.is_open, self.name = True, "nix-copy-closure"
         self.input = os.open(heard, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self.output = os.dup(self.process.stdout.fileno())
         self.stderr = self.process.stderr.fileno()
