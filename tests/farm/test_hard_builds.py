@@ -127,6 +127,13 @@ def test_nothing_is_registered_if_the_store_is_full(running: Scene) -> None:
     assert not registered(running.client, output)
 
 
+def copiers(running: Scene) -> list[int]:
+    found = running.client.processes()
+    return [
+        process.pid for process in found if "nix-copy-closure --from" in process.cmdline
+    ]
+
+
 def test_junk_at_the_output_path_does_not_become_valid(running: Scene) -> None:
     expression = """
       mk "blocked" "while ! [ -e /tmp/go ]; do sleep 0.02; done; echo > $out" {}
@@ -135,12 +142,13 @@ def test_junk_at_the_output_path_does_not_become_valid(running: Scene) -> None:
     run = running.start(expression)
     poll(lambda: "while !" in str(running.builder.processes()), "the build", timeout=30)
     # A mount point cannot be removed or replaced. Nix, and so the hook, may have a
-    # mount namespace of its own.
+    # mount namespace of its own, and so may the program that waits to fetch.
     running.client.path(output).mkdir()
-    (hook,) = running.hooks()
-    enter = ("nsenter", "--target", str(hook), "--mount")
-    running.client.run(*enter, "mount", "-t", "tmpfs", "junk", output)
-    running.client.run(*enter, "touch", f"{output}/junk")
+    poll(lambda: copiers(running), "a program that waits to fetch", timeout=30)
+    for process in (*running.hooks(), *copiers(running)):
+        enter = ("nsenter", "--target", str(process), "--mount")
+        running.client.run(*enter, "mount", "-t", "tmpfs", "junk", output)
+        running.client.run(*enter, "touch", f"{output}/junk")
     running.builder.write("/tmp/go", "")
     assert run.end().status and not registered(running.client, output)
 
