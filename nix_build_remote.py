@@ -118,7 +118,10 @@ WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list that anybody may send 
 
 # Slots, lines and outages
 WAIT_S = 0.02  # between two looks for a free slot
-PATIENCE_S, IMPATIENCE_S = 1.0, 4.0  # wait that long for a slot; then not for so long
+PATIENCE_S = (
+    1.0  # a request waits that long for a slot, before Nix is told to ask again
+)
+IMPATIENCE_S = 4.0  # after which for so long none waits
 LINE_LIMIT = 64  # hooks that wait for one set of machines
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
@@ -141,8 +144,8 @@ IDLE_S = 120  # then a shared connection that nobody uses ends by itself
 SEATS = 8  # on one connection: sshd allows it 10 sessions, and a hook needs one
 CONNECTIONS = 16  # to one machine
 WARM_AT_ONCE = 6  # connections begun at the same time
-SOCKET_LIMIT_BYTES = 86  # of a control socket's name: Linux 90, macOS 86
-TAIL_BYTES = 4096  # of ssh's stderr, kept to explain why a connection ended
+SOCKET_LIMIT_BYTES = 86  # of a control socket's name (Linux 90): ssh appends 17 to bind
+TAIL_BYTES = 4096  # of ssh's stderr, or of a small file of ours
 ANSWER_TIMEOUT_S = 15 * 60  # for a builder to say what it has, or take our question
 SUBSTITUTE_TIMEOUT_S = 4 * 60 * 60  # the same if it may download what it has not
 QUIET_S = 2  # after a build: no more of its log will come
@@ -1356,8 +1359,8 @@ def ssh_directory(slot_directory: str) -> str:
     or one in /tmp if its name could not be handed on to ssh."""
     wanted = f"{slot_directory}/ssh"
     plain = only(wanted, PLAIN) and "%" not in wanted  # ssh would expand that
-    name = len("/0123456789abcdef-15") + 10  # and what ssh appends while it binds
-    if not plain or len(wanted) + name >= SOCKET_LIMIT_BYTES:
+    name = "/0123456789abcdef-15"
+    if not plain or len(wanted + name) > SOCKET_LIMIT_BYTES:
         return spare_directory()
     make_directory(wanted)
     return wanted
@@ -1551,9 +1554,9 @@ class Alarm:
         signal.setitimer(signal.ITIMER_REAL, first, 2)
 
     def __exit__(self, *error: object) -> None:
+        self.is_over = True
         import signal
 
-        self.is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.before)
 
@@ -1581,8 +1584,8 @@ def holder(phase: str, derivation: str, since: float) -> str:
 class Slot:
     """A machine's slot, ours for as long as its file is locked.
 
-    The build's ssh cannot hold it too (it closes what it inherits), but it ends, and with
-    it the remote build, as soon as nobody is at the other end of its pipes.
+    The build's ssh does not hold it too.  If we are killed, that finds the end of its pipes
+    and ends, and with it the remote build.
     """
 
     def __init__(self, machine: Machine, lock: Lock) -> None:
@@ -1856,8 +1859,8 @@ class Outages:
                 self.find_out_of(machine, outage, lock)
 
     def find_out_of(self, machine: Machine, outage: Outage, lock: Lock) -> None:
-        """The same for one.  Its file begins with the end of the outage, and the process
-        with its start time; then comes what that has said."""
+        """The same for one.  Its file has 99 bytes with `until`, process and start time; then
+        what ssh and nix-store said.  With another `until` nobody has found out since."""
         until = f"{outage.until:.3f}"
         is_ours = lock.hold()
         head, said = lock.read()[:PROBE_HEAD].split(), lock.read()[PROBE_HEAD:]
@@ -1874,8 +1877,9 @@ class Outages:
         elif is_well(encode(said)):
             self.end(machine)
         else:
-            words = " ".join(printable(said).split()) or "no answer"
-            self.note(machine, outage, heard(Unreachable, words))
+            first, _, rest = encode(said).partition(integer(SERVE_REPLY))
+            words = " ".join(printable(decode(first + rest[8:])).split())
+            self.note(machine, outage, heard(Unreachable, words or "no answer"))
 
 
 PROBE_HEAD = 99  # bytes
@@ -2023,7 +2027,7 @@ class Line:
         told = False
         while True:
             start = time.monotonic()
-            slot = self.find()
+            slot = self.find_if_possible()
             if slot:
                 return slot
             if self.all_away and self.impatient:
@@ -2034,7 +2038,16 @@ class Line:
                 told = True
                 self.tell_of_absence()
             # Looking at many slots takes long; it must not be what we do all the time.
-            wait_readable([], max(WAIT_S, 100 * (time.monotonic() - start)))
+            wait_readable([], min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
+
+    def find_if_possible(self) -> Slot | None:
+        """A free slot; None also if the disk is full, or our directory is gone."""
+        try:
+            return self.find()
+        except (Error, OSError):
+            with suppress(Error):
+                self.slots.make()
+        return None
 
     def tell_of_absence(self) -> None:
         """Say once for each Nix and reason that all machines of the line are away."""
@@ -2546,7 +2559,7 @@ class Connection:
 
     def retire(self) -> None:
         """Let whoever comes next make a new connection, since this may be the trouble:
-        it keeps the groups that its user had.  Sessions that it has go on."""
+        its logins keep the groups that the user had.  Sessions that it has go on."""
         if os.path.exists(self.socket) and self.ask("stop")[0] != 0:
             with suppress(OSError):  # its master stands still
                 remove(self.socket)
@@ -2591,9 +2604,10 @@ class Seat:
         return (int(text) if only(text, DIGITS) and 0 < len(text) < 3 else 0) or SEATS
 
     def lose(self) -> None:
-        """Remember how many sessions sshd allows, since it has refused us one."""
-        with suppress(OSError):  # a full disk
-            write_private(f"{self.base}.seats", str(max(1, self.number)))
+        """Remember how many sessions sshd allows, since it has refused us one more."""
+        if self.number:  # else sessions that are ending count there
+            with suppress(OSError):  # a full disk
+                write_private(f"{self.base}.seats", str(self.number))
 
     def connect(self, patience_s: float) -> None:
         """Wait for the connection; an ssh that shares nothing is used without one."""
@@ -2771,8 +2785,8 @@ class Session:
         return lambda count: self.read(count, deadline)
 
     def take(self, limit: int, wait: Callable[[list[int]], object]) -> bytes:
-        """Some of what it says next, as it is; wait is called until there is something.
-        SessionLost at the end."""
+        """Some of what it says next, as it is; wait is called if nothing has arrived, and
+        returns when something has.  SessionLost at the end."""
         if self.inbox:
             return self.from_inbox(limit)
         wait([self.stdout])
@@ -2790,6 +2804,7 @@ class Session:
         while view:
             try:
                 view = view[os.write(self.stdin, view) :]
+                deadline = time.monotonic() + ANSWER_TIMEOUT_S
             except BlockingIOError:
                 left = max(0.0, deadline - time.monotonic())
                 ready = wait_readable(self.pipes(), left, [self.stdin])
@@ -3548,9 +3563,9 @@ class Copier:
         """What is wrong with these in the store here, or ""."""
         for batch in batches(paths):
             command = [self.store_program, "--verify-path", *batch]
-            _, _, said = self.programs.output(command, self.environ)
-            if words := printable(" ".join(said.split())):
-                return words[:TAIL_BYTES]
+            status, _, said = self.programs.output(command, self.environ)
+            if status:
+                return printable(" ".join(said.split()))[:TAIL_BYTES]
         return ""
 
     # Fetching
@@ -3965,7 +3980,7 @@ class Retries:
         self.pause_s = float(PAUSE_S)  # the next one
         self.verdict: Error | None = None  # to end with, if no other machine may try
         self.may_pass = False  # what the avoided machines have failed for
-        self.losses = 0  # of sessions, but those that the network is to blame for
+        self.losses = 0  # of sessions: in a build, or not for the network's sake
         self.since: float | None = (
             None  # when the first failed after the last build began
         )
@@ -4280,6 +4295,7 @@ class Build:
         """Where to wait for the next attempt."""
         if not attempt:
             raise self.final(attempt, error)
+        attempt.slot.free()
         machine, now = attempt.machine, time.monotonic()
         failure = Failure(now, machine, error, attempt.greeted, attempt.begun)
         try:
@@ -4471,7 +4487,7 @@ class Hook:
             self.talk.say(DEBUG, f"'{machine.name}' {reason or 'can build it'}")
             if reason:
                 reasons.append(f"'{machine.name}' {reason}")
-            else:
+            elif machine not in fit:  # a file may be included twice
                 fit.append(machine)
         if not fit and self.site and not might_build_itself(self.nix, request):
             why = "; ".join(reasons)
@@ -4587,6 +4603,16 @@ def prepare_descriptors() -> None:
 
 def run_hook(arguments: list[str]) -> int:
     """Serve the Nix that calls with these arguments; returns our exit status."""
+    try:
+        return serve(arguments)
+    except Stop as stop:
+        return stop.status
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve(arguments: list[str]) -> int:
+    """The same, but for Stop and KeyboardInterrupt, which are raised."""
     prepare_descriptors()
     environ = dict(os.environ)
     if sys.stdin is None:
@@ -4598,10 +4624,8 @@ def run_hook(arguments: list[str]) -> int:
         Hook(nix, talk).serve()
     except EOFError:
         return 1
-    except Stop as stop:
-        return stop.status
-    except KeyboardInterrupt:
-        return 130
+    except Stop:
+        raise
     except Error as error:
         talk.say(ERROR, str(error))
         status = error.status
