@@ -339,6 +339,7 @@ def report(options: argparse.Namespace, ours: bool) -> tuple[bool, dict[str, str
         }
         if options.logs:
             for client in chaos.clients:
+                Path(options.logs).mkdir(parents=True, exist_ok=True)
                 Path(options.logs, f"{client.tag}-{ours}.log").write_text(client.log)
     good = {
         "clients that succeeded": f"{CLIENTS} of {CLIENTS}",
