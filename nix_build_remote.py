@@ -1848,10 +1848,10 @@ class Outages:
         with suppress(OSError):
             remove(self.file(machine))
 
-    def find_out(self, machines: Iterable[Machine]) -> None:
+    def find_out(self, noted: dict[Machine, Outage]) -> None:
         """See to it that somebody finds out whether those whose time is over are of use
         again, in the background; who comes next hears of it."""
-        for machine, outage in self.noted(machines).items():
+        for machine, outage in noted.items():
             if time.time() < outage.until:
                 continue
             path = f"{self.slots.own}/{machine.slots}.probe"
@@ -1863,7 +1863,8 @@ class Outages:
         what ssh and nix-store said.  With another `until` nobody has found out since."""
         until = f"{outage.until:.3f}"
         is_ours = lock.hold()
-        head, said = lock.read()[:PROBE_HEAD].split(), lock.read()[PROBE_HEAD:]
+        text = lock.read()
+        head, said = text[:PROBE_HEAD].split(), text[PROBE_HEAD:]
         if not is_ours:
             end_late(head, outage)
         elif self.of(machine) != outage:
@@ -1946,8 +1947,10 @@ class Line:
         Of machines whose time to be left alone is over we begin to find out whether they
         are of use again, but do not wait for that.
         """
-        self.outages.find_out(self.machines)
-        away = self.outages.away(self.machines)
+        away: set[Machine] = set()
+        if noted := self.outages.noted(self.machines):  # mostly there is none
+            self.outages.find_out(noted)
+            away = self.outages.away(self.machines)
         self.all_away = len(away) == len(self.machines)
         reserved = self.reserved()
         free = [m for m in self.machines if m not in away and m.slots not in reserved]
@@ -3532,7 +3535,7 @@ class Copier:
             try:
                 problem = self.run(self.start([*command, *batch]), send)
             except SessionLost as error:
-                if not self.last_words():
+                if not self.lost_session():
                     raise
                 problem = " ".join(self.problem.split()) or str(error)
             if problem:
@@ -3541,23 +3544,32 @@ class Copier:
     def blame_for_sending(self, paths: Iterable[str], problem: str) -> Error:
         """The error to raise.  It is mostly the builder's fault, unless a path is gone
         or spoilt here."""
-        theirs = self.last_words()
+        lost = self.lost_session()
         _, spoilt, words = decode(self.session.tail).partition(
             "hash mismatch importing"
         )
         files = map(self.nix.store.file, paths)
         here = bool(spoilt) or not all(map(os.path.lexists, files))
         said = " ".join(f"{spoilt}{words}".split())
-        problem = said or "; ".join(dict.fromkeys(filter(None, (theirs, problem))))
-        if not here and heard(Error, theirs).lasting is None:  # it found them odd
+        problem = said or "; ".join(
+            dict.fromkeys(filter(None, (str(lost or ""), problem)))
+        )
+        if not here and (not lost or lost.lasting is None):  # it found them odd
             words = self.verify(sorted(paths))
             here, problem = bool(words), words or problem
-        return heard(Error if here else SessionLost, problem)
+        return heard(Error, problem) if here else self.with_words(lost, problem)
 
-    def last_words(self) -> str:
-        """What the builder said if the session has ended, and not in peace."""
+    def lost_session(self) -> SessionLost | None:
+        """What the session has ended with, if it has, and not in peace."""
         ended = status_within(self.session.process, 1)
-        return str(self.session.lost()) if ended else ""
+        return self.session.lost() if ended else None
+
+    def with_words(self, lost: SessionLost | None, words: str) -> SessionLost:
+        """A lost session in these words; whether it lasts we may know better than they."""
+        error = heard(SessionLost, words)
+        if lost and error.lasting is None:
+            error.lasting = lost.lasting
+        return error
 
     def verify(self, paths: list[str]) -> str:
         """What is wrong with these in the store here, or ""."""
@@ -3670,8 +3682,8 @@ class Copier:
     def blame_for_fetching(self, problem: str) -> Error:
         """The error to raise.  After it could be built, that an output cannot be brought
         in is mostly the fault of the store here."""
-        if theirs := self.last_words():
-            return heard(SessionLost, "; ".join(dict.fromkeys((theirs, problem))))
+        if lost := self.lost_session():
+            return self.with_words(lost, "; ".join(dict.fromkeys((str(lost), problem))))
         return Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
 
     # Both
@@ -3846,8 +3858,6 @@ class UploadLock:
     def take_or_rival(self) -> Lock | None:
         """Take one of the locks; or, if that has to wait, return the one to wait for."""
         with self.slots.main_lock():
-            for file in self.files:
-                Lock(file).release()  # all can be had, or none is taken
             opened = [Lock(file) for file in self.files]
             free = [lock for lock in opened if lock.hold()]
             busy = [lock for lock in opened if lock not in free]
@@ -3981,9 +3991,8 @@ class Retries:
         self.verdict: Error | None = None  # to end with, if no other machine may try
         self.may_pass = False  # what the avoided machines have failed for
         self.losses = 0  # of sessions: in a build, or not for the network's sake
-        self.since: float | None = (
-            None  # when the first failed after the last build began
-        )
+        # When the first attempt failed, of those since a build last began.
+        self.since: float | None = None
 
     def after(self, failure: Failure) -> Turn:
         """The next turn; raises the error to end with if there is none."""
