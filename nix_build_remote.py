@@ -118,14 +118,13 @@ WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list that anybody may send 
 
 # Slots, lines and outages
 WAIT_S = 0.02  # between two looks for a free slot
-PATIENCE_S = (
-    1.0  # a request waits that long for a slot, before Nix is told to ask again
-)
+PATIENCE_S = 1.0  # a request waits so long for a slot, before Nix shall ask again,
 IMPATIENCE_S = 4.0  # after which for so long none waits
 LINE_LIMIT = 64  # hooks that wait for one set of machines
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
+DIGEST_LIMIT = 1000  # store paths that we know a machine to have
 UNKNOWN_FAILURES = 3  # in a row for an unknown reason, before we call that hopeless
 PAUSE_S = 1  # a machine that has failed is left alone for that,
 PAUSE_LIMIT_S = 60  # and for longer each time it fails again
@@ -164,9 +163,7 @@ MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that w
 
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
-SERVE_VERSION = (
-    0x207  # 2.7; if less than 2.6, Nix 2.4 to 2.10 answer as 2.6 all the same
-)
+SERVE_VERSION = 0x207  # 2.7; to less than 2.6, Nix 2.4 to 2.10 answer as to 2.6
 QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH = 1, 2, 3
 BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
@@ -417,11 +414,7 @@ def heard(kind: type[E], words: str) -> E:
     """The error that tells these words of ssh or Nix, which knows what they mean."""
     error = kind(words)
     for sign in signs_in(words):
-        error.lasting, error.meaning, error.remedy = (
-            sign.lasting,
-            sign.meaning,
-            sign.remedy,
-        )
+        error.lasting, error.meaning, _, error.remedy = sign
         break
     return error
 
@@ -636,9 +629,8 @@ class Nix:
         default = environ.get("NIX_REMOTE", "") if old else ""
         self.store = Store.parse(settings.get("store", default) or "auto", environ)
         parent = "/run/nix" if old else self.store.state
-        self.slot_directory = (
-            environ.get("NIX_CURRENT_LOAD") or f"{parent}/current-load"
-        )
+        default = f"{parent}/current-load"
+        self.slot_directory = environ.get("NIX_CURRENT_LOAD") or default
         # Nix sends all its settings, so each of these tells from which version on it is.
         self.since_2_3 = "trace-function-calls" in settings
         self.since_2_4 = "experimental-features" in settings
@@ -660,9 +652,7 @@ class Nix:
     def child_environ(self, **more: str) -> dict[str, str]:
         """The environment of ssh and Nix's programs: nobody is there for a prompt."""
         unwanted = ("DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS")
-        kept = {
-            name: self.environ[name] for name in self.environ if name not in unwanted
-        }
+        kept = {n: text for n, text in self.environ.items() if n not in unwanted}
         return {**kept, **more}
 
     def store_environ(self) -> dict[str, str]:
@@ -1096,26 +1086,16 @@ def is_name(text: str, marks: str) -> bool:
 
 
 # What store URIs may say; only the first three mean something to a hook.
-PARAMETERS = (
-    *(
-        "ssh-key",
-        "compress",
-        "base64-ssh-public-host-key",
-        "max-connections",
-        "trusted",
-    ),
-    *("path-info-cache-size", "priority", "want-mass-query", "system-features"),
-)
+PARAMETERS = """ssh-key compress base64-ssh-public-host-key max-connections trusted
+path-info-cache-size priority want-mass-query system-features"""
 
 
 def check_parameters(parameters: dict[str, str]) -> None:
     """ValueError if one is unknown: it may have been meant to be obeyed."""
     for name in parameters:
-        if name not in PARAMETERS:
-            hint = "the machine can be used without it"
-            raise ValueError(
-                f"this hook does not support the parameter {name!r}; {hint}"
-            )
+        if name not in PARAMETERS.split():
+            known = "this hook does not support the parameter"
+            raise ValueError(f"{known} {name!r}; the machine can be used without it")
 
 
 def parse_key(text: str) -> str:
@@ -1300,12 +1280,9 @@ def is_private(path: str) -> bool:
         for place in filter(os.path.lexists, on_the_way(path)):
             info = os.lstat(place)
             sticky = info.st_mode & stat.S_ISVTX and place != goal
-            if info.st_uid not in trusted:
-                return False
-            if (
-                not stat.S_ISLNK(info.st_mode)
-                and not sticky
-                and not is_shut(info, trusted)
+            may_be_open = stat.S_ISLNK(info.st_mode) or sticky
+            if info.st_uid not in trusted or not (
+                may_be_open or is_shut(info, trusted)
             ):
                 return False
     except OSError:
@@ -1333,6 +1310,11 @@ def checksum(text: str) -> str:
     import zlib
 
     return f"{zlib.crc32(encode(text)):08x}"
+
+
+def digest(path: str) -> str:
+    """The 32 digits in a store path's name, which tell it from all others."""
+    return path.rpartition("/")[2][:32]
 
 
 def spare_directory(instead_of: str = "") -> str:
@@ -1646,10 +1628,10 @@ class Slots:
         if not lock.hold() and not self.is_stuck and not lock.wait(MAIN_LOCK_TIMEOUT_S):
             self.is_stuck = True
             if self.complain:
-                hint = "(fuser says who); going on without it"
-                self.complain(
-                    f"somebody has held {lock.path} for {MAIN_LOCK_TIMEOUT_S} s {hint}"
+                hint = (
+                    f"for {MAIN_LOCK_TIMEOUT_S} s (fuser says who); going on without it"
                 )
+                self.complain(f"somebody has held {lock.path} {hint}")
         return lock
 
     def survey(self, machine: Machine) -> tuple[int, Lock | None]:
@@ -1670,11 +1652,15 @@ class Slots:
             lock.release()
         return load, free
 
-    def choose(self, machines: list[Machine]) -> tuple[Slot | None, dict[Machine, int]]:
+    def choose(
+        self, machines: list[Machine], digests: frozenset[str] = frozenset()
+    ) -> tuple[Slot | None, dict[Machine, int]]:
         """A free slot of the best of these machines, or None if all are taken; and the
-        load of each.  Of equals, the first in the list is the best."""
+        load of each.  Of equals, that which has most of these paths is the best, then the
+        first in the list."""
         loads: dict[Machine, int] = {}
         best: Slot | None = None
+        best_key: tuple[object, ...] = ()
         failure: Error | None = None
         with self.main_lock():
             for machine in machines:
@@ -1685,16 +1671,33 @@ class Slots:
                     continue
                 if not lock:
                     continue
-                key = rank(machine, loads[machine])
-                if best and rank(best.machine, loads[best.machine]) <= key:
+                key = (*rank(machine, loads[machine]), -self.known(machine, digests))
+                if best and best_key <= key:
                     lock.release()
                     continue
                 if best:
                     best.lock.release()
-                best = Slot(machine, lock)
+                best, best_key = Slot(machine, lock), key
         if failure and not loads:
             raise failure
         return best, loads
+
+    def known(self, machine: Machine, digests: frozenset[str]) -> int:
+        """How many of these paths the machine is known to have had."""
+        return len(digests.intersection(self.digests(machine))) if digests else 0
+
+    def digests(self, machine: Machine) -> list[str]:
+        """Those of the paths that it is known to have had, the latest last."""
+        file, limit = f"{self.own}/{machine.slots}.paths", 33 * DIGEST_LIMIT
+        return (read_private(file, limit) or "").split()
+
+    def note_paths(self, machine: Machine, digests: frozenset[str]) -> None:
+        """Note that the machine has these; two that do so at once lose nothing that
+        matters."""
+        kept = [digest for digest in self.digests(machine) if digest not in digests]
+        text = " ".join([*kept, *sorted(digests)][-DIGEST_LIMIT:])
+        with suppress(OSError):  # a full disk
+            write_private(f"{self.own}/{machine.slots}.paths", text, lasting=False)
 
     def fetching_place(self, machine: Machine) -> Slot | None:
         """The right to bring outputs home, when the slot is free for the next build; there
@@ -1906,6 +1909,18 @@ def is_well(said: bytes) -> bool:
 # ---- The line -----------------------------------------------------------------------
 
 
+class Need(NamedTuple):
+    """A build that needs a slot.
+
+    path: its derivation's; digests: of what it reads, see Derivation.digests; since: when
+    it began to wait, in seconds since 1970.
+    """
+
+    path: str
+    digests: frozenset[str]
+    since: float
+
+
 class Line:
     """Where hooks wait for a slot on one of some machines: places, which are locks.
 
@@ -1922,14 +1937,13 @@ class Line:
         outages: Outages,
         talk: Talk,
         machines: list[Machine],
-        path: str,
+        need: Need,
         *,
         impatient: bool = False,
     ) -> None:
         self.outages, self.slots, self.talk = outages, outages.slots, talk
-        self.machines, self.path = machines, path
+        self.machines, self.need = machines, need
         self.impatient = impatient
-        self.since = time.time()  # when the build began to wait
         self.all_away = False  # whether all machines were when we last looked
         self.has_told = False  # whether the first look was told of
         self.names = "\n".join(sorted(machine.slots for machine in machines))
@@ -1954,7 +1968,7 @@ class Line:
         self.all_away = len(away) == len(self.machines)
         reserved = self.reserved()
         free = [m for m in self.machines if m not in away and m.slots not in reserved]
-        slot, loads = self.slots.choose(free)
+        slot, loads = self.slots.choose(free, self.need.digests)
         if slot or not self.has_told:
             self.has_told = True
             self.tell(away, loads)
@@ -2006,7 +2020,7 @@ class Line:
         """Have that place, and no other any more."""
         self.leave()
         self.place, self.lock = number, lock
-        lock.write(holder("waiting", self.path, self.since) + self.names)
+        lock.write(holder("waiting", self.need.path, self.need.since) + self.names)
 
     def leave(self) -> None:
         """Have no place any more."""
@@ -2058,7 +2072,7 @@ class Line:
         words = "; ".join(sorted({outage.words for outage in noted}))
         text = f"no machine for it can be reached now; waiting for one: {words}"
         if self.slots.remember(text):
-            self.talk.say(WARN, f"'{self.path}': {text[:TAIL_BYTES]}")
+            self.talk.say(WARN, f"'{self.need.path}': {text[:TAIL_BYTES]}")
 
 
 # ---- Derivations --------------------------------------------------------------------
@@ -2077,7 +2091,7 @@ class Derivation(NamedTuple):
     """What a .drv file says, as far as a builder needs it."""
 
     outputs: tuple[Output, ...]
-    has_input_derivations: bool
+    input_derivations: tuple[str, ...]
     sources: tuple[str, ...]
     platform: str
     builder: str
@@ -2096,7 +2110,7 @@ class Derivation(NamedTuple):
                 raise ValueError(name)
             return cls(
                 tuple(Output(*texts(output)) for output in outputs),
-                bool(inputs),
+                tuple(texts([path])[0] for path, _ in inputs),
                 texts(sources),
                 texts([platform])[0],
                 texts([builder])[0],
@@ -2105,6 +2119,10 @@ class Derivation(NamedTuple):
             )
         except (TypeError, ValueError):
             raise Error("it is not a well-formed derivation") from None
+
+    def digests(self) -> frozenset[str]:
+        """Of all that it reads: sources, and derivations whose outputs it reads."""
+        return frozenset(map(digest, (*self.input_derivations, *self.sources)))
 
     def encode(self, inputs: Iterable[str]) -> bytes:
         """As BuildDerivation wants it.
@@ -2116,7 +2134,7 @@ class Derivation(NamedTuple):
         pairs = [word for pair in self.environment for word in pair]
         parts = [
             integer(len(self.outputs)) + b"".join(map(string, fields)),
-            strings(inputs if self.has_input_derivations else self.sources),
+            strings(inputs if self.input_derivations else self.sources),
             string(self.platform) + string(self.builder) + strings(self.arguments),
             integer(len(self.environment)) + b"".join(map(string, pairs)),
         ]
@@ -2200,10 +2218,8 @@ def read_derivation(path: str, store: Store) -> Derivation:
 
 # ---- ssh ----------------------------------------------------------------------------
 
-PROFILES = (
-    *("/run/current-system/sw/bin", "/nix/var/nix/profiles/default/bin"),
-    *("~/.nix-profile/bin", "/usr/local/bin", "/opt/homebrew/bin", "/usr/bin", "/bin"),
-)
+PROFILES = """/run/current-system/sw/bin /nix/var/nix/profiles/default/bin
+~/.nix-profile/bin /usr/local/bin /opt/homebrew/bin /usr/bin /bin"""
 
 
 def nix_directories(environ: dict[str, str]) -> Iterator[str]:
@@ -2223,7 +2239,7 @@ def nix_directories(environ: dict[str, str]) -> Iterator[str]:
 def program_directories(environ: dict[str, str]) -> Iterator[str]:
     """Where programs are that need not be those of the calling Nix."""
     yield from filter(None, environ.get("PATH", "").split(":"))
-    yield from map(os.path.expanduser, PROFILES)
+    yield from map(os.path.expanduser, PROFILES.split())
 
 
 def find_program(name: str, directories: Iterable[str]) -> str:
@@ -2258,10 +2274,10 @@ class Programs:
         if self.talk.debug:
             import shlex
 
-            told = [
-                f"{n}={shlex.quote(environ[n])} " for n in self.SHOWN if n in environ
+            shown = [
+                f"{n}={shlex.quote(environ[n])}" for n in self.SHOWN if n in environ
             ]
-            self.talk.say(DEBUG, f"+ {''.join(told)}{shlex.join(command)}")
+            self.talk.say(DEBUG, " ".join(["+", *shown, shlex.join(command)]))
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         streams.update(dict.fromkeys(piped, subprocess.PIPE))
         options = {**streams, "bufsize": 0, "env": environ, **options}
@@ -2554,9 +2570,8 @@ class Connection:
                     raise refusal
                 return False
             if time.monotonic() > deadline:
-                raise Late(f"no connection within {patience_s:.0f} s").become(
-                    Unreachable
-                )
+                late = Late(f"no connection within {patience_s:.0f} s")
+                raise late.become(Unreachable)
             wait_readable([], 0.005)
         return True
 
@@ -2717,10 +2732,10 @@ class Session:
                 raise Late(words).become(SessionLost) from None
             magic = self.read(8, self.deadline)
         if magic != integer(SERVE_REPLY):
-            hint = "does a start-up file of the shell print that?"
-            raise SessionLost(
-                f"it sent {magic!r} before nix-store's own words ({hint})"
+            hint = (
+                "nix-store's own words (does a start-up file of the shell print that?)"
             )
+            raise SessionLost(f"it sent {magic!r} before {hint}")
         version = read_integer(self.reader(self.deadline))
         if version >> 8 != 2:
             spoken = f"serve protocol {version >> 8}.{version & 255}"
@@ -3005,10 +3020,12 @@ def program_version(
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    """Of `nix-copy-closure (Nix) 2.26.3`.  Lix counts on from Nix 2.18, whose locks it
-    has; in Nix 1.x it is a Perl script that has no --version."""
+    """Of `nix-copy-closure (Nix) 2.26.3`, behind which Lix has more lines from 2.92 on.
+    It counts on from Nix 2.18, whose locks it has; in Nix 1.x it is a Perl script that has no
+    --version."""
     numbers: list[int] = []
-    for part in text.split(" ")[-1].strip().split("."):
+    text = text.strip().split("\n")[0]
+    for part in text.split(" ")[-1].split("."):
         digits = part[: len(part) - len(part.lstrip(DIGITS))]
         numbers += [int(digits[:9])] if digits else []
         if digits != part:  # 2.35pre20260101_abc
@@ -3030,19 +3047,15 @@ class Site:
         self.programs = Programs(talk)
         self.outages = Outages(slots, self.probe)
         self.directory = ssh_directory(slots.path)
-        self.copy_program = find_program(
-            "nix-copy-closure", nix_directories(nix.environ)
-        )
-        self.copy_version = program_version(
-            self.copy_program, nix, self.programs, self.directory
-        )
+        places = nix_directories(nix.environ)
+        program = self.copy_program = find_program("nix-copy-closure", places)
+        self.copy_version = program_version(program, nix, self.programs, self.directory)
         self.seats: dict[Machine, Seat] = {}  # those that we have
 
     def new_seat(self, machine: Machine) -> Seat:
         """One that has no connection yet."""
-        return Seat(
-            Ssh.find(machine, self.nix, self.directory), self.programs, self.directory
-        )
+        ssh = Ssh.find(machine, self.nix, self.directory)
+        return Seat(ssh, self.programs, self.directory)
 
     def seat(self, machine: Machine) -> Seat:
         """Ours with that machine, kept until we end."""
@@ -3067,22 +3080,9 @@ class Site:
 
 # What matters to a program that reads or writes the local store.  The build users'
 # group goes along because opening the store as root gives the store to that group.
-PASSED_SETTINGS = (
-    *("build-users-group", "experimental-features", "auto-optimise-store"),
-    *(
-        "use-case-hack",
-        "fsync-metadata",
-        "fsync-store-paths",
-        "sync-before-registering",
-    ),
-    *(
-        "use-sqlite-wal",
-        "allow-symlinked-store",
-        "ignored-acls",
-        "min-free",
-        "max-free",
-    ),
-)
+PASSED_SETTINGS = """build-users-group experimental-features auto-optimise-store
+use-case-hack fsync-metadata fsync-store-paths sync-before-registering use-sqlite-wal
+allow-symlinked-store ignored-acls min-free max-free"""
 
 # The ssh that nix-copy-closure finds first in its PATH: it joins that program with us, on
 # descriptors 8 and 9, so that we are the builder to it.  It behaves as an ssh that shares
@@ -3337,9 +3337,8 @@ class Relay:
                 self.reply(string(""))
             else:
                 self.ask(integer(command) + strings(sorted(asked)))
-                self.reply_infos(
-                    read_infos(self.builders_reader(), self.session.spoken)
-                )
+                infos = read_infos(self.builders_reader(), self.session.spoken)
+                self.reply_infos(infos)
         else:  # such as ImportPaths, for builders before 2.1: the rest goes as it is
             self.ask(integer(command))
             while self.exchange():
@@ -3513,7 +3512,7 @@ class Copier:
     def options(self) -> list[str]:
         """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
         settings = self.nix.settings
-        known = [name for name in PASSED_SETTINGS if name in settings]
+        known = [name for name in PASSED_SETTINGS.split() if name in settings]
         return [word for name in known for word in ("--option", name, settings[name])]
 
     # Sending
@@ -3545,9 +3544,8 @@ class Copier:
         """The error to raise.  It is mostly the builder's fault, unless a path is gone
         or spoilt here."""
         lost = self.lost_session()
-        _, spoilt, words = decode(self.session.tail).partition(
-            "hash mismatch importing"
-        )
+        tail, sign = decode(self.session.tail), "hash mismatch importing"
+        _, spoilt, words = tail.partition(sign)
         files = map(self.nix.store.file, paths)
         here = bool(spoilt) or not all(map(os.path.lexists, files))
         said = " ".join(f"{spoilt}{words}".split())
@@ -3666,13 +3664,8 @@ class Copier:
         ours = [path for path in paths if self.nix.store.owns(path)]
         invalid = set(paths) - set(ours)
         for batch in batches(ours):
-            command = [
-                self.store_program,
-                "--check-validity",
-                "--print-invalid",
-                *batch,
-            ]
-            status, said, _ = self.programs.output(command, self.environ)
+            command = [self.store_program, "--check-validity", "--print-invalid"]
+            status, said, _ = self.programs.output([*command, *batch], self.environ)
             if status != 0:
                 what = "whether it has what an output refers to"
                 raise Error(f"the store here does not say {what}")
@@ -3839,7 +3832,7 @@ class UploadLock:
         own = (f"{slots.own}/{name}.{number}" for number in range(1, SENDERS))
         self.files = [f"{slots.path}/{name}", *own]
         self.slots = slots
-        self.hashes = {path.rpartition("/")[2][:32] for path in paths}
+        self.digests = set(map(digest, paths))
         self.lock: Lock | None = None  # ours, if we have one
 
     def __enter__(self) -> bool:
@@ -3870,13 +3863,13 @@ class UploadLock:
             if awaited:
                 return chosen
             self.lock = chosen
-            chosen.write(" ".join(self.hashes))
+            chosen.write(" ".join(self.digests))
         return None
 
     def shares(self, lock: Lock) -> bool:
         """Whether something of ours may be sent by who holds that lock."""
         said = lock.read()
-        return not said or not self.hashes.isdisjoint(said.split())
+        return not said or not self.digests.isdisjoint(said.split())
 
     def __exit__(self, *error: object) -> None:
         if self.lock:
@@ -4168,6 +4161,8 @@ class Attempt:
             self.built = self.session.ask_to_build(path, encoded, self.nix, then)
             self.infos = self.session.infos_answer()
         self.copier.prepare_to_fetch(self.wanted.outputs)
+        digests = self.wanted.derivation.digests() | {digest(self.wanted.path)}
+        self.site.slots.note_paths(self.machine, digests)
 
     def build(self) -> dict[str, PathInfo]:
         """Build on the builder, in whichever way it lets us; returns what it says of the
@@ -4193,9 +4188,8 @@ class Attempt:
             message = message.rstrip(DIGITS + " ")[: -len("last")].rstrip(" ;\n")
         message = message or "the log says why"
         kinds = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}
-        text = (
-            f"build of '{self.wanted.path}' on '{self.machine.name}' failed: {message}"
-        )
+        what = f"build of '{self.wanted.path}' on '{self.machine.name}'"
+        text = f"{what} failed: {message}"
         verdict = kinds.get(status, BuildFailed)(text)
         return NotHere(message, verdict) if status in (TRANSIENT, MISC) else verdict
 
@@ -4244,12 +4238,11 @@ class Build:
     """An accepted build: attempts, one after another, until one succeeds."""
 
     def __init__(
-        self, site: Site, path: str, derivation: Derivation, fit: list[Machine]
+        self, site: Site, need: Need, derivation: Derivation, fit: list[Machine]
     ) -> None:
-        self.site, self.talk = site, site.talk
-        self.path, self.derivation, self.fit = path, derivation, fit
+        self.site, self.talk, self.need, self.path = site, site.talk, need, need.path
+        self.derivation, self.fit = derivation, fit
         self.retries = Retries(fit)
-        self.since = time.time()
         self.said: set[str] = set()  # what is said once for each build
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
@@ -4322,8 +4315,7 @@ class Build:
                 raise self.final(attempt, despair)
             wait_readable([], turn.pause_s)
         outages, impatient = self.site.outages, turn.impatient
-        line = Line(outages, self.talk, turn.machines, self.path, impatient=impatient)
-        line.since = self.since
+        line = Line(outages, self.talk, turn.machines, self.need, impatient=impatient)
         line.join()
         return line
 
@@ -4408,9 +4400,8 @@ class Hook:
             for complaint in complaints[:COMPLAINTS]:
                 self.talk.say(WARN, complaint)
             if more := len(complaints[COMPLAINTS:]):
-                self.talk.say(
-                    WARN, f"and {more} more; nix_build_remote.py check shows all"
-                )
+                hint = "nix_build_remote.py check shows all"
+                self.talk.say(WARN, f"and {more} more; {hint}")
         return machines
 
     def serve(self) -> None:
@@ -4450,8 +4441,9 @@ class Hook:
             self.talk.reply(reply or "decline")
             return None
         derivation = read_derivation(request.derivation, self.nix.store)
-        build = Build(self.site, request.derivation, derivation, fit)
-        line = Line(self.site.outages, self.talk, fit, request.derivation)
+        need = Need(request.derivation, derivation.digests(), time.time())
+        build = Build(self.site, need, derivation, fit)
+        line = Line(self.site.outages, self.talk, fit, need)
         self.site.outages.forgive(fit)
         until = time.monotonic() + REPLY_S
         for _ in fit:  # of which all may fail
@@ -4473,10 +4465,9 @@ class Hook:
 
     def without_looking(self, request: Request, machines: list[Machine]) -> str:
         """The reply if nothing is ever sent away from here, or this is not; or ""."""
-        features = (
-            f" ({', '.join(sorted(request.features))})" if request.features else ""
+        what = " ".join(
+            [f"'{request.derivation}' for", request.system, *request.features]
         )
-        what = f"'{request.derivation}' for {request.system}{features}"
         self.talk.say(DEBUG, f"may {what} be sent away?")
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
@@ -4545,9 +4536,8 @@ class Hook:
             site.outages.note(machine, slot.outage, error)
             if machine in site.seats:
                 site.seats[machine].retire()
-            text = (
-                f"cannot build on '{machine.name}': {error.told(machine.destination)}"
-            )
+            words = error.told(machine.destination)
+            text = f"cannot build on '{machine.name}': {words}"
             if site.slots.remember(text):
                 self.talk.say(ERROR, text)
             return False
@@ -5382,12 +5372,14 @@ class Holder(NamedTuple):
 
 
 class Load(NamedTuple):
-    """How things are with one machine."""
+    """How things are with one machine; known: of the paths that were asked about, how many
+    it is known to have had."""
 
     machine: Machine
     building: list[Holder]
     fetching: list[Holder]
     outage: Outage | None
+    known: int = 0
 
 
 class Waiter(NamedTuple):
@@ -5408,9 +5400,10 @@ class Overview(NamedTuple):
 class Looker:
     """Reads the locks in the slot directory without ever seeming to hold one."""
 
-    def __init__(self, nix: Nix) -> None:
+    def __init__(self, nix: Nix, digests: frozenset[str] = frozenset()) -> None:
         self.slots = Slots.find(nix)
         self.outages = Outages(self.slots)
+        self.digests = digests  # of paths that machines may have
 
     def look(self, machines: list[Machine]) -> Overview:
         """How things are; Error if we may not read that.  Hooks that want the main lock,
@@ -5418,14 +5411,10 @@ class Looker:
         try:
             own = os.listdir(self.slots.own) if os.path.isdir(self.slots.own) else []
             loads = [self.load(machine, own) for machine in machines]
-            places = [
-                entry.partition(".") for entry in own if entry.startswith("line-")
-            ]
+            places = [e.partition(".") for e in own if e.startswith("line-")]
             places = [place for place in places if place[2].isdecimal()]
             places.sort(key=lambda place: (place[0], int(place[2])))
-            lines = self.taken(
-                [f"{self.slots.own}/{''.join(place)}" for place in places]
-            )
+            lines = self.taken([f"{self.slots.own}/{''.join(p)}" for p in places])
         except FileNotFoundError:  # no hook has ever run
             return Overview([Load(m, [], [], None) for m in machines], [])
         except OSError as error:
@@ -5440,7 +5429,8 @@ class Looker:
         places = sorted(e for e in own if e.startswith(f"{machine.slots}.fetch-"))
         building = self.holders(slots)
         fetching = self.holders([f"{self.slots.own}/{place}" for place in places])
-        return Load(machine, building, fetching, self.outages.of(machine))
+        known = self.slots.known(machine, self.digests)
+        return Load(machine, building, fetching, self.outages.of(machine), known)
 
     def holders(self, paths: list[str]) -> list[Holder]:
         """Who holds these locks."""
@@ -5561,12 +5551,13 @@ def overview_json(overview: Overview) -> dict[str, object]:
 # ---- explain ------------------------------------------------------------------------
 
 
-def wanted_build(options: Namespace, nix: Nix) -> Request:
-    """The request that Nix would make for that derivation, or for the options."""
+def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]:
+    """The request that Nix would make for that derivation, or for the options; and the
+    digests of what is read for it."""
     features = frozenset(listed(options.features))
     if not options.derivation:
         system = options.system or nix.settings["system"]
-        return Request(False, system, "", features)
+        return Request(False, system, "", features), frozenset()
     path = os.path.realpath(options.derivation)
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -5586,18 +5577,18 @@ def wanted_build(options: Namespace, nix: Nix) -> Request:
             words += map(
                 decode, map(encode, texts(more.get("requiredSystemFeatures", [])))
             )
-    return Request(False, derivation.platform, path, features.union(words))
+    request = Request(False, derivation.platform, path, features.union(words))
+    return request, derivation.digests()
 
 
 class Choice(NamedTuple):
     """Where a build would go now.
 
-    ranked: the machines that could take it, the best first, each with what sorts it; out:
-    the others, and why; itself: whether Nix here might build it.
+    ranked: the machines that could take it, the best first; out: the others, and why; itself: whether Nix here might build it.
     """
 
     request: Request
-    ranked: list[tuple[tuple[int, float, int], Machine]]
+    ranked: list[Load]
     out: list[tuple[Machine, str]]
     itself: bool
 
@@ -5615,8 +5606,8 @@ class Choice(NamedTuple):
             if reason:
                 out.append((machine, reason))
             else:
-                ranked.append((rank(machine, taken), machine))
-        ranked.sort(key=lambda pair: pair[0])
+                ranked.append(load)
+        ranked.sort(key=lambda l: (*rank(l.machine, len(l.building)), -l.known))
         return cls(request, ranked, out, might_build_itself(nix, request))
 
     def as_dict(self) -> dict[str, object]:
@@ -5628,13 +5619,14 @@ class Choice(NamedTuple):
             "here": self.itself,
             "machines": [
                 {
-                    "machine": machine.name,
-                    "load": load,
-                    "slots": machine.max_jobs,
-                    "speed": machine.speed,
-                    "rank": rounded,
+                    "machine": load.machine.name,
+                    "load": len(load.building),
+                    "slots": load.machine.max_jobs,
+                    "speed": load.machine.speed,
+                    "rank": rank(load.machine, len(load.building))[0],
+                    "inputs": load.known,
                 }
-                for (rounded, _, load), machine in self.ranked
+                for load in self.ranked
             ],
             "left-out": [
                 {"machine": machine.name, "where": machine.where, "reason": reason}
@@ -5648,16 +5640,18 @@ class Choice(NamedTuple):
         features = ", ".join(sorted(request.features)) or "no features"
         what = request.derivation or "A build"
         screen.say(f"{what} needs {request.system} and {features}.")
-        rows = [["", "machine", "taken", "speed", "taken / speed", "rounded"]]
-        for number, ((rounded, _, taken), machine) in enumerate(self.ranked, 1):
+        rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
+        for number, load in enumerate(self.ranked, 1):
+            machine, taken = load.machine, len(load.building)
             slots, share = f"{taken} of {machine.max_jobs}", taken / machine.speed
             rows.append([f"{number}.", label(machine), slots, f"{machine.speed:g}"])
-            rows[-1] += [f"{share:.2f}", str(rounded)]
+            rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
         if self.ranked:
             print("\n".join(table(rows)))
             screen.say(
                 "The first is asked first.  Of equals: the faster, then the less "
-                "loaded, then the one that is written first."
+                "loaded, then the one that has had more of the inputs, then the one that "
+                "is written first."
             )
         else:
             print(screen.paint("No machine can take it now.", WRONG))
@@ -5672,10 +5666,10 @@ class Choice(NamedTuple):
 
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show where a build would go now, and why not elsewhere; 0 if anywhere."""
-    request = wanted_build(options, nix)
+    request, digests = wanted_build(options, nix)
     machines, complaints = machines_named([], nix)
     try:
-        overview = Looker(nix).look(machines)
+        overview = Looker(nix, digests).look(machines)
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
         overview = Overview([Load(m, [], [], None) for m in machines], [])

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -107,8 +108,9 @@ class Site:
             config = f"Host b*\n  ProxyCommand {command}\n"
             self.client.write("/root/.ssh/config", config, mode=0o600)
 
-    def machines(self, slots: int) -> None:
-        lines = [f"b{n} {SYSTEM} - {slots}\n" for n in range(len(self.builders))]
+    def machines(self, slots: int, scheme: str = "") -> None:
+        names = [f"{scheme}b{n}" for n in range(len(self.builders))]
+        lines = [f"{name} {SYSTEM} - {slots}\n" for name in names]
         self.client.write("/etc/nix/machines", "".join(lines))
 
     def build(self, expression: str, ours: bool, **values: object) -> float:
@@ -174,7 +176,8 @@ def chain(name: str, runs: int) -> Iterator[Row]:
 
 
 def inputs(name: str, runs: int) -> Iterator[Row]:
-    """The connection is live, and the builder has none of the inputs."""
+    """The connection is live, and the builder has none of the inputs; noted beside: Nix's
+    own hook over ssh-ng://, which sends them all at once."""
     with site(name, 1, 50) as where:
         where.machines(2)
         where.build(TRIVIAL, True, count=1)
@@ -183,14 +186,17 @@ def inputs(name: str, runs: int) -> Iterator[Row]:
             def measure(ours: bool, count: int = count) -> float:
                 return where.build(INPUTS, ours, count=count)
 
-            yield Row(
-                f"{count} small inputs, 50 ms, warm", *where.compare(runs, measure)
-            )
+            times = where.compare(runs, measure)
+            where.machines(2, "ssh-ng://")
+            other = statistics.median(measure(False) for _ in range(runs))
+            where.machines(2)
+            note = f"stock over ssh-ng: {other:.2f} s, {other / times[0]:.1f}"
+            yield Row(f"{count} small inputs, 50 ms, warm", *times, note)
 
 
 def graph(name: str, runs: int) -> Iterator[Row]:
     """80 derivations over 4 builders x 4 slots, cold; noted beside: 16 local jobs."""
-    for delay_ms in DELAYS_MS[:2]:
+    for delay_ms in (0, 10, 50):
         with site(name, 4, delay_ms) as where:
             where.machines(4)
 
@@ -266,7 +272,8 @@ def held_slots(client: Host) -> Iterator[list[int]]:
 
 
 def big(name: str, runs: int) -> Iterator[Row]:
-    """1 GiB there and 1 GiB back, beside the same by hand with nix-copy-closure."""
+    """1 GiB there and 1 GiB back, beside the same by hand with nix-copy-closure; noted:
+    the processor time of all hosts, and the most memory that the hook had."""
     with site(name, 1) as where:
         where.machines(1)
         client, builder = where.client, where.builders[0]
@@ -289,12 +296,53 @@ def big(name: str, runs: int) -> Iterator[Row]:
             client.run("nix-copy-closure", "--from", "b0", output, timeout=600)
             return time.monotonic() - start
 
+        spent: dict[bool, list[float]] = {True: [], False: []}
+        peaks: list[float] = []
+
         def measure(ours: bool) -> float:
             builder.run("nix-store", "--gc", timeout=600)  # the input is sent each time
-            return where.build(expression, True) if ours else by_hand()
+            before = machine_time()
+            with peak_memory(client, peaks):
+                seconds = where.build(expression, True) if ours else by_hand()
+            spent[ours].append(machine_time() - before)
+            return seconds
 
         times = where.compare(runs, measure)
-        yield Row("1 GiB in, 1 GiB out; beside nix-copy-closure by hand", *times)
+        used = [statistics.median(spent[ours]) / 2 for ours in (True, False)]
+        note = f"processor s a GiB: {used[0]:.1f}, {used[1]:.1f}; {max(peaks):.0f} MiB"
+        yield Row("1 GiB in, 1 GiB out; beside nix-copy-closure by hand", *times, note)
+
+
+def machine_time() -> float:
+    """Seconds that all processors have worked since the system's start."""
+    words = Path("/proc/stat").read_text().splitlines()[0].split()
+    user, nice, system, _, _, interrupts, soft = map(int, words[1:8])
+    ticks = user + nice + system + interrupts + soft
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def peak_memory(client: Host, peaks: list[float]) -> Iterator[None]:
+    """Append the most memory (MiB) that a hook has had, ten times a second."""
+    import threading
+
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.1):
+            for pid in hooks(client):
+                with contextlib.suppress(OSError):
+                    status = client.read(f"/proc/{pid}/status")
+                    found = re.search(r"VmHWM:\s*(\d+)", status)
+                    peaks.append(int(found[1]) / 1024 if found else 0)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def old(name: str, runs: int) -> Iterator[Row]:

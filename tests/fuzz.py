@@ -329,7 +329,7 @@ def written(drv: Derivation) -> str:
     def rows(values: tuple[tuple[str, ...], ...]) -> str:
         return ",".join(f"({row(value)})" for value in values)
 
-    inputs = f'("{PATH}.drv",["out"])' * drv.has_input_derivations
+    inputs = ",".join(f'({quoted(path)},["out"])' for path in drv.input_derivations)
     program = f"{row((drv.platform, drv.builder))},[{row(drv.arguments)}]"
     parts = f"[{rows(drv.outputs)}],[{inputs}],[{row(drv.sources)}],{program}"
     return f"Derive({parts},[{rows(drv.environment)}])"

@@ -572,6 +572,18 @@ def test_explain_reads_the_features_of_a_derivation(nix: Scene) -> None:
     assert "b1 lacks the feature quantum (/etc/nix/machines:1)" in text
 
 
+def test_explain_shows_which_of_equals_has_had_more_of_the_inputs(nix: Scene) -> None:
+    source = 'mk "read" "echo > $out" {}'
+    nix.machines("b2 - - 4\n")
+    nix.build(source)
+    nix.machines("b1 - - 4\nb2 - - 4\n")
+    command = nix.nix_build(f'mk "reads" "true" {{ input = {source}; }}')
+    drv = nix.client.run("nix-instantiate", command[1]).stdout.strip()
+    said = json.loads(nix.client.run(INSTALLED, "explain", "--json", drv).stdout)
+    known = [(machine["machine"], machine["inputs"]) for machine in said["machines"]]
+    assert known == [("ssh://b2", 1), ("ssh://b1", 0)]
+
+
 def test_explain_needs_no_derivation(nix: Scene) -> None:
     command = (INSTALLED, "explain", "--system", "riscv64-linux", "--features", "a,b")
     done = nix.client.run(*command, check=False)

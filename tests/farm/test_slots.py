@@ -187,6 +187,40 @@ def with_input(content: str) -> str:
     return f'mk "sent" "cat $source > $out" {{ source = {source}; }}'
 
 
+# -- Where the inputs are -------------------------------------------------------------
+
+
+def link(number: int) -> str:
+    """A derivation that says where it and all that it depends on were built."""
+    before = link(number - 1) if number else '"/dev/null"'
+    script = "cat $before > $out; hostname >> $out"
+    return f'(mk "link-{number}" "{script}" {{ before = {before}; }})'
+
+
+def first_on_b2(nix: Scene, number: int) -> None:
+    nix.machines("b2 - - 2\n")
+    nix.build(link(number))
+    nix.machines("b1 - - 2\nb2 - - 2\n")
+
+
+def test_a_chain_stays_on_one_machine_though_another_is_idle_and_listed_first(
+    nix: Scene,
+) -> None:
+    first_on_b2(nix, 0)
+    built = nix.client.read(nix.build(link(3)).output)
+    assert built.split() == ["b2"] * 4
+
+
+def test_a_machine_with_the_inputs_but_more_load_does_not_come_first(
+    nix: Scene,
+) -> None:
+    first_on_b2(nix, 4)
+    for descriptor in take(nix, "b2", 1):
+        with open(descriptor, "rb"):
+            built = nix.client.read(nix.build(link(5)).output)
+    assert built.split()[-1] == "b1"
+
+
 # -- Sending --------------------------------------------------------------------------
 
 

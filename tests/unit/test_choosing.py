@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from nix_build_remote import Machine, Nix, Request, Slot, Slots, rank, unfit
+from nix_build_remote import (
+    DIGEST_LIMIT,
+    Machine,
+    Nix,
+    Request,
+    Slot,
+    Slots,
+    rank,
+    unfit,
+)
 
 NIX = Nix(False, {"experimental-features": "", "system": "x86_64-linux"}, {})
 
@@ -203,3 +212,49 @@ def test_a_freed_slot_can_be_taken_again(tmp_path: Path) -> None:
     assert first
     first.free()
     assert slots.choose(machines("b1"))[0]
+
+
+# -- Where the inputs are -------------------------------------------------------------
+
+
+def test_of_equals_the_one_that_has_had_more_of_the_inputs_is_chosen(
+    tmp_path: Path,
+) -> None:
+    slots, (b1, b2, b3) = Slots(str(tmp_path)), machines("b1\nb2\nb3")
+    slots.make()
+    slots.note_paths(b2, frozenset(["a"]))
+    slots.note_paths(b3, frozenset(["a", "b"]))
+    slot = slots.choose([b1, b2, b3], frozenset(["a", "b", "c"]))[0]
+    assert slot and slot.machine is b3
+
+
+def test_load_and_speed_come_before_the_inputs(tmp_path: Path) -> None:
+    slots, (b1, b2, fast) = Slots(str(tmp_path)), machines("b1\nb2 - - 2\nb3 - - 1 2")
+    slots.make()
+    inputs = frozenset(["a"])
+    slots.note_paths(b2, inputs)
+    first, second, third = (slots.choose([b1, b2, fast], inputs)[0] for _ in range(3))
+    assert first and first.machine is fast
+    assert second and second.machine is b2
+    assert third and third.machine is b1
+
+
+def test_the_paths_a_machine_has_had_longest_ago_are_forgotten(tmp_path: Path) -> None:
+    slots, [machine] = Slots(str(tmp_path)), machines("b1")
+    slots.make()
+    for number in range(DIGEST_LIMIT + 2):
+        slots.note_paths(machine, frozenset([f"{number:032}"]))
+    slots.note_paths(machine, frozenset([f"{2:032}"]))  # had again
+    kept = slots.digests(machine)
+    assert (len(kept), kept[0], kept[-1]) == (DIGEST_LIMIT, f"{3:032}", f"{2:032}")
+
+
+def test_what_stands_in_place_of_the_list_of_paths_is_no_trouble(
+    tmp_path: Path,
+) -> None:
+    slots, [machine] = Slots(str(tmp_path)), machines("b1")
+    slots.make()
+    Path(slots.own, f"{machine.slots}.paths").mkdir()
+    assert slots.known(machine, frozenset(["a"])) == 0
+    slots.note_paths(machine, frozenset(["a"]))
+    assert slots.known(machine, frozenset(["a"])) == 1
