@@ -5,6 +5,14 @@
 
 Each direction is late by half of it, connecting by the whole, as on a long line. Only
 late, not slow: as much as comes in may be under way at once.
+
+    ssh -o ProxyCommand="delay.py %h %p turns FILE" HOST
+
+counts round trips instead, while FILE exists: what the server says is held back until
+both have been silent for a while, and then arrives at once. If the client has said
+something since the last time, that was a round trip, and FILE gets a line: the time, and
+how many bytes the client and the server have said. So nothing depends on how fast the
+server is, and what the client does not wait for counts for nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +28,8 @@ CHUNK_BYTES = 256 * 1024
 # More than a fast line holds in a quarter of a second; only a sink that is stuck
 # fills it, and then the source has to wait, as TCP would make it.
 UNDER_WAY_BYTES = 256 * 1024 * 1024
+# For the client to say all that it can say without an answer. Longer only takes longer.
+SILENCE_S = 0.5
 
 
 class Direction:
@@ -31,6 +41,8 @@ class Direction:
         self.late = late
         self.ended = False
         self.held = 0
+        self.taken = 0  # bytes, in all
+        self.last = 0.0  # when something came
         self.queue: deque[tuple[float, memoryview]] = deque()
 
     def accepts(self) -> bool:
@@ -52,7 +64,9 @@ class Direction:
             chunk = b""
         self.ended = not chunk
         self.held += len(chunk)
-        self.queue.append((time.monotonic() + self.late, memoryview(chunk)))
+        self.taken += len(chunk)
+        self.last = time.monotonic()
+        self.queue.append((self.last + self.late, memoryview(chunk)))
 
     def give(self) -> bool:
         """Write what is due; True when the end has arrived, or nobody wants it."""
@@ -69,6 +83,43 @@ class Direction:
         if sent < len(chunk):
             self.queue.appendleft((when, chunk[sent:]))
         return False
+
+
+class Answers(Direction):
+    """The way back, while round trips are counted."""
+
+    def __init__(self, source: int, sink: int, there: Direction, notes: str) -> None:
+        super().__init__(source, sink, 0)
+        self.there = there
+        self.notes = notes
+        self.known = (0, 0)  # bytes that had come there and back at the last turn
+        self.free = 0  # bytes that may go: what was held when there was silence
+
+    def due_in(self) -> float | None:
+        if self.queue and not self.free:
+            counts = os.path.exists(self.notes)
+            silent_at = max(self.last, self.there.last) + SILENCE_S
+            left = silent_at - time.monotonic()
+            if counts and left > 0:
+                return left
+            self.free = self.held
+            self.turn(counts)
+        return 0.0 if self.queue else None
+
+    def give(self) -> bool:
+        before = self.held
+        ended = super().give()
+        self.free -= before - self.held
+        return ended
+
+    def turn(self, counts: bool) -> None:
+        """Note a round trip, if what is held answers anything."""
+        asked, answered = self.there.taken - self.known[0], self.taken - self.known[1]
+        if asked:
+            self.known = (self.there.taken, self.taken)
+        if asked and counts:
+            with open(self.notes, "a") as file:
+                file.write(f"{time.time():.3f} {asked} {answered}\n")
 
 
 def relay(ways: list[Direction]) -> None:
@@ -88,10 +139,11 @@ def relay(ways: list[Direction]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
-    if len(args) != 3:
-        print("usage: delay.py HOST PORT MILLISECONDS", file=sys.stderr)
+    notes = args[3] if len(args) == 4 and args[2] == "turns" else ""
+    if len(args) != 3 and not notes:
+        print("usage: delay.py HOST PORT MILLISECONDS|turns FILE", file=sys.stderr)
         return 2
-    seconds = float(args[2]) / 1000
+    seconds = 0 if notes else float(args[2]) / 1000
     try:
         peer = socket.create_connection((args[0], int(args[1])))
     except OSError as error:
@@ -103,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         os.set_blocking(fd, False)
     there = Direction(0, peer.fileno(), seconds / 2)
     back = Direction(peer.fileno(), 1, seconds / 2)
+    if notes:
+        back = Answers(peer.fileno(), 1, there, notes)
     relay([there, back])
     return 0
 
