@@ -157,6 +157,9 @@ OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
 COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB in a
 # variable (MAX_ARG_STRLEN)
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
+AHEAD_BYTES = (
+    1 << 20
+)  # outputs that are fetched before they are asked for, if that is all
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
@@ -186,8 +189,7 @@ PLAIN = WORD + "@%+=:,./~-"
 # Each build has a hook process of its own, which over a live connection imports nothing
 # slow before it replies to Nix.  What these stand for would take (Python
 # 3.11, processor time, 40 starts): typing 10 ms, 2 ms if subprocess is there already,
-# and 0.2 ms for each of its classes; contextlib 3 ms; json 8 ms (`quoted`); urllib.parse
-# 10 ms (`unquote`).
+# and 0.2 ms for each of its classes; contextlib 3 ms; json 8 ms (`quoted`).
 
 if not TYPE_CHECKING:
 
@@ -529,18 +531,21 @@ def only(text: str, characters: str) -> bool:
 
 
 def unquote(text: str) -> str:
-    """Percent-decoding, as urllib.parse has it."""
-    data, *parts = encode(text).split(b"%")
-    for part in parts:
-        is_code = len(part) > 1 and only(decode(part[:2]), HEX)
-        data += bytes([int(part[:2], 16)]) + part[2:] if is_code else b"%" + part
-    return data.decode("utf-8", "surrogateescape")
+    """Percent-decoding."""
+    if "%" not in text:
+        return text
+    from urllib import parse
+
+    return parse.unquote(text, errors="surrogateescape")
 
 
 def quote(text: str) -> str:
     """Percent-encoding as Nix 2.24 and newer render the parameters of a store URI."""
-    kept = encode(WORD + "-.~!$'()*,;:@/?")
-    return "".join(chr(b) if b in kept else f"%{b:02X}" for b in encode(text))
+    if only(text, WORD):
+        return text
+    from urllib import parse
+
+    return parse.quote(text, safe="~!$'()*,;:@/?", errors="surrogateescape")
 
 
 def split_parameters(uri: str) -> tuple[str, dict[str, str]]:
@@ -1699,6 +1704,11 @@ class Slots:
         with suppress(OSError):  # a full disk
             write_private(f"{self.own}/{machine.slots}.paths", text, lasting=False)
 
+    def forget_paths(self, machine: Machine) -> None:
+        """Note that it has lost some of them, as by its garbage collector."""
+        with suppress(OSError):
+            remove(f"{self.own}/{machine.slots}.paths")
+
     def fetching_place(self, machine: Machine) -> Slot | None:
         """The right to bring outputs home, when the slot is free for the next build; there
         are as many of these as slots."""
@@ -2374,19 +2384,6 @@ def user_ssh_options(environ: dict[str, str]) -> list[str]:
         raise Error(f"NIX_SSHOPTS cannot be read: {error}: {text}") from None
 
 
-def alias(machine: Machine) -> str:
-    """[user@]host for nix-copy-closure, with -oHostName for the true one.
-
-    nix-copy-closure wants IPv6 bare (2.3) or in brackets (2.34), and runs its command
-    here instead of over ssh for the name `localhost`.
-    """
-    if ":" not in machine.host and machine.destination != "localhost":
-        return machine.destination
-    user, at, host = machine.destination.rpartition("@")
-    plain = "".join(c if only(c, DIGITS + LETTERS) else "-" for c in host)
-    return f"{user}{at}builder-{plain}"
-
-
 def pin_host_key(machine: Machine, directory: str) -> str:
     """A known_hosts file that knows just this machine's key; "" if none is pinned."""
     if not machine.host_key:
@@ -2469,8 +2466,6 @@ class Ssh(NamedTuple):
         that the user's part goes on as it came.  If it must have an ssh of its own,
         that has its own connection: on ours, sshd may refuse a second session."""
         own = ["-oControlMaster=no", "-oControlPath=none", *self.own]
-        if alias(self.machine) != self.machine.destination:
-            own.append(f"-oHostName={self.machine.host.replace('%', '%%')}")
         text = " ".join([*own, self.user_text, "-S none", *ssh_defaults()])
         return {**self.environ, "NIX_SSHOPTS": text}
 
@@ -2484,15 +2479,43 @@ class Ssh(NamedTuple):
         return error if text else None
 
 
+class Proof(NamedTuple):
+    """That somebody has talked with nix-store over a connection.
+
+    pid, start: of its master, see is_alive; version: of the serve protocol, such as 0x207;
+    trusted: whether that login may build a bare derivation, as far as is known.
+    """
+
+    pid: str
+    start: str
+    version: int
+    trusted: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Proof | None:
+        """What text() made; None if it is anything else."""
+        pid, start, version, trusted = (text.split() + [""] * 4)[:4]
+        if not version or not only(version, DIGITS):
+            return None
+        return cls(pid, start, int(version[:9]), trusted == "True")
+
+    def text(self) -> str:
+        """One line for its file."""
+        return " ".join(map(str, self))
+
+
+ALONE = "none"  # in place of a control socket, for ssh too: nothing is shared
+
+
 class Connection:
-    """One ssh master, which hooks share and which outlives them.
+    """One ssh master, which hooks share and which outlives them; or none, if ALONE.
 
     The first hook to need it starts it apart from our process group, which Nix kills.  In the
     directory ssh/, NAME being of the machine (see Ssh.socket_name) and N of the connection:
 
     NAME-N         its control socket, with which only ssh talks
     NAME-N.start   its stderr, which it keeps locked until it has connected or failed
-    NAME-N.proved  its process, once somebody has talked with nix-store over it
+    NAME-N.proved  its Proof, once somebody has talked with nix-store over it
     NAME-N.S       the lock of seat S
     NAME.seats     how many sessions sshd allows it, if that was fewer than SEATS
     """
@@ -2503,23 +2526,38 @@ class Connection:
 
     def is_up(self) -> bool:
         """Whether its master lives; that says nothing of the network."""
-        proof = read_private(f"{self.socket}.proved")
-        words = (proof or "").split()
-        lives = len(words) == 2 and is_alive(*words)
-        return (proof is None or lives) and os.path.exists(self.socket)
+        is_noted = os.path.exists(f"{self.socket}.proved")
+        return os.path.exists(self.socket) and not (is_noted and not self.proof())
 
-    def is_proved(self) -> bool:
-        """Whether somebody has talked with nix-store over this very connection."""
-        return os.path.exists(f"{self.socket}.proved") and self.is_up()
+    def proof(self) -> Proof | None:
+        """That somebody has talked with nix-store over this very connection, if so."""
+        proof = Proof.parse(read_private(f"{self.socket}.proved") or "")
+        return proof if proof and is_alive(proof.pid, proof.start) else None
 
-    def prove(self) -> None:
-        """Note that somebody has, and what process its master is."""
-        _, said, words = self.ask("check")
+    def prove(self, version: int) -> None:
+        """Note that we have, and what process its master is."""
+        _, said, words = self.ask("check")  # fails if we are ALONE
         pid = f"{said}{words}".partition("(pid=")[2].partition(")")[0]
         if pid.isdecimal():
-            with suppress(OSError):  # a full disk
-                text = f"{pid} {start_time(int(pid))}"
-                write_private(f"{self.socket}.proved", text, lasting=False)
+            self.note(Proof(pid, start_time(int(pid)), version, True))
+
+    def note(self, proof: Proof) -> None:
+        """Keep what is known of it."""
+        with suppress(OSError):  # a full disk
+            write_private(f"{self.socket}.proved", proof.text(), lasting=False)
+
+    def distrust(self) -> None:
+        """Note that its login may not build a bare derivation."""
+        if proof := self.proof():
+            self.note(proof._replace(trusted=False))
+
+    def answers(self) -> bool:
+        """Whether its master does; that is not whether the network does."""
+        return self.socket == ALONE or self.ask("check")[0] == 0
+
+    def last_words(self) -> str:
+        """What its master said, if it has ended."""
+        return "" if self.socket == ALONE or self.is_up() else self.words()[0]
 
     def ask(self, word: str) -> tuple[int, str, str]:
         """Have ssh tell the master that: its exit status, stdout and stderr."""
@@ -2555,6 +2593,8 @@ class Connection:
         Raises Unreachable with ssh's own words.
         """
         deadline = time.monotonic() + patience_s
+        if self.socket == ALONE:
+            return False
         try:
             self.start()
         except Error:  # no room for its file
@@ -2592,7 +2632,7 @@ class Seat:
     def __init__(self, ssh: Ssh, programs: Programs, directory: str) -> None:
         self.ssh, self.programs = ssh, programs
         self.base = f"{directory}/{ssh.socket_name()}"
-        self.connection: Connection | None = None  # None: nothing is shared
+        self.connection = Connection(ssh, programs, ALONE)
         self.number = 0  # of the seat on its connection
         self.lock: Lock | None = None
 
@@ -2629,33 +2669,14 @@ class Seat:
 
     def connect(self, patience_s: float) -> None:
         """Wait for the connection; an ssh that shares nothing is used without one."""
-        if self.connection and not self.connection.connect(patience_s):
-            self.connection = None
-
-    def is_proved(self) -> bool:
-        """Whether a session may be taken to work, without trying."""
-        return bool(self.connection and self.connection.is_proved())
-
-    def answers(self) -> bool:
-        """Whether its connection does; that is not whether the network does."""
-        return not self.connection or self.connection.ask("check")[0] == 0
-
-    def retire(self) -> None:
-        """Let nobody use its connection any more."""
-        if self.connection:
-            self.connection.retire()
+        if not self.connection.connect(patience_s):
+            self.connection = Connection(self.ssh, self.programs, ALONE)
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the machine, with pipes, but for what the options say."""
-        socket = self.connection.socket if self.connection else "none"
-        command = self.ssh.session(socket, *remote)
+        command = self.ssh.session(self.connection.socket, *remote)
         piped = [name for name in ("stdin", "stdout", "stderr") if name not in options]
         return self.programs.start(command, self.ssh.environ, *piped, **options)
-
-    def last_words(self) -> str:
-        """What the connection's master said, if it has ended."""
-        ended = self.connection and not self.connection.is_up()
-        return self.connection.words()[0] if self.connection and ended else ""
 
 
 # ---- Session ------------------------------------------------------------------------
@@ -2700,6 +2721,7 @@ class Session:
     def __init__(self, seat: Seat, patience_s: float) -> None:
         self.seat = seat
         self.deadline = time.monotonic() + patience_s  # for the first answer
+        self.proof = seat.connection.proof()  # what is known of it before it greets
         self.version: int | None = None  # of the protocol, once it has greeted
         self.awaited: list[Answer] = []  # in the order in which they will come
         self.tail = b""  # of stderr
@@ -2727,7 +2749,7 @@ class Session:
         try:
             magic = self.read(8, min(self.deadline, time.monotonic() + REPLY_S))
         except Late:
-            if not self.seat.answers():
+            if not self.seat.connection.answers():
                 words = "the connection to it does not answer"
                 raise Late(words).become(SessionLost) from None
             magic = self.read(8, self.deadline)
@@ -2741,24 +2763,29 @@ class Session:
             spoken = f"serve protocol {version >> 8}.{version & 255}"
             raise SessionLost(f"its Nix is older than 1.8, or no Nix ({spoken})")
         self.version = min(SERVE_VERSION, version)
+        if self.proof and self.proof.version != self.version:  # we have relied on that
+            raise SessionLost("its Nix is not the one that it was")
         words = decode(self.tail)
         if means(words, "UNSEATED"):  # ssh then made a connection of its own
             self.seat.lose()
         elif means(words, "UNSHARED"):
-            self.seat.retire()
+            self.seat.connection.retire()
 
     @property
     def spoken(self) -> int:
-        """The version of the protocol, such as 0x207; 0 before it has greeted."""
-        return self.version or 0
+        """The version of the protocol, such as 0x207, or what it must be; 0 if neither is
+        known."""
+        return self.version or (self.proof.version if self.proof else 0)
 
     def pipes(self) -> list[int]:
         """Where it may say something."""
         return [self.stdout] if self.stderr is None else [self.stdout, self.stderr]
 
     def pump(self, ready: set[int]) -> None:
-        """Take in what has arrived on these: an answer, ssh's words, or the log."""
-        if self.stderr in ready:
+        """Take in what has arrived on these: an answer, ssh's words, or the log.  What comes
+        with the greeting belongs to the log, and is left until that has been read."""
+        greets = self.version is None and self.stdout in ready
+        if self.stderr in ready and not greets:
             self.take_log(os.read(self.stderr, 65536))
         if self.stdout in ready:
             data = os.read(self.stdout, 65536)
@@ -2851,7 +2878,7 @@ class Session:
         if self.version:  # the rest is the build's log, which Nix has got
             lines = lines[-2:]
         if self.process.wait() == 255:
-            lines.append(self.seat.last_words())
+            lines.append(self.seat.connection.last_words())
         return " ".join(" ".join(lines).split())
 
     def lost(self) -> SessionLost:
@@ -2968,10 +2995,15 @@ class Session:
         finally:
             self.limits = (0, 0)
 
-    def build_paths(self, path: str, nix: Nix) -> tuple[int, str]:
-        """The same by the older command.  It answers with nix-build's exit status,
-        which is a mask from 100 up: 1 a timeout, 2 a hash mismatch, ..."""
-        self.write(integer(BUILD_PATHS) + strings([path]) + self.build_options(nix))
+    def ask_to_build_paths(self, path: str, nix: Nix, then: bytes) -> Answer:
+        """The same by the older command."""
+        build = integer(BUILD_PATHS) + strings([path]) + self.build_options(nix)
+        self.write(build + then)
+        return Answer(self, lambda until: self.hear_of_paths(nix), math.inf)
+
+    def hear_of_paths(self, nix: Nix) -> tuple[int, str]:
+        """Read the answer to BuildPaths: nix-build's exit status, which is a mask from 100
+        up (1 a timeout, 2 a hash mismatch, ...)."""
         status = self.wait_for_build(nix)
         if status == 0:
             return 0, ""
@@ -3087,11 +3119,15 @@ allow-symlinked-store ignored-acls min-free max-free"""
 # The ssh that nix-copy-closure finds first in its PATH: it joins that program with us, on
 # descriptors 8 and 9, so that we are the builder to it.  It behaves as an ssh that shares
 # nothing, which every version can use: -O check fails, and it says `started` exactly if
-# it is asked to.  When done, nix-copy-closure kills it.
+# it is asked to, be it by an option or, from Lix 2.93.0 to 2.93.3, as if to a shell, which is
+# then told to become nix-store.  When done, nix-copy-closure kills it.
 STAND_IN = """#!/bin/sh
 case "$*" in *"-O check"*) exit 255;; esac
 exec 2> /dev/null
-case "$*" in *"LocalCommand=echo started"*) echo started;; esac
+case "$*" in
+    *"LocalCommand=echo started"*) echo started;;
+    *RemoteCommand=bash*) while read -r word rest && [ "$word" = echo ]; do echo "$rest"; done;;
+esac
 PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
 exec 3<&0
 cat <&3 >&9 8<&- &
@@ -3185,6 +3221,7 @@ class Relay:
         self.patience_s: float = COPY_TIMEOUT_S
         self.ended = False  # its stderr has
         self.dumps_left: float = math.inf  # archives to ask for, before there is an end
+        self.ahead: dict[str, bytes] = {}  # archives that were fetched already
         self.quiet: list[int] = []  # where nothing may be said while the program asks
         # Sending: which of the inputs the builder has, and which it has not.
         self.there: set[str] = set()
@@ -3283,12 +3320,7 @@ class Relay:
 
     def greet(self) -> None:
         """Be a builder that says hello; our session has had its own."""
-        start = self.read(8)
-        if start.startswith(b"exec "):  # what Lix 2.93.0 says to a shell of its own
-            while self.read(1) != b"\n":
-                pass
-            start = self.read(8)
-        if start != integer(SERVE_HELLO):
+        if self.read(8) != integer(SERVE_HELLO):
             raise Error("nix-copy-closure does not speak as expected")
         self.welcome()
 
@@ -3405,6 +3437,12 @@ class Relay:
         """Be a builder that has these paths, in whose closure there is nothing else.
         Their archives come from the true one, which is asked no more after the last."""
         self.dumps_left = len(infos) if last else math.inf
+        sizes = [info.size for info in infos.values()]
+        if len(sizes) > 1 and sum(sizes) <= AHEAD_BYTES:
+            for path in infos:
+                self.ask_for_archive(path)
+            read = self.builders_reader()
+            self.ahead = {path: read(info.size) for path, info in infos.items()}
         self.quiet = [self.session.stdout]
         with suppress(CopyEnded):
             self.greet()
@@ -3425,8 +3463,11 @@ class Relay:
             path = read_string(self.read)
             if path not in infos:
                 raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
-            self.ask_for_archive(path)
-            self.pass_on(infos[path].size)
+            if path in self.ahead:
+                self.reply(self.ahead.pop(path))
+            else:
+                self.ask_for_archive(path)
+                self.pass_on(infos[path].size)
         elif command == SERVE_HELLO:
             self.welcome()
         else:
@@ -3499,14 +3540,17 @@ class Copier:
         self.relay: Relay | None = None  # of the running program
         self.early: Copy | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
-        self.target = alias(ssh.machine)
         self.environ = ssh.copy_environ()
         if self.nix.store.remote:
             self.environ["NIX_REMOTE"] = self.nix.store.remote
         folder = stand_in(site.directory)
         # 1.x has a Perl script of other ways, which connects by itself to send.
         self.is_joined = folder is not None and site.copy_version >= (2,)
+        self.target = ssh.machine.destination
         if self.is_joined:
+            # Any name would do, but some versions do not call ssh for localhost, and they
+            # want IPv6 bare (2.3) or in brackets (2.34).
+            self.target = "builder"
             self.environ["PATH"] = f"{folder}:{self.environ['PATH']}"
 
     def options(self) -> list[str]:
@@ -3723,10 +3767,12 @@ class Copier:
         if self.nix.old or not line.startswith("copying path '"):
             self.talk.say(INFO, line)
             return
-        path, way, machine = f"{line}' ' '".split("'")[1:4]  # without the quotes
+        path, way = f"{line}' '".split("'")[1:3]  # without the quotes
+        machine = self.session.seat.ssh.machine.name
         here = self.nix.store.remote or "local"
+        line = f"copying path '{path}'{way}'{machine}'"
         ends = (machine, here) if "from" in way else (here, machine)
-        self.talk.begin(1, line.rstrip("."), INFO, COPY_PATH, path, *ends)
+        self.talk.begin(1, line, INFO, COPY_PATH, path, *ends)
         if self.relay:
             self.relay.moved = 0
 
@@ -3893,12 +3939,11 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     try:
         session = Session(seat, min(GREETING_TIMEOUT_S, left))
         answer = session.ask_valid([path])
-        if seat.is_proved():
+        if session.proof:
             return session
         if session.first_answer(answer):
             make_sure_of_another_store(site, session)
-        if seat.connection:
-            seat.connection.prove()
+        seat.connection.prove(session.spoken)
         return session
     except BaseException as error:
         if session:
@@ -3923,20 +3968,15 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
         environ = site.nix.store_environ()
         return site.programs.output([program, *arguments], environ)[1].strip()
 
-    same: set[str]
     content = f"{site.slots.own}/{os.urandom(8).hex()}-mark"
-    try:
+    with suppress(OSError):  # a full disk
         write_private(content, os.urandom(16).hex())
-    except OSError:  # a full disk
-        return
-    mark, same = "", set()
+    mark, same = run_here("--add", content), None
     try:
-        mark = run_here("--add", content)
-        same = session.ask_valid([mark]).get(REPLY_S) if mark else set()
+        same = session.ask_valid([mark]).get(REPLY_S) if mark else None
     finally:
-        os.unlink(content)
-        if mark:
-            run_here("--delete", mark)
+        remove(content)
+        run_here("--delete", mark)
     if same:
         raise SameStore("it is this very machine; builds would wait for ever")
 
@@ -4066,6 +4106,7 @@ class Attempt:
         self.seat: Seat | None = None  # once we have one
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.doing = f"build '{wanted.path}'"  # for messages
+        self.trusted = True  # whether we may build a bare derivation, as far as we know
         self.built: Answer | None = None  # to the question to build, if it was asked
         self.infos: Answer | None = None  # what the builder says of the outputs
         self.greeted = self.begun = False  # see Failure
@@ -4077,6 +4118,7 @@ class Attempt:
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
         self.seat = seat = self.site.seat(self.machine)
         self.session = session or open_session(self.site, seat, path, patience_s)
+        self.trusted = not self.session.proof or self.session.proof.trusted
         self.copier = Copier(self.site, self.session)
         try:
             there = self.ask_for_inputs()
@@ -4084,7 +4126,7 @@ class Attempt:
             self.site.outages.end(self.machine)
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
-            self.send_inputs(there, self.ask_to_build)
+            self.send_inputs(there)
             self.trace("build-remote-start")
             self.begun = True
             self.begin("building", "build", "on")
@@ -4119,47 +4161,67 @@ class Attempt:
         return f"cannot {self.doing}: {error.told(self.machine.destination)}"
 
     def ask_for_inputs(self) -> set[str]:
-        """Ask which inputs are there, which also keeps them there."""
-        answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
-        if self.session.version is None:  # and Nix no longer waits for our reply
-            self.session.deadline = time.monotonic() + GREETING_TIMEOUT_S
-            self.session.first_answer(self.session.awaited[0])
+        """Ask which inputs are there, which also keeps them there.  If the machine is known
+        to have had them all, it is asked to build at once, too."""
+        session, digests = self.session, self.wanted.derivation.digests()
+        answer = session.ask_valid(self.wanted.inputs, self.substitute)
+        if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
+            self.ask_to_build()
+        if session.version is None:  # and Nix no longer waits for our reply
+            session.deadline = time.monotonic() + GREETING_TIMEOUT_S
+            session.first_answer(session.awaited[0])
         return set(answer.get())
 
-    def send_inputs(self, there: set[str], ask: Callable[[], None]) -> None:
-        """Make the builder have, and keep, all inputs, and ask it for what comes next,
-        which does not wait for it to say that it has them.
+    def send_inputs(self, there: set[str]) -> None:
+        """Make the builder have, and keep, all inputs, and ask it to build, if it was not
+        asked already.
 
         Asking has locked what is there, and the builder substitutes meanwhile if it
         should.
         """
         lacking = set(self.wanted.inputs) - there
-        if not lacking:
-            ask()
+        if lacking and self.built:
+            self.site.slots.forget_paths(self.machine)
+            status, _ = self.built.get()
+            self.built = self.built if status == 0 else None  # it could all the same
+        if self.built:
             return
-        with UploadLock(self.site.slots, self.machine, lacking) as waited:
-            if waited:
-                lacking -= self.session.ask_valid(lacking).get()
-            self.copier.send(lacking, self.substitute, {*self.wanted.inputs} - lacking)
-            try:
-                answer = self.session.ask_valid(lacking)
-                ask()
-                lacking -= answer.get()
-            except SessionLost as error:  # it may refuse so late what was sent
-                raise self.copier.blame_for_sending(lacking, str(error)) from None
         if lacking:
-            raise Error(f"it still lacks {min(lacking)} after that was sent")
+            self.send(lacking, there, self.ask_to_build)
+        else:
+            self.ask_to_build()
+
+    def send(self, paths: set[str], there: set[str], ask: Callable[[], None]) -> None:
+        """Send these paths to the builder, of which it has those, and ask it for what comes
+        next, which does not wait for it to say that it has them."""
+        substitute = self.substitute and self.wanted.path not in paths
+        with UploadLock(self.site.slots, self.machine, paths) as waited:
+            if waited:
+                there = there | self.session.ask_valid(paths).get()
+                paths = paths - there
+            self.copier.send(paths, substitute, there)
+            try:
+                answer = self.session.ask_valid(paths)
+                ask()
+                paths = paths - answer.get()
+            except SessionLost as error:  # it may refuse so late what was sent
+                raise self.copier.blame_for_sending(paths, str(error)) from None
+        if paths:
+            raise Error(f"it still lacks {min(paths)} after that was sent")
 
     def ask_to_build(self) -> None:
         """Ask in the way that only trusted users may, but in which nothing else need be
         sent; and for what the fetch will need."""
-        self.built = None
-        if self.session.spoken >= 0x201:
-            encoded = self.wanted.derivation.encode(self.wanted.inputs)
-            then = infos_question(self.wanted.outputs)
-            path = self.wanted.path
-            self.built = self.session.ask_to_build(path, encoded, self.nix, then)
-            self.infos = self.session.infos_answer()
+        self.built, session, wanted = None, self.session, self.wanted
+        if session.spoken >= 0x201 and self.trusted:
+            encoded = wanted.derivation.encode(wanted.inputs)
+            then = infos_question(wanted.outputs)
+            self.built = session.ask_to_build(wanted.path, encoded, self.nix, then)
+            self.infos = session.infos_answer()
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Do meanwhile what need not wait for the build."""
         self.copier.prepare_to_fetch(self.wanted.outputs)
         digests = self.wanted.derivation.digests() | {digest(self.wanted.path)}
         self.site.slots.note_paths(self.machine, digests)
@@ -4168,12 +4230,12 @@ class Attempt:
         """Build on the builder, in whichever way it lets us; returns what it says of the
         outputs."""
         try:
-            status, message = self.built.get() if self.built else self.build_closure()
+            status, message = (self.built or self.ask_by_closure()).get()
         except SessionLost:
             if not means(decode(self.session.tail), "LIMITED"):
                 raise
             self.reconnect()
-            status, message = self.build_closure()
+            status, message = self.ask_by_closure().get()
         self.trace("build-remote-done")
         if status:
             self.session.finish()
@@ -4198,23 +4260,27 @@ class Attempt:
         the old one because it does not trust its user to build a bare derivation."""
         text = f"{UNTRUSTED_USER}; sending the derivation's closure"
         self.talk.say(INFO, f"'{self.machine.name}' {text}")
+        seat, self.built, self.trusted = self.session.seat, None, False
+        seat.connection.distrust()
         self.session.cancel()
-        self.session = Session(self.session.seat, GREETING_TIMEOUT_S)
-        self.copier.session = self.session
+        self.session = self.copier.session = Session(seat, GREETING_TIMEOUT_S)
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
-        self.send_inputs(answer.get(), lambda: None)
+        self.send_inputs(answer.get())
 
-    def build_closure(self) -> tuple[int, str]:
-        """Build as an untrusted user may, and the only way on builders before 1.10."""
-        path = self.wanted.path
-        with UploadLock(self.site.slots, self.machine, {path}):
-            self.copier.send({path}, False, set())
-            self.session.hear_all()
-        status, message = self.session.build_paths(path, self.nix)
-        if not status:
-            self.infos = self.session.ask_infos(self.wanted.outputs)
-        return status, message
+    def ask_by_closure(self) -> Answer:
+        """Ask in the way that is open to untrusted users, and the only one on builders before
+        1.10; for that the derivation's closure must be there."""
+        path, session = self.wanted.path, self.session
+
+        def ask() -> None:
+            then = infos_question(self.wanted.outputs)
+            self.built = session.ask_to_build_paths(path, self.nix, then)
+            self.infos = session.infos_answer()
+
+        self.send({path}, set(), ask)
+        assert self.built
+        return self.built
 
     def leave_slot(self) -> None:
         """Let the next build start while we fetch, unless as many fetch already as may
@@ -4309,7 +4375,7 @@ class Build:
         if turn.outage:
             self.site.outages.note(machine, attempt.slot.outage, error)
         if attempt.seat and (turn.outage or turn.renew):
-            attempt.seat.retire()
+            attempt.seat.connection.retire()
         if turn.pause_s:
             if despair := self.site.outages.despair(self.fit):
                 raise self.final(attempt, despair)
@@ -4520,7 +4586,7 @@ class Hook:
         machine = slot.machine
         try:
             seat = site.seat(machine)
-            if not seat.is_proved():
+            if not seat.connection.proof():
                 heed_signals()
                 text = f"connecting for {short(build.path)} to {machine.name}"
                 self.talk.begin(0, text)
@@ -4535,7 +4601,7 @@ class Hook:
                 raise
             site.outages.note(machine, slot.outage, error)
             if machine in site.seats:
-                site.seats[machine].retire()
+                site.seats[machine].connection.retire()
             words = error.told(machine.destination)
             text = f"cannot build on '{machine.name}': {words}"
             if site.slots.remember(text):

@@ -421,8 +421,7 @@ class Taker:
         machines, complaints = hook.load_machines(Nix(old, settings, environ))
         assert all(text.startswith(str(file)) for text in complaints)
         for machine in machines:
-            words = [machine.destination, machine.host, hook.alias(machine)]
-            words.append(machine.key or "none")
+            words = [machine.destination, machine.host, machine.key or "none"]
             assert all(map(is_plain, words)), words
             options = " ".join(hook.ssh_options(machine, "/known"))
             assert hook.only(options, hook.PLAIN + "* ")
@@ -480,7 +479,7 @@ class Taker:
             session.greet()
             assert all(isinstance(path, str) for path in valid.get())
             if session.version == 0x200:
-                status, message = session.build_paths(PATH, self.new)
+                status, message = session.ask_to_build_paths(PATH, self.new, b"").get()
             else:
                 status, message = session.ask_to_build(PATH, b"", self.new).get()
             session.finish()

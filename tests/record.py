@@ -65,7 +65,9 @@ class Here(hook.Seat):
     """A session with the nix-store of a host of the lab, without ssh."""
 
     def __init__(self, host: Host) -> None:
-        self.host, self.connection = host, None
+        nothing: Any = None
+        self.host = host
+        self.connection = hook.Connection(nothing, nothing, hook.ALONE)
 
     def start(self, *remote: str, **options: Any) -> Any:
         return self.host.popen(*remote, stdin=-1, stdout=-1, stderr=-1)

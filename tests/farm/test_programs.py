@@ -60,8 +60,7 @@ PLAYED = {
         ("HOST", "-x", "-a", "OPTIONS", *LOCAL_COMMAND, *SERVE),
         (HEAR,),
     ),
-    "Lix 2.93.0": Program(LIX, ("-x", "-T", "OPTIONS", "HOST", "bash"), (EXEC,)),
-    "Lix that tries its shell": Program(
+    "Lix 2.93.0": Program(
         LIX,
         ("HOST", "-x", "-T", "-oRemoteCommand=bash", "OPTIONS"),
         (("say", "echo started\n"), HEAR, EXEC),

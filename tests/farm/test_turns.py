@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from scene import Scene, end_masters, masters, other, scene
+from scene import Scene, distrustful, end_masters, masters, other, scene
 from test_connections import sockets
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -37,11 +37,16 @@ def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
     """A client with a live connection to its builder, over a line that counts turns."""
     builder = other(pytestconfig, client_engine)
     with scene(client_engine, builder) as running:
-        running.client.copy(TESTS / "delay.py", "/usr/local/bin/delay.py")
-        running.client.write("/root/.ssh/config", PROXY, 0o600)
-        running.build(reader(0), env=UNPROBED)
+        prepare(running)
         yield running
         end_masters(running)
+
+
+def prepare(nix: Scene) -> None:
+    """Have a live connection over the line that counts."""
+    nix.client.copy(TESTS / "delay.py", "/usr/local/bin/delay.py")
+    nix.client.write("/root/.ssh/config", PROXY, 0o600)
+    nix.build(reader(0), env=UNPROBED)
 
 
 def reader(inputs: int) -> str:
@@ -65,15 +70,55 @@ def turns(nix: Scene, talk: Callable[[], object]) -> list[str]:
     return noted
 
 
+# Two of these are ssh's: it opens a channel, and starts nix-store there before it sends
+# anything on.  Then come the question for the inputs, the build, and the archive.
+
+
 @pytest.mark.engines
-@pytest.mark.parametrize("inputs", [0, 30])
-def test_a_build_over_a_live_connection_takes_at_most_five_round_trips(
-    hosts: Scene, inputs: int
+def test_a_build_whose_inputs_must_be_sent_takes_at_most_five_round_trips(
+    hosts: Scene,
 ) -> None:
-    """From "accept" to the hook's end, inputs to send or not. Two of them are ssh's: it
-    opens a channel, and starts nix-store there before it sends anything on."""
-    noted = turns(hosts, lambda: hosts.build(reader(inputs), env=UNPROBED))
+    noted = turns(hosts, lambda: hosts.build(reader(30), env=UNPROBED))
     assert len(noted) <= 5, noted
+
+
+@pytest.mark.engines
+def test_a_build_whose_inputs_the_machine_has_had_takes_at_most_four(
+    hosts: Scene,
+) -> None:
+    before = reader(3)
+    hosts.build(before, env=UNPROBED)
+    after = f'mk "after" "echo > $out" {{ before = {before}; }}'
+    noted = turns(hosts, lambda: hosts.build(after, env=UNPROBED))
+    assert len(noted) <= 4, noted
+
+
+def test_inputs_that_the_machine_has_lost_since_are_sent_again(hosts: Scene) -> None:
+    before = reader(3)
+    hosts.build(before, env=UNPROBED)
+    hosts.builder.run("nix-store", "--gc")
+    said: list[str] = []
+    after = f'mk "after" "cat $before > $out" {{ before = {before}; }}'
+    noted = turns(hosts, lambda: said.append(hosts.build(after, env=UNPROBED).log))
+    assert len(noted) <= 5, noted
+    assert "missing" not in said[0]
+
+
+def test_small_outputs_come_in_one_round_trip_however_many(hosts: Scene) -> None:
+    script = "echo > $out; echo > $dev; echo > $doc; echo > $man"
+    many = f'(mk "many" "{script}" {{ outputs = [ "out" "dev" "doc" "man" ]; }}).all'
+    noted = turns(hosts, lambda: hosts.build(many, env=UNPROBED))
+    assert len(noted) <= 4, noted
+
+
+def test_a_build_for_a_user_who_is_not_trusted_takes_at_most_five(
+    client_engine: str,
+) -> None:
+    """That he is not, which the first build has heard, is remembered."""
+    with distrustful(client_engine, client_engine) as nix:
+        prepare(nix)
+        noted = turns(nix, lambda: nix.build(reader(0), env=UNPROBED))
+        assert len(noted) <= 5, noted
 
 
 def test_each_answer_that_is_waited_for_is_a_round_trip(hosts: Scene) -> None:

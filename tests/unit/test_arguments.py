@@ -23,7 +23,6 @@ from nix_build_remote import (
     Ssh,
     Store,
     Talk,
-    alias,
     batches,
     find_program,
     heard,
@@ -224,7 +223,7 @@ def test_ssh_is_told_of(line: str, option: str) -> None:
     assert f" {option} " in f" {' '.join(ssh_options(machine(line), ''))} "
 
 
-@pytest.mark.parametrize("option", ["-oPort", "-i", "-oCompression", "-oHostName"])
+@pytest.mark.parametrize("option", ["-oPort", "-i", "-oCompression"])
 def test_ssh_finds_in_its_configuration_what_the_line_does_not_say(option: str) -> None:
     options = ssh_options(machine("nix@b1"), "")
     assert not [word for word in options if word.startswith(option)]
@@ -321,27 +320,6 @@ def test_the_users_options_reach_the_copying_program_as_they_are(
 def test_the_host_comes_after_the_end_of_options(tmp_path: Path) -> None:
     command = ssh("nix@b1", tmp_path).session("none", "nix-store", "--serve")
     assert command[-4:] == ["--", "nix@b1", "nix-store", "--serve"]
-
-
-@pytest.mark.parametrize("line", ["nix@b1", "::1", "nix@[::1]:22", "localhost:22"])
-def test_the_copying_program_never_sees_ipv6_or_localhost(line: str) -> None:
-    name = alias(machine(line))
-    assert ":" not in name and name != "localhost"
-
-
-@pytest.mark.parametrize(
-    "line, option",
-    [
-        ("::1", "-oHostName=::1"),
-        ("nix@[2001:db8::7]:22", "-oHostName=2001:db8::7"),
-        ("fe80::1%eth0", "-oHostName=fe80::1%%eth0"),
-        ("localhost:2222", "-oHostName=localhost"),
-    ],
-)
-def test_the_copying_programs_ssh_is_told_the_true_name(
-    line: str, option: str, tmp_path: Path
-) -> None:
-    assert option in ssh(line, tmp_path).copy_environ()["NIX_SSHOPTS"].split()
 
 
 def test_a_pinned_host_key_is_all_that_is_believed(tmp_path: Path) -> None:
