@@ -3764,7 +3764,7 @@ class Copier:
 
     def tell_line(self, line: str) -> None:
         """Of `copying path 'P' to 'ssh://b1'...` as Nix itself would, to its own."""
-        if self.nix.old or not line.startswith("copying path '"):
+        if not line.startswith("copying path '"):
             self.talk.say(INFO, line)
             return
         path, way = f"{line}' '".split("'")[1:3]  # without the quotes
@@ -3772,6 +3772,8 @@ class Copier:
         here = self.nix.store.remote or "local"
         line = f"copying path '{path}'{way}'{machine}'"
         ends = (machine, here) if "from" in way else (here, machine)
+        if self.nix.old:
+            self.talk.say(INFO, line)
         self.talk.begin(1, line, INFO, COPY_PATH, path, *ends)
         if self.relay:
             self.relay.moved = 0
@@ -4182,8 +4184,9 @@ class Attempt:
         lacking = set(self.wanted.inputs) - there
         if lacking and self.built:
             self.site.slots.forget_paths(self.machine)
+            self.begin("building", "build", "on")  # as it may be able to all the same
             status, _ = self.built.get()
-            self.built = self.built if status == 0 else None  # it could all the same
+            self.built = self.built if status == 0 else None
         if self.built:
             return
         if lacking:
@@ -4317,6 +4320,9 @@ class Build:
         missing = [by_name.get(output, output) for output in outputs]
         for path in inputs:
             self.site.nix.store.name(path)
+        if self.site.nix.old:  # which names all derivations behind it, too
+            sources = self.derivation.sources
+            inputs = [p for p in inputs if not p.endswith(".drv") or p in sources]
         if not set(missing) <= set(by_name.values()):
             raise Error(f"'{self.path}' has no output {', '.join(outputs)}")
         self.wanted = Wanted(self.path, self.derivation, inputs, missing)
