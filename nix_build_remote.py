@@ -134,6 +134,7 @@ OUTAGE_LIMIT = 1000  # characters of what is remembered of a failure
 # ssh and sessions
 CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
 LOGIN_TIMEOUT_S = 90  # to connect and log in, where nobody waits for a reply
+TELL_S = 3  # after which it is told what is said while we log in
 GREETING_TIMEOUT_S = 30  # to start nix-store on the builder, and for its first answer
 REPLY_S = 5  # for all of that while Nix waits for our reply, and does nothing else
 ALIVE_INTERVAL_S = 10  # a silent link is noticed after ALIVE_COUNT_MAX probes of these
@@ -352,71 +353,91 @@ class Terminated(Stop):
 
 
 # All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
-# it lasts; a name, if the code asks for it; the words; behind ` = ` a remedy.  The first
-# row that fits counts: an ssh that is refused may add that the connection was closed.
+# it lasts; who says it: ssh, or far, a program on the builder; a name, if the code asks for
+# it; the words; behind ` = ` a remedy.  The first row that fits counts: an ssh that is refused
+# may add that the connection was closed.
 SIGNS = """\
-lasts   -        daemon-socket/socket: Permission = as root there, on Debian: usermod -aG nix-users USER
-lasts   -        daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
-lasts   CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
-lasts   NEW      Host key verification failed = log in once from here, to confirm the host key
-lasts   OPEN     bad permissions = chmod 600 the key file
-lasts   DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
-lasts   -        command not found = link nix-store into a directory like /usr/bin there
-lasts   -        nix-store: not found = link nix-store into a directory like /usr/bin there
-lasts   LIMITED  you are not privileged
-lasts   -        signature = sign it, or make the user trusted where it was refused
-passes  -        daemon-socket = as root there: systemctl start nix-daemon.socket
-passes  UNSHARED Control socket connect(
-passes  SILENT   Connection refused = is sshd running there, on that port?
-passes  SILENT   timed out = is the machine on, and can it be reached from here?
-passes  SILENT   No route to host = is the machine on, and can it be reached from here?
-passes  SILENT   is down = is the machine on, and can it be reached from here?
-passes  NAMELESS resolve hostname = is the name right, in the machines file and in DNS?
-passes  FULL     disk is full = make room there, with nix-collect-garbage
-passes  FULL     No space left on device = make room there, with nix-collect-garbage
-passes  FULL     lack of free disk space = make room there, with nix-collect-garbage
-passes  -        not responding
-passes  -        Broken pipe
-passes  -        onnection reset
-passes  -        onnection closed
-passes  -        closed by
-passes  -        unreachable
-passes  -        shutting down
-unknown UNSEATED refused by peer
-unknown UNSHARED disabling multiplexing
-unknown SPOILT   hash mismatch importing
-unknown SPOILT   size mismatch importing
-unknown SPOILT   is not valid
-unknown SPOILT   bad archive
-unknown SPOILT   Nix archive
-unknown SPOILT   look like something created by
+lasts   far -        daemon-socket/socket: Permission = as root there, on Debian: usermod -aG nix-users USER
+lasts   far -        daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
+lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
+lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
+lasts   ssh OPEN     bad permissions = chmod 600 the key file
+lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
+lasts   far -        command not found = link nix-store into a directory like /usr/bin there
+lasts   far -        nix-store: not found = link nix-store into a directory like /usr/bin there
+lasts   any LIMITED  you are not privileged
+lasts   any -        signature = sign it, or make the user trusted where it was refused
+lasts   far -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
+lasts   far -        peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
+lasts   far -        onnection reset by peer = allowed-users in nix.conf there must name USER
+passes  far -        daemon-socket = as root there: systemctl start nix-daemon.socket
+passes  any UNSHARED Control socket connect(
+passes  ssh SILENT   Connection refused = is sshd running there, on that port?
+passes  ssh SILENT   onnection timed out = is the machine on, and can it be reached from here?
+passes  ssh SILENT   peration timed out = is the machine on, and can it be reached from here?
+passes  ssh SLOW     timed out = is the machine on, and can it be reached from here?
+passes  ssh SILENT   No route to host = is the machine on, and can it be reached from here?
+passes  ssh SILENT   is down = is the machine on, and can it be reached from here?
+passes  ssh NAMELESS resolve hostname = is the name right, in the machines file and in DNS?
+passes  ssh -        kex_exchange_identification = if logins have just failed, sshd there may refuse this host: wait a minute
+passes  any FULL     disk is full = make room there, with nix-collect-garbage
+passes  any FULL     No space left on device = make room there, with nix-collect-garbage
+passes  any FULL     lack of free disk space = make room there, with nix-collect-garbage
+passes  ssh SLOW     not responding
+passes  any -        Broken pipe
+passes  any -        onnection reset
+passes  any -        onnection closed
+passes  any -        closed by
+passes  any -        unreachable
+passes  any -        shutting down
+passes  any -        emporarily unavailable
+passes  any -        annot allocate memory
+passes  any -        is busy
+unknown any UNSEATED refused by peer
+unknown any UNSHARED disabling multiplexing
+unknown any SPOILT   hash mismatch importing
+unknown any SPOILT   size mismatch importing
+unknown any SPOILT   is not valid
+unknown any SPOILT   bad archive
+unknown any SPOILT   Nix archive
+unknown any SPOILT   look like something created by
 """
 LASTING = {"lasts": True, "passes": False, "unknown": None}
+# What to do if a program there ends, or ssh does, and nothing above tells why.
+USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
+HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
 
 
 class Sign(NamedTuple):
     """A row of SIGNS."""
 
     lasting: bool | None
+    speaker: str
     meaning: str
     words: str
     remedy: str
 
 
-def signs_in(words: str) -> Iterator[Sign]:
-    """The rows whose words are in these."""
+def signs_in(words: str, speaker: str = "") -> Iterator[Sign]:
+    """The rows whose words are in these, if it may be their speaker who said it."""
     for row in SIGNS.splitlines():
-        lasting, meaning, rest = row.split(None, 2)
+        lasting, who, meaning, rest = row.split(None, 3)
         sign, _, remedy = rest.partition(" = ")
-        if sign in words:
-            yield Sign(LASTING[lasting], meaning, sign, remedy)
+        if sign in words and (who == "any" or speaker in (who, "")):
+            yield Sign(LASTING[lasting], who, meaning, sign, remedy)
 
 
-def heard(kind: type[E], words: str) -> E:
-    """The error that tells these words of ssh or Nix, which knows what they mean."""
+def heard(kind: type[E], words: str, speaker: str = "") -> E:
+    """The error that tells these words, which knows what they mean.
+
+    speaker: as in SIGNS, "" if that is not known.  What else ssh says mostly passes; what
+    a program says that is to be nix-store, and does not even answer a question, lasts.
+    """
     error = kind(words)
-    for sign in signs_in(words):
-        error.lasting, error.meaning, _, error.remedy = sign
+    error.lasting = {"ssh": False, "far": True}.get(speaker)
+    error.remedy = USELESS if speaker == "far" else ""
+    for sign in signs_in(words, speaker):
+        error.lasting, _, error.meaning, _, error.remedy = sign
         break
     return error
 
@@ -1832,7 +1853,9 @@ class Outages:
             return None
         last = max(outages, key=lambda outage: outage.since)
         if all(outage.is_hopeless for outage in outages):
-            return heard(Error, f"no machine for it can be used: {last.words}")
+            error = heard(Error, f"no machine for it can be used: {last.words}")
+            error.remedy = error.remedy or (USELESS if last.lasting else "")
+            return error
         if last.since > time.time() - AWAY_TIMEOUT_S:
             return None
         minutes = AWAY_TIMEOUT_S // 60
@@ -1893,7 +1916,10 @@ class Outages:
         else:
             first, _, rest = encode(said).partition(integer(SERVE_REPLY))
             words = " ".join(printable(decode(first + rest[8:])).split())
-            self.note(machine, outage, heard(Unreachable, words or "no answer"))
+            error = heard(Unreachable, words or "no answer")
+            if error.lasting is None and words == outage.words:
+                error.lasting = outage.lasting
+            self.note(machine, outage, error)
 
 
 PROBE_HEAD = 99  # bytes
@@ -2364,11 +2390,21 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     return options
 
 
-def ssh_defaults() -> list[str]:
-    """What stands behind the user's NIX_SSHOPTS, so that those win."""
-    alive = [f"-oServerAliveInterval={ALIVE_INTERVAL_S}"]
-    alive.append(f"-oServerAliveCountMax={ALIVE_COUNT_MAX}")
-    return ["-oBatchMode=yes", f"-oConnectTimeout={CONNECT_TIMEOUT_S}", *alive]
+def ssh_defaults(configured: str = "", *, patient: bool = False) -> list[str]:
+    """What stands behind the user's NIX_SSHOPTS, so that those win; what `ssh -G` says that
+    is configured wins, too.  A patient one has time to log in: until then, too, ssh counts
+    how often it was not answered."""
+    settings = dict(
+        line.split(" ", 1) for line in configured.splitlines() if " " in line
+    )
+    options = ["-oBatchMode=yes"]
+    if settings.get("connecttimeout", "none") == "none":
+        options.append(f"-oConnectTimeout={CONNECT_TIMEOUT_S}")
+    if settings.get("serveraliveinterval", "0") == "0":
+        count = LOGIN_TIMEOUT_S // ALIVE_INTERVAL_S if patient else ALIVE_COUNT_MAX
+        options.append(f"-oServerAliveInterval={ALIVE_INTERVAL_S}")
+        options.append(f"-oServerAliveCountMax={count}")
+    return options
 
 
 def user_ssh_options(environ: dict[str, str]) -> list[str]:
@@ -2399,6 +2435,10 @@ def pin_host_key(machine: Machine, directory: str) -> str:
             f"cannot keep its host key in {path}: {error.strerror}"
         ) from None
     return path
+
+
+# How lines of ssh's begin that are no reason: of a new host key, of old ciphers.
+CHATTER = ("Warning:", "** WARNI", "** This ", "** The s")
 
 
 class Ssh(NamedTuple):
@@ -2432,20 +2472,29 @@ class Ssh(NamedTuple):
     def options(self, socket: str) -> list[str]:
         """For a connection at that control socket; `none` shares nothing."""
         # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
-        sharing = [f"-oControlPath={socket}", *self.own, *self.user, "-S", socket]
-        return [*sharing, *ssh_defaults()]
+        return [f"-oControlPath={socket}", *self.own, *self.user, "-S", socket]
 
-    def session(self, socket: str, *remote: str) -> list[str]:
+    def session(self, socket: str, defaults: list[str], *remote: str) -> list[str]:
         """The command line that runs a program on the machine."""
-        options = ["-oControlMaster=no", *self.options(socket), "-T"]
+        options = ["-oControlMaster=no", *self.options(socket), *defaults, "-T"]
         options.append("-oPermitLocalCommand=no")
         return [self.program, *options, "--", self.machine.destination, *remote]
 
-    def master(self, socket: str) -> list[str]:
-        """The one that makes a shared connection, which ends when it has been idle."""
-        persist = f"-oControlPersist={IDLE_S}"
-        options = ["-N", "-oControlMaster=yes", persist, *self.options(socket)]
+    def master(self, socket: str, defaults: list[str]) -> list[str]:
+        """The one that makes a shared connection, which ends when it has been idle.  Only
+        its words are heard if it fails, so it shall say all, and show the banner."""
+        sharing = ["-N", "-oControlMaster=yes", f"-oControlPersist={IDLE_S}"]
+        sharing.append("-oLogLevel=INFO")
+        options = [*sharing, *self.options(socket), *defaults]
         return [self.program, *options, "--", self.machine.destination]
+
+    def defaults(self, programs: Programs, *, patient: bool) -> list[str]:
+        """See ssh_defaults.  BatchMode is not asked for, since Debian's ssh would then say
+        that probes are configured; to ask takes 8 ms."""
+        command = [self.program, "-G", *self.own, *self.user, "--"]
+        command.append(self.machine.destination)
+        configured = programs.output(command, self.environ, REPLY_S)[1]
+        return ssh_defaults(configured, patient=patient)
 
     def order(self, word: str, socket: str) -> list[str]:
         """The one that tells the master at that socket something, as `stop`."""
@@ -2471,8 +2520,10 @@ class Ssh(NamedTuple):
 
     def refusal(self, words: str) -> Unreachable | None:
         """What ssh's words come to, if it said any."""
-        text = " ".join(word for word in words.split() if word.strip("@"))
-        error = heard(Unreachable, text)
+        lines = [line for line in words.splitlines() if line[:8] not in CHATTER]
+        text = " ".join(word for word in " ".join(lines).split() if word.strip("@"))
+        text = text[-OUTAGE_LIMIT:]
+        error = heard(Unreachable, text, "ssh")
         if self.machine.host_key and error.meaning in ("CHANGED", "NEW"):
             where = self.machine.where
             return WrongHostKey(f"its host key is not the one that {where} asks for")
@@ -2510,14 +2561,15 @@ ALONE = "none"  # in place of a control socket, for ssh too: nothing is shared
 class Connection:
     """One ssh master, which hooks share and which outlives them; or none, if ALONE.
 
-    The first hook to need it starts it apart from our process group, which Nix kills.  In the
-    directory ssh/, NAME being of the machine (see Ssh.socket_name) and N of the connection:
+        The first hook to need it starts it apart from our process group, which Nix kills.  In the
+        directory ssh/, NAME being of the machine (see Ssh.socket_name) and N of the connection:
 
-    NAME-N         its control socket, with which only ssh talks
-    NAME-N.start   its stderr, which it keeps locked until it has connected or failed
-    NAME-N.proved  its Proof, once somebody has talked with nix-store over it
+        NAME-N         its control socket, with which only ssh talks
+        NAME-N.start   its stderr, which it keeps locked until it has connected or failed
+        NAME-N.proved  its Proof, once somebody has talked with nix-store over it
+        NAME-N.slow    is there if it took long to log in
     NAME-N.S       the lock of seat S
-    NAME.seats     how many sessions sshd allows it, if that was fewer than SEATS
+        NAME.seats     how many sessions sshd allows it, if that was fewer than SEATS
     """
 
     def __init__(self, ssh: Ssh, programs: Programs, socket: str) -> None:
@@ -2578,12 +2630,17 @@ class Connection:
                     return
             if self.is_up():
                 return
+            if means(lock.read(TAIL_BYTES), "SLOW"):
+                with suppress(OSError):  # a full disk
+                    keep(f"{self.socket}.slow", "")
             lock.write("")
             # What a killed master has left: ssh would share nothing if it found that.
             for stale in (f"{self.socket}.proved", self.socket):
                 with suppress(OSError):
                     remove(stale)
-            command, environ = self.ssh.master(self.socket), self.ssh.environ
+            patient = os.path.exists(f"{self.socket}.slow")
+            defaults = self.ssh.defaults(self.programs, patient=patient)
+            command, environ = self.ssh.master(self.socket, defaults), self.ssh.environ
             options = {"stderr": lock.descriptor, "start_new_session": True}
             self.master = self.programs.start(command, environ, **options)
 
@@ -2592,15 +2649,19 @@ class Connection:
 
         Raises Unreachable with ssh's own words.
         """
-        deadline = time.monotonic() + patience_s
+        start = time.monotonic()
         if self.socket == ALONE:
             return False
         try:
             self.start()
         except Error:  # no room for its file
             return False
+        told = ""
         while not self.is_up():
             words, connecting = self.words()
+            if words != told and time.monotonic() > start + TELL_S:
+                told, who = words, self.ssh.machine.name
+                self.programs.talk.say(WARN, f"'{who}' says while we log in: {words}")
             if means(words, "UNSHARED"):  # it would stay, of no use
                 if self.master and connecting:
                     self.master.terminate()
@@ -2609,7 +2670,7 @@ class Connection:
                 if refusal := self.ssh.refusal(words):
                     raise refusal
                 return False
-            if time.monotonic() > deadline:
+            if time.monotonic() > start + patience_s:
                 late = Late(f"no connection within {patience_s:.0f} s")
                 raise late.become(Unreachable)
             wait_readable([], 0.005)
@@ -2674,7 +2735,10 @@ class Seat:
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the machine, with pipes, but for what the options say."""
-        command = self.ssh.session(self.connection.socket, *remote)
+        socket, defaults = self.connection.socket, ssh_defaults()
+        if socket == ALONE:
+            defaults = self.ssh.defaults(self.programs, patient=True)
+        command = self.ssh.session(socket, defaults, *remote)
         piped = [name for name in ("stdin", "stdout", "stderr") if name not in options]
         return self.programs.start(command, self.ssh.environ, *piped, **options)
 
@@ -2705,7 +2769,7 @@ class Answer:
             first = self.session.awaited.pop(0)
             within = time_s if first is self and time_s is not None else first.time_s
             first.value = first.hear(time.monotonic() + within)
-            first.is_heard = True
+            first.is_heard = self.session.is_useful = True
         return self.value
 
 
@@ -2726,6 +2790,7 @@ class Session:
         self.awaited: list[Answer] = []  # in the order in which they will come
         self.tail = b""  # of stderr
         self.inbox = bytearray()  # what it said and nobody has read yet
+        self.is_useful = False  # whether it has answered anything
         # How long a running build may take, and say nothing; 0 for any time.
         self.limits: tuple[int, int] = (0, 0)
         self.is_silent = True  # whether the running build has said nothing yet
@@ -2754,10 +2819,7 @@ class Session:
                 raise Late(words).become(SessionLost) from None
             magic = self.read(8, self.deadline)
         if magic != integer(SERVE_REPLY):
-            hint = (
-                "nix-store's own words (does a start-up file of the shell print that?)"
-            )
-            raise SessionLost(f"it sent {magic!r} before {hint}")
+            raise self.no_greeting(magic)
         version = read_integer(self.reader(self.deadline))
         if version >> 8 != 2:
             spoken = f"serve protocol {version >> 8}.{version & 255}"
@@ -2770,6 +2832,20 @@ class Session:
             self.seat.lose()
         elif means(words, "UNSHARED"):
             self.seat.connection.retire()
+
+    def no_greeting(self, begin: bytes) -> SessionLost:
+        """What to raise if it does not begin as nix-store does: a shell that greets, or that
+        is there to say that nobody may log in."""
+        with suppress(SessionLost):
+            while b"\n" not in begin and len(begin) < OUTAGE_LIMIT:
+                begin += self.read(1, time.monotonic() + QUIET_S / 2)
+        line = printable(decode(begin)).strip()
+        error = SessionLost(f"it says {line!r} before nix-store's own words")
+        remedy = (
+            "a start-up file there may print nothing; or is USER's shell none? as root"
+        )
+        error.lasting, error.remedy = True, f"{remedy} there: chsh -s /bin/sh USER"
+        return error
 
     @property
     def spoken(self) -> int:
@@ -2799,6 +2875,8 @@ class Session:
         """Pass some of its stderr on to Nix; no data means its end."""
         if not data:
             self.stderr = None
+        elif self.version and self.is_silent and means(decode(data), "LIMITED"):
+            pass  # we go on in another way, and say so
         elif self.version:
             write_all(LOG, data)
             self.last = time.monotonic()
@@ -2876,20 +2954,26 @@ class Session:
         self.drain()
         lines = decode(self.tail).split("\n")
         if self.version:  # the rest is the build's log, which Nix has got
-            lines = lines[-2:]
+            lines = [line[-OUTAGE_LIMIT // 2 :] for line in lines[-2:]]
+        else:
+            lines.append(printable(decode(bytes(self.inbox))))
         if self.process.wait() == 255:
             lines.append(self.seat.connection.last_words())
         return " ".join(" ".join(lines).split())
 
     def lost(self) -> SessionLost:
-        """What to raise after its end."""
+        """What to raise after its end.  ssh ends with 255 if it is ssh that speaks; and a
+        program with more than 128 if it was killed."""
         words = self.last_words()
         status = self.process.returncode
-        begin = "the connection was lost: " if self.version and status == 255 else ""
-        text = f"{begin}{words or 'the session ended'} (ssh's exit status {status})"
-        error = heard(SessionLost, text)
-        if error.lasting is None and (begin or not words):
-            error.lasting = False
+        began = "the connection was lost: " if self.version and status == 255 else ""
+        text = f"{began}{words or 'the session ended'} (ssh's exit status {status})"
+        fresh = not self.is_useful and 0 <= status <= 128
+        error = heard(
+            SessionLost, text, "ssh" if status == 255 else "far" if fresh else ""
+        )
+        if status == 255 and not self.version and not words:
+            error.lasting, error.remedy = None, HIDDEN
         return error
 
     def ask_no_more(self) -> None:

@@ -33,6 +33,7 @@ from nix_build_remote import (
     printable,
     program_version,
     quoted,
+    ssh_defaults,
     ssh_directory,
     ssh_options,
     user_ssh_options,
@@ -305,9 +306,36 @@ class TestNixSshopts:
 
 
 def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
-    options = ssh("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99").options("none")
+    made = ssh("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99")
+    options = made.session("none", ssh_defaults())
     timeouts = [word for word in options if word.startswith("-oConnectTimeout=")]
     assert timeouts[0] == "-oConnectTimeout=99" and len(timeouts) == 2
+
+
+@pytest.mark.parametrize(
+    "configured, expected",
+    [
+        ("", ["ConnectTimeout=10", "ServerAliveInterval=10", "ServerAliveCountMax=3"]),
+        (
+            "connecttimeout none\nserveraliveinterval 0\nserveralivecountmax 3\n",
+            ["ConnectTimeout=10", "ServerAliveInterval=10", "ServerAliveCountMax=3"],
+        ),
+        (
+            "host b1\nconnecttimeout 120\n",
+            ["ServerAliveInterval=10", "ServerAliveCountMax=3"],
+        ),
+        ("serveraliveinterval 300\n", ["ConnectTimeout=10"]),
+    ],
+    ids=[
+        "nothing known",
+        "nothing configured",
+        "ConnectTimeout",
+        "ServerAliveInterval",
+    ],
+)
+def test_what_is_configured_is_left_alone(configured: str, expected: list[str]) -> None:
+    options = ["-oBatchMode=yes", *(f"-o{option}" for option in expected)]
+    assert ssh_defaults(configured) == options
 
 
 def test_the_users_options_reach_the_copying_program_as_they_are(
@@ -318,7 +346,7 @@ def test_the_users_options_reach_the_copying_program_as_they_are(
 
 
 def test_the_host_comes_after_the_end_of_options(tmp_path: Path) -> None:
-    command = ssh("nix@b1", tmp_path).session("none", "nix-store", "--serve")
+    command = ssh("nix@b1", tmp_path).session("none", [], "nix-store", "--serve")
     assert command[-4:] == ["--", "nix@b1", "nix-store", "--serve"]
 
 

@@ -1,0 +1,135 @@
+"""Who says what: a program on the builder that refuses us is not taken for the network,
+whose troubles pass, and is told of at once, once, and with a remedy."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+from lab import Host, connect
+from scene import INSTALLED, SLOTS, Outcome, Scene, end_masters, scene
+
+# With four tries, and the pauses between them, a build would take longer than this.
+TIMEOUT_S = 10
+GREETS = '#!/bin/sh\necho "Welcome to the builder!"\nexec /bin/sh "$@"\n'
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def hosts(client_engine: str) -> Iterator[Scene]:
+    with scene(client_engine, client_engine) as running:
+        running.builder.write("/usr/local/bin/greets", GREETS, 0o755)
+        yield running
+
+
+@pytest.fixture
+def nix(hosts: Scene) -> Iterator[Scene]:
+    yield hosts
+    hosts.clear()
+    end_masters(hosts)
+    hosts.client.run("rm", "-rf", SLOTS)
+
+
+def newcomer(nix: Scene, shell: str = "/bin/sh") -> str:
+    """A user of the builder with that shell, whom the machines file names."""
+    name = f"user{next(numbers)}"
+    nix.builder.add_user(name)
+    users = nix.builder.read("/etc/passwd")
+    home = f":/home/{name}:"
+    nix.builder.write("/etc/passwd", users.replace(f"{home}/bin/sh", home + shell))
+    connect(nix.client, nix.builder, name)
+    nix.machines(f"{name}@b1 x86_64-linux\n")
+    return name
+
+
+def force(builder: Host, user: str, command: str) -> None:
+    with builder.path("/etc/ssh/sshd_config").open("a") as file:
+        file.write(f"Match User {user}\n  ForceCommand {command}\n")
+    builder.restart_sshd()
+
+
+def refused(nix: Scene, *options: str, **env: str) -> Outcome:
+    """What becomes of a build, which ends soon."""
+    expression = f'mk "job-{next(numbers)}" "echo > $out" {{}}'
+    outcome = nix.build(
+        expression, *options, check=False, timeout=TIMEOUT_S, env=env or None
+    )
+    assert outcome.status != 0
+    return outcome
+
+
+def told(outcome: Outcome) -> str:
+    """The one line that tells why."""
+    lines = [line for line in outcome.log.splitlines() if "cannot build on" in line]
+    assert len(lines) == 1, outcome.log
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "shell, words, remedy",
+    [
+        ("/usr/sbin/nologin", "This account is currently not available", "chsh -s"),
+        ("/usr/local/bin/greets", "Welcome to the builder!", "chsh -s"),
+        ("/bin/false", "exit status 1", "nix-store --version"),
+        ("/bin/missing", "", "log in from here"),
+    ],
+)
+def test_a_login_without_a_usual_shell_is_told_at_once(
+    nix: Scene, shell: str, words: str, remedy: str
+) -> None:
+    user = newcomer(nix, shell)
+    line = told(refused(nix))
+    assert words in line and remedy in line
+    assert remedy != "chsh -s" or f"chsh -s /bin/sh {user}" in line
+
+
+def test_a_login_that_may_only_copy_files_is_told_at_once(nix: Scene) -> None:
+    user = newcomer(nix)
+    force(nix.builder, user, "internal-sftp")
+    line = told(refused(nix))
+    assert "sftp" in line and f"chsh -s /bin/sh {user}" in line
+
+
+def test_a_user_who_may_not_write_the_store_is_no_wrong_key(nix: Scene) -> None:
+    newcomer(nix)
+    line = told(refused(nix))
+    assert (
+        re.search("denied|not permitted", line)
+        and "nix-daemon" in line
+        and "key" not in line
+    )
+
+
+def test_a_user_whom_the_daemon_does_not_allow_is_told_at_once(
+    client_engine: str,
+) -> None:
+    with scene(
+        client_engine, client_engine, builder_conf="allowed-users = root\n"
+    ) as nix:
+        user = newcomer(nix)
+        nix.builder.start_daemon()
+        assert f"allowed-users in nix.conf there must name {user}" in told(refused(nix))
+
+
+def test_an_ssh_that_may_say_nothing_is_told_of(nix: Scene) -> None:
+    nix.machines("nobody@b1 x86_64-linux\n")
+    outcome = nix.build(
+        'mk "quiet" "echo > $out" {}',
+        check=False,
+        env={"NIX_SSHOPTS": "-q"},
+    )
+    assert "-q and -E in NIX_SSHOPTS hide the reason" in outcome.log
+
+
+def test_what_lasts_costs_the_next_builds_nothing(nix: Scene) -> None:
+    newcomer(nix, "/bin/false")
+    nix.machines(nix.client.read("/etc/nix/machines") + "b1 x86_64-linux - 1\n")
+    name = f"job-{next(numbers)}"
+    expression = f'mk "{name}-${{toString n}}" "echo > $out" {{}}'
+    outcome = nix.build(f"builtins.genList (n: {expression}) 4", timeout=TIMEOUT_S)
+    told(outcome)
+    status = nix.client.run(INSTALLED, "status", "--json").stdout
+    assert "exit status 1" in str(json.loads(status)["machines"][0])
