@@ -124,6 +124,7 @@ LINE_LIMIT = 64  # hooks that wait for one set of machines
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
+LACK_S = 60 * 60  # a machine that could not do such a build is not asked again so long
 DIGEST_LIMIT = 1000  # store paths that we know a machine to have
 UNKNOWN_FAILURES = 3  # in a row for an unknown reason, before we call that hopeless
 PAUSE_S = 1  # a machine that has failed is left alone for that,
@@ -172,7 +173,7 @@ QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH = 1, 2, 3
 BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = (0, 1, 2, 13)  # built, substituted, already valid, resolves to already valid
-PERMANENT, TRANSIENT, TIMED_OUT, MISC = 3, 6, 8, 9
+PERMANENT, REJECTED, TRANSIENT, TIMED_OUT, MISC = 3, 4, 6, 8, 9
 
 MESSAGES, LOG = 2, 4  # the descriptors that Nix reads messages and the build's log from
 
@@ -395,6 +396,9 @@ passes  any -        annot allocate memory
 passes  any -        is busy
 unknown any UNSEATED refused by peer
 unknown any UNSHARED disabling multiplexing
+unknown any LACKS    is required to build
+unknown any LACKS    platform mismatch
+unknown any LACKS    missing system features
 unknown any SPOILT   hash mismatch importing
 unknown any SPOILT   size mismatch importing
 unknown any SPOILT   is not valid
@@ -704,6 +708,10 @@ def might_build_itself(nix: Nix, request: Request) -> bool:
     if nix.old:  # it says neither how many jobs it may run nor what features it has
         return request.system == nix.settings["system"]
     systems = [*nix.words("system"), *nix.words("extra-platforms"), "builtin"]
+    if f'"{request.system}"' in nix.settings.get(
+        "external-builders", ""
+    ):  # JSON; 2.33+
+        systems.append(request.system)
     # Some experimental features are system features too, which it does not tell us.
     features = nix.words("system-features") + nix.words("experimental-features")
     return (
@@ -1066,7 +1074,9 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
         raise ValueError(f"{uri!r} is not reached by ssh; use ssh://[user@]host[:port]")
     user, at, rest = authority.removesuffix("/" if separator else "").rpartition("@")
-    if at and not is_name(user, "+-."):
+    if separator:
+        user, rest = unquote(user), unquote(rest)
+    if at and not is_word(user):
         raise ValueError(f"{user!r} is not a user name")
     host, port = parse_host(rest)
     if not separator and host in ("auto", "daemon", "local"):
@@ -1089,10 +1099,9 @@ def parse_host(text: str) -> tuple[str, int]:
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
         host = host if port else ""
-    host = host.replace("%25", "%")
-    if not only(port, DIGITS):
+    if not only(port, DIGITS) or (":" in host and not is_address(host)):
         host = ""
-    if not is_name(host, "+-.") and not is_address(host):
+    if not is_word(host):
         raise ValueError(f"{host or text!r} is not a host name")
     if len(port) > 5 or int(port or 0) > 65535:
         raise ValueError(f"there is no port {port}")
@@ -1103,12 +1112,14 @@ def is_address(text: str) -> bool:
     """Whether that is an address of IPv6, perhaps with a zone."""
     address, percent, zone = text.partition("%")
     right = address.count(":") > 1 and only(address, HEX + ":.")
-    return right and (not percent or is_name(zone, "-."))
+    return right and (not percent or is_word(zone))
 
 
-def is_name(text: str, marks: str) -> bool:
-    """Whether that is a word, in which these marks may stand but not begin it."""
-    return text != "" and only(text[0], WORD) and only(text, WORD + marks)
+def is_word(text: str) -> bool:
+    """Whether ssh takes that as a user or a host (valid_ruser, valid_hostname in its ssh.c):
+    it may not look like an option, or have white space or marks of the shell."""
+    strange = set(" '`\"$;&<>|(){},/").intersection(text)
+    return text[:1] not in ("", "-", "%") and text.isprintable() and not strange
 
 
 # What store URIs may say; only the first three mean something to a hook.
@@ -1730,6 +1741,19 @@ class Slots:
         with suppress(OSError):
             remove(f"{self.own}/{machine.slots}.paths")
 
+    def note_lack(self, machine: Machine, kind: str) -> None:
+        """Note that it cannot build that kind, though its line says so."""
+        with suppress(OSError):  # a full disk
+            write_private(f"{self.own}/{machine.slots}.lacks", kind, lasting=False)
+
+    def lacks(self, machine: Machine, kind: str) -> bool:
+        """Whether that was so within the last hour."""
+        path = f"{self.own}/{machine.slots}.lacks"
+        with suppress(OSError):
+            is_new = time.time() < os.stat(path).st_mtime + LACK_S
+            return is_new and read_private(path) == kind
+        return False
+
     def fetching_place(self, machine: Machine) -> Slot | None:
         """The right to bring outputs home, when the slot is free for the next build; there
         are as many of these as slots."""
@@ -1948,11 +1972,12 @@ def is_well(said: bytes) -> bool:
 class Need(NamedTuple):
     """A build that needs a slot.
 
-    path: its derivation's; digests: of what it reads, see Derivation.digests; since: when
-    it began to wait, in seconds since 1970.
+    path: its derivation's; kind: its system and features; digests: of what it reads, see
+    Derivation.digests; since: when it began to wait, in seconds since 1970.
     """
 
     path: str
+    kind: str
     digests: frozenset[str]
     since: float
 
@@ -4340,7 +4365,11 @@ class Attempt:
         what = f"build of '{self.wanted.path}' on '{self.machine.name}'"
         text = f"{what} failed: {message}"
         verdict = kinds.get(status, BuildFailed)(text)
-        return NotHere(message, verdict) if status in (TRANSIENT, MISC) else verdict
+        if means(message, "LACKS"):
+            message = " ".join(message.split())
+            message += f"; {self.machine.where} says that it can build this"
+        may_move = status in (REJECTED, TRANSIENT, MISC)
+        return NotHere(message, verdict) if may_move else verdict
 
     def reconnect(self) -> None:
         """Have a new session, whose inputs are kept alive again: the builder has ended
@@ -4460,6 +4489,8 @@ class Build:
             turn = self.retries.after(failure)
         except Error as last:
             raise self.final(attempt, last) from None
+        if error.meaning == "LACKS":
+            self.site.slots.note_lack(machine, self.need.kind)
         if not isinstance(error, Away):
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
         if turn.outage:
@@ -4536,12 +4567,15 @@ class Hook:
         self.site: Site | None = None  # once there is a machine
         self.machines: list[Machine] | None = None  # once they were read
         self.origin = origin()
+        self.back: set[Machine] = set()  # those that builds come from here
         self.patient_from = 0.0  # monotonic time; before, nobody waits for a slot
         self.session: Session | None = None  # opened before we accept
 
     def prepare(self) -> list[Machine]:
         """Read the machines; complain of bad lines once for each Nix process."""
         machines, complaints = load_machines(self.nix)
+        if self.origin:
+            self.back = {m for m in machines if self.origin in addresses(m.host)}
         if machines:
             slots = Slots.find(self.nix, lambda text: self.talk.say(WARN, text))
             slots.make()
@@ -4597,7 +4631,10 @@ class Hook:
             self.talk.reply(reply or "decline")
             return None
         derivation = read_derivation(request.derivation, self.nix.store)
-        need = Need(request.derivation, derivation.digests(), time.time())
+        kind = " ".join([request.system, *sorted(request.features)])
+        need = Need(request.derivation, kind, derivation.digests(), time.time())
+        slots = self.site.slots
+        fit = [m for m in fit if not slots.lacks(m, kind)] or fit
         build = Build(self.site, need, derivation, fit)
         line = Line(self.site.outages, self.talk, fit, need)
         self.site.outages.forgive(fit)
@@ -4628,7 +4665,7 @@ class Hook:
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
             return "decline" if self.nix.old else "decline-permanently"
-        if self.origin and might_build_itself(self.nix, request):
+        if self.back and might_build_itself(self.nix, request):
             self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
             return "decline" if request.willing else "postpone"
         return ""
@@ -4638,7 +4675,7 @@ class Hook:
         fit, reasons = [], []
         for machine in machines:
             reason = unfit(machine, request, self.nix)
-            if self.origin and not reason and self.origin in addresses(machine.host):
+            if machine in self.back and not reason:
                 reason = "is where this build comes from"
             self.talk.say(DEBUG, f"'{machine.name}' {reason or 'can build it'}")
             if reason:

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 
 import pytest
 from lab import connect
-from scene import HOOK, INSTALLED, Scene, distrustful, forget, other, scene, suitable
+from scene import (
+    HOOK,
+    INSTALLED,
+    Scene,
+    distrustful,
+    forget,
+    other,
+    scene,
+    suitable,
+    version,
+)
 
 LONG_S = 60
 CONF = f"""
@@ -107,3 +117,20 @@ def test_a_builder_does_not_send_on_what_it_can_build(untrusting: Scene) -> None
 def test_a_builder_does_not_send_back_what_it_cannot_build(untrusting: Scene) -> None:
     outcome = untrusting.build(one(), check=False, timeout=LONG_S)
     assert outcome.status != 0
+
+
+def test_a_head_node_sends_on_what_others_send_it(nix: Scene) -> None:
+    """b1 lists b2 alone, not where its builds come from, and may do one at a time."""
+    if version(nix.builder.engine.name) < (2, 4):
+        pytest.skip("its ssh-ng needs Nix 2.4 here")
+    conf = nix.builder.read("/etc/nix/nix.conf")
+    nix.builder.write("/etc/nix/nix.conf", f"{conf}\n{CONF.format(jobs=1)}")
+    nix.builder.write("/etc/nix/machines", "b2 - - 4\n")
+    name = f"sent-{next(numbers)}"
+    each = f'mk "{name}-${{toString n}}" "sleep 1; hostname > $out" {{}}'
+    command = nix.nix_build(f"builtins.genList (n: {each}) 5")[:3]
+    command += ["--store", "ssh-ng://b1", "--max-jobs", "0"]
+    outputs = nix.client.run(*command, timeout=LONG_S).stdout.split()
+    built = {nix.builder.read(output).strip() for output in outputs}
+    nix.builder.write("/etc/nix/nix.conf", conf)
+    assert built == {"b1", "b2"}

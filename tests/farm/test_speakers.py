@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from lab import Host, connect
-from scene import INSTALLED, SLOTS, Outcome, Scene, end_masters, scene
+from scene import INSTALLED, SLOTS, Outcome, Scene, end_masters, other, scene
 
 # With four tries, and the pauses between them, a build would take longer than this.
 TIMEOUT_S = 10
@@ -133,3 +133,22 @@ def test_what_lasts_costs_the_next_builds_nothing(nix: Scene) -> None:
     told(outcome)
     status = nix.client.run(INSTALLED, "status", "--json").stdout
     assert "exit status 1" in str(json.loads(status)["machines"][0])
+
+
+@pytest.mark.engines
+def test_a_machine_that_lacks_what_its_line_claims_is_left_for_another(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    """And the line is named, once: the next build does not try there first."""
+    builder = other(pytestconfig, client_engine)
+    with scene(client_engine, builder, builder) as nix:
+        with nix.builders[1].path("/etc/nix/nix.conf").open("a") as conf:
+            conf.write("system-features = quantum\n")
+        nix.machines("b1 - - 4 8 quantum\nb2 - - 4 1 quantum\n")
+        wants = '{ requiredSystemFeatures = [ "quantum" ]; }'
+        logs = []
+        for number in range(2):
+            outcome = nix.build(f'mk "wants-{number}" "hostname > $out" {wants}')
+            assert nix.client.read(outcome.output) == "b2\n"
+            logs.append(outcome.log)
+    assert ["machines:1 says that" in log for log in logs] == [True, False], logs
