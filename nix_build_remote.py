@@ -154,7 +154,8 @@ QUIET_S = 2  # after a build: no more of its log will come
 # Copying and building
 SENDERS = 4  # of different things to one machine at the same time
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
-COPY_TIMEOUT_S = 30 * 60  # in which not a byte is copied
+STILL_S = 60  # in which not a byte is copied: that is told,
+COPY_TIMEOUT_S = 5 * 60  # and then given up
 OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
 COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB in a
 # variable (MAX_ARG_STRLEN)
@@ -622,6 +623,12 @@ class Store(NamedTuple):
             return bool(self.name(path))
         return False
 
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is no directory of files, but a binary cache, as file:// and s3://."""
+        scheme, separator, _ = self.remote.partition("://")
+        return bool(separator) and scheme not in ("local", "unix")
+
     def file(self, path: str) -> str:
         """The file name of what has that store path."""
         return f"{self.real}/{self.name(path)}"
@@ -657,7 +664,10 @@ class Nix:
         self.old, self.settings, self.environ = old, settings, environ
         self.verbosity, self.trace = verbosity, trace
         default = environ.get("NIX_REMOTE", "") if old else ""
-        self.store = Store.parse(settings.get("store", default) or "auto", environ)
+        uri = settings.get("store", default) or "auto"
+        if uri.startswith("."):  # up to 2.26: as seen from where Nix runs
+            uri = os.path.realpath(f"/proc/{os.getppid()}/cwd/{uri}")
+        self.store = Store.parse(uri, environ)
         parent = "/run/nix" if old else self.store.state
         default = f"{parent}/current-load"
         self.slot_directory = environ.get("NIX_CURRENT_LOAD") or default
@@ -1768,9 +1778,10 @@ class Slots:
         """Note that the Nix that started us has been told this; False if it was already.
 
         Each build has a hook process of its own, so what was said is remembered in the
-        main lock's file, with the process id of the Nix it was said to.
+        main lock's file, with the process of the Nix it was said to.
         """
-        entry = f"{os.getppid()}-{checksum(text)}"
+        nix = os.getppid()  # which in each container may be 1
+        entry = f"{nix}.{start_time(nix)}-{checksum(text)}"
         with self.main_lock() as lock:
             said = lock.read(100 * SAID_LIMIT).split()
             if entry in said:
@@ -2260,11 +2271,16 @@ def texts(values: list[object]) -> tuple[str, ...]:
     return tuple(map(str, values))
 
 
-def read_derivation(path: str, store: Store) -> Derivation:
-    """The derivation of that store path; Error says why it cannot be sent away."""
+def read_derivation(path: str, store: Store, said: str = "") -> Derivation:
+    """The derivation of that store path; Error says why it cannot be sent away.  said: what
+    is in its file, if the store has no files."""
     try:
-        with open(store.file(path), "rb") as stream:
-            text = stream.read().decode("utf-8", "surrogateescape")
+        if store.is_cache and "\ufffd" in (said or "\ufffd"):
+            raise Error(f"it cannot be read from {store.remote}")
+        text = said
+        if not store.is_cache:
+            with open(store.file(path), "rb") as stream:
+                text = stream.read().decode("utf-8", "surrogateescape")
         derivation = Derivation.parse(text)
         for output in derivation.outputs:
             if not output.path:
@@ -3193,6 +3209,16 @@ class Site:
         self.copy_version = program_version(program, nix, self.programs, self.directory)
         self.seats: dict[Machine, Seat] = {}  # those that we have
 
+    def read_derivation(self, path: str) -> Derivation:
+        """See there."""
+        store, said = self.nix.store, ""
+        if store.is_cache:
+            command = [f"{os.path.dirname(self.copy_program)}/nix", "store", "cat"]
+            command += ["--extra-experimental-features", "nix-command"]
+            command += ["--store", store.remote, path]
+            said = self.programs.output(command, self.nix.child_environ())[1]
+        return read_derivation(path, store, said)
+
     def new_seat(self, machine: Machine) -> Seat:
         """One that has no connection yet."""
         ssh = Ssh.find(machine, self.nix, self.directory)
@@ -3349,7 +3375,11 @@ class Relay:
                 raise CopyEnded
             logs = [] if self.session.stderr is None else [self.session.stderr]
             heard_from = [self.copy.stderr, *logs, *sources]
-            ready = wait_readable(heard_from, self.patience_s, full)
+            still_s = min(STILL_S, self.patience_s)
+            ready = wait_readable(heard_from, still_s, full)
+            if not ready and still_s < self.patience_s:
+                self.tell(f"no progress of copying for {still_s} s".encode())
+                ready = wait_readable(heard_from, self.patience_s - still_s, full)
             if not ready:
                 raise SessionLost(f"no progress of copying in {self.patience_s} s")
             self.session.pump(ready.intersection(logs))
@@ -4630,7 +4660,7 @@ class Hook:
         if not fit or not self.site:
             self.talk.reply(reply or "decline")
             return None
-        derivation = read_derivation(request.derivation, self.nix.store)
+        derivation = self.site.read_derivation(request.derivation)
         kind = " ".join([request.system, *sorted(request.features)])
         need = Need(request.derivation, kind, derivation.digests(), time.time())
         slots = self.site.slots
@@ -5373,7 +5403,7 @@ class Inspection:
             )
         if UNTRUSTED_USER in said:
             user = self.facts.get("user", "")
-            user = user if is_name(user, "+-.") else "USER"
+            user = user if is_word(user) else "USER"
             text = (
                 f"its Nix does not trust the user {user}: builds work, but take longer "
             )

@@ -387,7 +387,8 @@ class FakeCopy(hook.Copy):
 
 def is_plain(text: str) -> bool:
     """Whether it may stand in a command line of ssh, and is no option."""
-    return text[:1] not in ("", "-") and hook.only(text, hook.PLAIN)
+    safe = text.isprintable() and not set(" '`;&<>|(){},").intersection(text)
+    return text[:1] not in ("", "-") and safe
 
 
 class Taker:
