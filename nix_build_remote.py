@@ -288,6 +288,10 @@ class SameStore(Unreachable):
     lasting, remedy = True, "take its line out of the machines file here"
 
 
+class Unsendable(Error):
+    """A derivation that only the Nix here can build."""
+
+
 class Away(Error):
     """All machines that might do are left alone, since they failed for other builds."""
 
@@ -1133,7 +1137,7 @@ def is_word(text: str) -> bool:
 
 
 # What store URIs may say; only the first three mean something to a hook.
-PARAMETERS = """ssh-key compress base64-ssh-public-host-key max-connections trusted
+PARAMETERS = """ssh-key compress base64-ssh-public-host-key max-connections max-connection-age trusted
 path-info-cache-size priority want-mass-query system-features"""
 
 
@@ -1178,7 +1182,8 @@ def parse_host_key(text: str) -> str:
     import re
 
     try:
-        line = binascii.a2b_base64(text.encode()).decode("ascii").strip()
+        padded = text.rstrip("=") + "=" * (-len(text.rstrip("=")) % 4)
+        line = binascii.a2b_base64(padded.encode()).decode("ascii").strip()
     except ValueError:
         line = ""
     if not re.fullmatch(r"[a-z0-9@.-]+ [A-Za-z0-9+/=]+( [ -~]*)?", line):
@@ -1230,7 +1235,7 @@ def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Entry]:
         if path in seen:
             raise ValueError("includes itself")
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read()
+            text = file.read().removeprefix("\ufeff")  # a byte order mark
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
@@ -2289,7 +2294,7 @@ def read_derivation(path: str, store: Store, said: str = "") -> Derivation:
             store.name(output.path)
     except (Error, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise Error(f"cannot send '{path}' to another machine: {reason}") from None
+        raise Unsendable(f"cannot send '{path}' to another machine: {reason}") from None
     return derivation
 
 
@@ -4497,9 +4502,10 @@ class Build:
         self.talk.begin(0, f"waiting for a builder for {short(self.path)}")
         if self.site.nix.old:
             self.talk.say(INFO, f"waiting for a builder for '{self.path}'")
+        start = time.monotonic()
         slot = line.wait()
-        name = slot.machine.name
-        self.say_once(INFO, f"'{self.path}' has waited, and goes to '{name}'")
+        waited = "has waited, and " if time.monotonic() > start + PATIENCE_S else ""
+        self.say_once(INFO, f"'{self.path}' {waited}goes to '{slot.machine.name}'")
         return slot
 
     def say_once(self, level: int, text: str) -> None:
@@ -4643,7 +4649,10 @@ class Hook:
         except Stop:
             raise
         except Error as error:
-            self.talk.say(ERROR, str(error))
+            at_home = isinstance(error, Unsendable) and might_build_itself(
+                self.nix, request
+            )
+            self.talk.say(TALKATIVE if at_home else ERROR, str(error))
         except Exception:  # noqa: BLE001  (a bug of ours must not cost the reply)
             self.talk.say_bug()
         self.talk.reply("decline")

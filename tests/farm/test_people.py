@@ -187,8 +187,8 @@ def test_no_nix_store_in_the_path(nix: Scene) -> None:
 def test_a_login_that_says_something(nix: Scene) -> None:
     nix.builder.write("/root/.ssh/rc", "echo welcome\n")
     try:
-        what, text, _ = wrong(nix)
-        assert what == "nix" and "welcome" in text and "start-up file" in text
+        what, text, remedy = wrong(nix)
+        assert what == "nix" and "welcome" in text and "start-up file" in remedy
     finally:
         nix.builder.run("rm", "/root/.ssh/rc")
     assert well(nix)

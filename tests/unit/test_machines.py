@@ -146,6 +146,7 @@ def test_host_is_split_into_destination_and_port(
         ("compress=true", "compress", True),
         ("compress=false", "compress", False),
         (f"base64-ssh-public-host-key={KEY}", "host_key", KEY_LINE),
+        (f"base64-ssh-public-host-key={KEY.rstrip('=')}", "host_key", KEY_LINE),
     ],
 )
 def test_parameters_of_a_uri_are_honoured(
@@ -165,7 +166,12 @@ def test_a_field_wins_over_the_parameter_of_the_same_meaning() -> None:
 
 
 def test_parameters_that_change_nothing_here_are_accepted() -> None:
-    assert parse("ssh://b1?max-connections=4&trusted=true").destination == "b1"
+    assert (
+        parse(
+            "ssh://b1?max-connections=4&max-connection-age=9&trusted=true"
+        ).destination
+        == "b1"
+    )
 
 
 # -- What is refused ------------------------------------------------------------------
