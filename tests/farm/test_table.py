@@ -408,15 +408,22 @@ def test_an_input_that_is_gone_or_spoilt_here_fails_its_build_alone(
     assert outage(nix.scene, "b1") == outage(nix.scene, "b2") == ""
 
 
-def unread(host: Host, pid: int) -> int:
-    """Bytes in the pipes of a process that nobody has read yet."""
-    total = 0
-    for link in host.path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(link).startswith("pipe:"):
+def slots(nix: Caller) -> str:
+    """What all slot files say."""
+    files = nix.client.path(SLOTS).glob("*-[0-9]*")
+    return "".join(file.read_text() for file in files if file.is_file())
+
+
+def unread(client: Host, hook: int) -> int:
+    """Bytes that its session has said, and that the hook has not read yet."""
+    (session,) = pids(client, r"ssh .* nix-store --serve --write$")
+    said = os.readlink(client.path(f"/proc/{session}/fd") / "1")
+    for link in client.path(f"/proc/{hook}/fd").iterdir():
+        if os.readlink(link) == said:
             with link.open("rb") as pipe:
                 answer = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
-            total += struct.unpack("i", answer)[0]
-    return total
+            return int(struct.unpack("i", answer)[0])
+    raise AssertionError(f"no pipe of {hook} comes from {session}")
 
 
 def test_outputs_that_were_lost_on_their_way_are_not_built_again(nix: Caller) -> None:
@@ -424,6 +431,7 @@ def test_outputs_that_were_lost_on_their_way_are_not_built_again(nix: Caller) ->
     run = nix.start(one(HELD))
     nix.hold(nix.b1)
     (hook,) = nix.scene.hooks()
+    poll(lambda: " building " in slots(nix), "the hook to wait for it")
     nix.client.signal(signal.SIGSTOP, hook)
     nix.release()
     poll(lambda: unread(nix.client, hook), "the news that it is built", timeout=LONG_S)
