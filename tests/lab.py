@@ -76,7 +76,8 @@ def unavailable() -> str | None:
     # Root in an ordinary container may not.
     trial = ["unshare", "--mount", "--net", "--pid", "--fork", "true"]
     if subprocess.run(trial, capture_output=True, check=False).returncode:
-        return "the farm must make namespaces (in Docker: run it with --privileged)"
+        hint = "in Docker: run it with --privileged; a chroot must be a mount point"
+        return f"the farm must make namespaces ({hint})"
     return None
 
 
@@ -216,7 +217,9 @@ NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 
 
 def _enter(pid: int, *namespaces: str) -> list[str]:
-    return [_tool("nsenter"), "--target", str(pid), *namespaces, "--"]
+    # Where we are in a chroot ourselves, the root of a mount namespace is outside of it.
+    root = ["--root", "--wd"] if "--mount" in namespaces else []
+    return [_tool("nsenter"), "--target", str(pid), *namespaces, *root, "--"]
 
 
 def _run_within(pid: int) -> list[str]:
