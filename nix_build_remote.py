@@ -1,8 +1,9 @@
 #!/bin/sh
 """:"
-# sh runs these lines: they find Python, and the program compiled, if only we or root could do that.
-PATH=${PATH:-/usr/bin:/bin}:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin
-PATH=$PATH:/usr/local/bin:/opt/homebrew/bin exec python3 -IS -c 'import importlib.machinery, os, sys
+# sh runs these lines: they find Python (not a script in its place), and the program compiled, if only we or root could.
+PATH=${PATH:-/usr/bin:/bin}:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/local/bin:/opt/homebrew/bin:/usr/bin:/bin
+IFS=:; for at in $PATH; do read -r it <$at/python3 && case $it in "#!"*) ;; *) break;; esac; at=; done 2>/dev/null
+exec "${at:+$at/}python3" -IS -c 'import importlib.machinery, os, sys
 os.umask(0o022); del sys.argv[0]; __file__ = sys.argv[0]; path = os.path.realpath(__file__)
 me = importlib.machinery.SourceFileLoader("__main__", path); folder = os.path.dirname(path)
 cache = folder + "/__pycache__"; place = os.lstat(cache if os.path.lexists(cache) else folder)

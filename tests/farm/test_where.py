@@ -174,8 +174,8 @@ PACKAGE = """
     [ -z "$bytecode" ] || python3 -m compileall -q --invalidation-mode checked-hash $out
   '' { bytecode = "%s"; }
 """
-# A python3 that tells what is compiled, and goes on.
-TELLTALE = """#!/bin/sh
+# A python3 that tells what is compiled, and goes on; it does not look like a script.
+TELLTALE = """
 hook='import sys
 def tell(event, arguments):
     if event == "compile" and str(arguments[1]).endswith("nix_build_remote.py"):
@@ -203,6 +203,15 @@ def test_in_a_nix_store_bytecode_is_used_and_not_written(
     assert told.count("compiled") == (0 if bytecode else 1)
     build_seen(running, hook, "--option", "build-hook", hook)
     assert valid(running.client, path)
+
+
+def test_a_script_in_the_place_of_python_is_passed_over(running: Scene) -> None:
+    """As macOS without tools and pyenv have there: it may say something and fail."""
+    script = "#!/bin/sh\necho install something first\nexit 127\n"
+    running.client.write("/tmp/stubs/python3", script, 0o755)
+    command = f"PATH=/tmp/stubs:$PATH exec {INSTALLED} --version"
+    said = running.client.run("sh", "-c", command).stdout
+    assert said.startswith("nix_build_remote.py ")
 
 
 def test_it_keeps_no_compiled_program_where_others_may_write(running: Scene) -> None:
