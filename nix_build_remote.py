@@ -811,6 +811,8 @@ class Talk:
             self.levels = (0, 1, 2, 3, 5)
         self.started = 0  # how many activities have been
         self.running: list[int] = []  # their numbers; each is a part of the one before
+        self.moved = 0  # bytes, since one has begun or ended
+        self.told = 0.0  # when that was told, last
 
     def write(self, line: str) -> None:
         """A line to Nix; NixGone if it has ended."""
@@ -853,14 +855,18 @@ class Talk:
             tail = f'"text":{quoted(text)},"parent":0,"fields":[{values}]'
             self.write(f'@nix {{"action":"start",{head},{tail}}}')
 
-    def progress(self, bytes_done: int) -> None:
-        """Tell how far the innermost activity is."""
-        if self.running:
+    def progress(self, more: int) -> None:
+        """Tell, at most ten times a second, how far the innermost activity is: so many
+        bytes more."""
+        self.moved += more
+        if self.running and time.monotonic() > self.told + 0.1:
+            self.told = time.monotonic()
             head = f'"action":"result","id":{self.running[-1]},"type":{PROGRESS}'
-            self.write(f'@nix {{{head},"fields":[{bytes_done},0,0,0]}}')
+            self.write(f'@nix {{{head},"fields":[{self.moved},0,0,0]}}')
 
     def end(self, depth: int = 0) -> None:
         """End the activities at that depth and deeper."""
+        self.moved = 0
         while len(self.running) > depth:
             self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
 
@@ -3166,7 +3172,7 @@ class Copy:
     ) -> None:
         reads, self.input = os.pipe()
         self.output, writes = os.pipe()
-        self.name = os.path.basename(command[0])
+        self.name, self.joined = os.path.basename(command[0]), joined
         self.is_open = True  # until we hang up
         options: dict[str, Any] = {"stdin": reads}
         if joined:
@@ -3215,9 +3221,8 @@ class Relay:
     ) -> None:
         self.session, self.copy = session, copy
         self.tell = tell  # is given each line of the program's stderr,
-        self.progress = progress  # and how many bytes have been copied, now and then
+        self.progress = progress  # and how many bytes more have been copied
         self.rest = b""  # of its stderr: the begun line
-        self.moved = 0  # bytes
         self.patience_s: float = COPY_TIMEOUT_S
         self.ended = False  # its stderr has
         self.dumps_left: float = math.inf  # archives to ask for, before there is an end
@@ -3312,20 +3317,14 @@ class Relay:
 
     def count(self, data: bytes) -> None:
         """Take note of bytes that were moved."""
-        self.moved += len(data)
-        self.progress(self.moved)
+        self.progress(len(data))
         # Much is coming: let it pile up, to move more at once.
         if len(data) >= BULK_BYTES:
             time.sleep(BULK_PAUSE_S)
 
-    def greet(self) -> None:
-        """Be a builder that says hello; our session has had its own."""
-        if self.read(8) != integer(SERVE_HELLO):
-            raise Error("nix-copy-closure does not speak as expected")
-        self.welcome()
-
     def welcome(self) -> None:
-        """Also a second time: after an error of its own, it may connect once more."""
+        """Answer its hello; our session has had its own.  After an error of its own, it may
+        connect once more, and say it a second time."""
         self.read(8)  # its version
         self.reply(integer(SERVE_REPLY) + integer(self.session.spoken))
 
@@ -3337,18 +3336,17 @@ class Relay:
         is copied are heard when all is sent.  If the session ends, it hears that its ssh
         has ended, and fails."""
         self.there, self.lacking = there, lacking
-        lost: SessionLost | None = None
-        with suppress(CopyEnded):
-            self.greet()
-            try:
-                while True:
-                    self.take_in(read_integer(self.read))
-            except SessionLost as error:
-                lost = error
-                self.copy.hang_up()
+        try:
+            while self.copy.joined:
+                self.take_in(read_integer(self.read))
+            self.patience_s = OWN_SSH_COPY_TIMEOUT_S
+        except CopyEnded:
+            pass
+        except SessionLost:
+            self.copy.hang_up()
+            self.finish()
+            raise
         self.finish()
-        if lost:
-            raise lost
 
     def take_in(self, command: int) -> None:
         """Answer one command of nix-copy-closure --to, Nix 2.x."""
@@ -3361,16 +3359,14 @@ class Relay:
             if asked <= self.there | self.lacking:
                 self.reply(strings(sorted(asked & self.there)))
             else:
-                self.ask(integer(command) + flags + strings(sorted(asked)))
-                self.reply(strings(read_strings(self.builders_reader())))
+                read = self.ask(integer(command) + flags + strings(sorted(asked)))
+                self.reply(strings(read_strings(read)))
         elif command == QUERY_PATH_INFOS:
-            asked = set(read_strings(self.read))
-            if asked <= self.lacking:
-                self.reply(string(""))
-            else:
-                self.ask(integer(command) + strings(sorted(asked)))
-                infos = read_infos(self.builders_reader(), self.session.spoken)
-                self.reply_infos(infos)
+            asked, infos = set(read_strings(self.read)), {}
+            if not asked <= self.lacking:
+                read = self.ask(infos_question(asked))
+                infos = read_infos(read, self.session.spoken)
+            self.reply_infos(infos)
         else:  # such as ImportPaths, for builders before 2.1: the rest goes as it is
             self.ask(integer(command))
             while self.exchange():
@@ -3422,33 +3418,39 @@ class Relay:
         if read_integer(self.session.reader(deadline)) != 1:
             raise Nonsense("it does not say that it has what was copied")
 
-    def ask(self, question: bytes) -> None:
-        """Ask the builder, when it has answered all that came before."""
+    def ask(self, question: bytes) -> Read:
+        """Ask the builder, when it has answered all that came before; returns what reads
+        the answer."""
         self.session.hear_all()
         self.session.write(question)
-
-    def builders_reader(self) -> Read:
-        """Reads what the builder says."""
         return self.session.reader(time.monotonic() + self.patience_s)
 
-    # Fetching, with nix-copy-closure --from
+    # Fetching
 
-    def offer(self, infos: dict[str, PathInfo], last: bool) -> None:
-        """Be a builder that has these paths, in whose closure there is nothing else.
-        Their archives come from the true one, which is asked no more after the last."""
+    def bring(self, infos: dict[str, PathInfo], last: bool) -> None:
+        """Give these paths to the program.  Their archives come from the builder, which
+        is asked no more after the last."""
         self.dumps_left = len(infos) if last else math.inf
+        with suppress(CopyEnded):
+            if self.copy.joined:
+                self.offer(infos)
+            else:
+                self.export(infos)
+        self.finish()
+
+    # With nix-copy-closure --from
+
+    def offer(self, infos: dict[str, PathInfo]) -> None:
+        """Be a builder that has these, in whose closure there is nothing else."""
         sizes = [info.size for info in infos.values()]
         if len(sizes) > 1 and sum(sizes) <= AHEAD_BYTES:
             for path in infos:
                 self.ask_for_archive(path)
-            read = self.builders_reader()
+            read = self.session.reader(time.monotonic() + self.patience_s)
             self.ahead = {path: read(info.size) for path, info in infos.items()}
         self.quiet = [self.session.stdout]
-        with suppress(CopyEnded):
-            self.greet()
-            while True:
-                self.answer(read_integer(self.read), infos)
-        self.finish()
+        while True:
+            self.answer(read_integer(self.read), infos)
 
     def answer(self, command: int, infos: dict[str, PathInfo]) -> None:
         """Answer one command of nix-copy-closure --from, Nix 2.x."""
@@ -3480,22 +3482,19 @@ class Relay:
         if not self.dumps_left:
             self.session.ask_no_more()
 
-    # Fetching, with nix-store --import
+    # With nix-store --import
 
-    def export(self, infos: dict[str, PathInfo], last: bool) -> None:
+    def export(self, infos: dict[str, PathInfo]) -> None:
         """Write these as nix-store --export would, each behind those it refers to."""
-        self.dumps_left = len(infos) if last else math.inf
-        with suppress(CopyEnded):
-            for info in infos.values():
-                self.ask_for_archive(info.path)
-                self.reply(integer(1))
-                if not is_hash(info.hash, self.pass_archive()):
-                    raise Spoilt(f"hash mismatch importing '{info.path}'")
-                names = string(info.path) + strings(info.references)
-                self.reply(integer(EXPORT_MAGIC) + names)
-                self.reply(string(info.deriver) + integer(0))
-            self.reply(integer(0))
-        self.finish()
+        for info in infos.values():
+            self.ask_for_archive(info.path)
+            self.reply(integer(1))
+            if not is_hash(info.hash, self.pass_archive()):
+                raise Spoilt(f"hash mismatch importing '{info.path}'")
+            names = string(info.path) + strings(info.references)
+            self.reply(integer(EXPORT_MAGIC) + names)
+            self.reply(string(info.deriver) + integer(0))
+        self.reply(integer(0))
 
     def pass_archive(self) -> bytes:
         """Pass on one archive (NAR), and not a byte behind its end: there, a builder
@@ -3535,9 +3534,7 @@ class Copier:
         self.programs, self.program = site.programs, site.copy_program
         self.store_program = f"{os.path.dirname(self.program)}/nix-store"
         self.session = session  # there may be another one later
-        self.told = 0.0  # when progress was, last
         self.problem = ""  # what the running program says from its first error on
-        self.relay: Relay | None = None  # of the running program
         self.early: Copy | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
         self.environ = ssh.copy_environ()
@@ -3566,17 +3563,10 @@ class Copier:
         flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
         command = [self.program, *flags, self.target, *self.options()]
         there, lacking = set(there), paths - there
-
-        def send(relay: Relay) -> None:
-            if self.is_joined:
-                relay.send(there, lacking)
-            else:
-                relay.patience_s = OWN_SSH_COPY_TIMEOUT_S
-                relay.finish()
-
         for batch in batches(sorted(paths)):
+            copy = self.start([*command, *batch])
             try:
-                problem = self.run(self.start([*command, *batch]), send)
+                problem = self.run(copy, lambda relay: relay.send(there, lacking))
             except SessionLost as error:
                 if not self.lost_session():
                     raise
@@ -3639,9 +3629,15 @@ class Copier:
             locks.retire(outputs)
         ordered = in_order(infos)
         for batch in batches(ordered):
-            some, last = {path: infos[path] for path in batch}, batch[-1] == ordered[-1]
-            if problem := self.run(self.fetcher(batch), self.bringer(some, last)):
-                raise self.blame_for_fetching(problem)
+            self.fetch_some(
+                {path: infos[path] for path in batch}, batch[-1] == ordered[-1]
+            )
+
+    def fetch_some(self, infos: dict[str, PathInfo], last: bool) -> None:
+        """Bring these, each behind those it refers to; last: there are no more."""
+        copy = self.fetcher([*infos])
+        if problem := self.run(copy, lambda relay: relay.bring(infos, last)):
+            raise self.blame_for_fetching(problem)
 
     def fetcher(self, paths: list[str]) -> Copy:
         """The program that is to bring these: that which waits for them, if it lives."""
@@ -3652,25 +3648,15 @@ class Copier:
             early.end()
         return self.start_to_fetch(paths)
 
-    def bringer(
-        self, infos: dict[str, PathInfo], last: bool
-    ) -> Callable[[Relay], None]:
-        """What the relay is to do while a program brings these, each behind those it
-        refers to."""
-        if self.is_joined:
-            return lambda relay: relay.offer(infos, last)
-        return lambda relay: relay.export(infos, last)
-
     def start_to_fetch(self, paths: list[str]) -> Copy:
         """Start the program that is to bring these."""
         environ = {}
         if self.site.copy_version < (2, 29):
-            environ = {"NIX_HELD_LOCKS": " ".join(paths)}
+            environ["NIX_HELD_LOCKS"] = " ".join(paths)
+        command = [self.store_program, "--import", *self.options()]
         if self.is_joined:
             command = [self.program, "--from", self.target, *self.options(), *paths]
-        else:
-            command = [self.store_program, "--import", *self.options()]
-        return self.start(command, environ)
+        return self.start(command, **environ)
 
     def prepare_to_fetch(self, outputs: list[str]) -> None:
         """Start it while they are built, if one can bring all: to start takes 20 ms."""
@@ -3725,17 +3711,16 @@ class Copier:
 
     # Both
 
-    def start(self, command: list[str], environ: dict[str, str] | None = None) -> Copy:
-        """Start a program that copies, joined with us if it uses ssh."""
-        joined = self.is_joined and command[0] == self.program
-        return Copy(self.programs, command, {**self.environ, **(environ or {})}, joined)
+    def start(self, command: list[str], **environ: str) -> Copy:
+        """Start a program that copies, with more in its environment."""
+        environ = {**self.environ, **environ}
+        return Copy(self.programs, command, environ, self.is_joined)
 
     def run(self, copy: Copy, join: Callable[[Relay], None]) -> str:
         """Have it run to its end; returns what went wrong, or ""."""
         self.problem = ""
         try:
-            self.relay = Relay(self.session, copy, self.tell, self.tell_progress)
-            join(self.relay)
+            join(Relay(self.session, copy, self.tell, self.talk.progress))
             status = copy.process.wait()
         finally:
             copy.end()
@@ -3756,12 +3741,6 @@ class Copier:
         elif line:
             self.tell_line(line)
 
-    def tell_progress(self, moved: int) -> None:
-        """Tell Nix, at most ten times a second."""
-        if time.monotonic() > self.told + 0.1:
-            self.told = time.monotonic()
-            self.talk.progress(moved)
-
     def tell_line(self, line: str) -> None:
         """Of `copying path 'P' to 'ssh://b1'...` as Nix itself would, to its own."""
         if self.nix.old or not line.startswith("copying path '"):
@@ -3773,22 +3752,16 @@ class Copier:
         line = f"copying path '{path}'{way}'{machine}'"
         ends = (machine, here) if "from" in way else (here, machine)
         self.talk.begin(1, line, INFO, COPY_PATH, path, *ends)
-        if self.relay:
-            self.relay.moved = 0
 
 
 def in_order(infos: dict[str, PathInfo]) -> list[str]:
     """The paths, each behind those of the others that it refers to."""
-    left, order = dict(infos), []
-    while left:
-        free = [
-            p for p in sorted(left) if not (left.keys() - {p}) & {*left[p].references}
-        ]
+    order: list[str] = []
+    while left := infos.keys() - order:
+        free = [p for p in left if left.isdisjoint({*infos[p].references} - {p})]
         if not free:
             raise Spoilt("its outputs refer to each other in a circle")
-        order += free
-        for path in free:
-            del left[path]
+        order += sorted(free)
     return order
 
 
@@ -3831,16 +3804,10 @@ class OutputLocks:
     def __init__(self, store: Store, outputs: Iterable[str]) -> None:
         self.parent = os.getppid()
         self.files = {output: f"{store.file(output)}.lock" for output in outputs}
-        self.seen = {output: self.identity(file) for output, file in self.files.items()}
-
-    @staticmethod
-    def identity(file: str | int) -> tuple[int, int] | None:
-        """What tells a file from another of its name; None if there is none."""
-        try:
-            info = os.stat(file) if isinstance(file, int) else os.lstat(file)
-        except FileNotFoundError:
-            return None
-        return info.st_dev, info.st_ino
+        self.seen: dict[str, os.stat_result] = {}  # the files of those that there were
+        for output, file in self.files.items():
+            with suppress(FileNotFoundError):
+                self.seen[output] = os.lstat(file)
 
     def retire(self, outputs: Iterable[str]) -> None:
         """Retire the locks on these, those that we have seen and not retired yet."""
@@ -3851,14 +3818,14 @@ class OutputLocks:
             if expected:
                 self.retire_file(self.files[output], expected)
 
-    def retire_file(self, path: str, expected: tuple[int, int]) -> None:
+    def retire_file(self, path: str, expected: os.stat_result) -> None:
         """Retire one, if it is still that file."""
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return
         try:
-            if self.identity(descriptor) == expected:
+            if os.path.samestat(os.fstat(descriptor), expected):
                 os.unlink(path)
                 os.write(descriptor, b"d")
         finally:
