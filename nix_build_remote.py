@@ -157,9 +157,7 @@ OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
 COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB in a
 # variable (MAX_ARG_STRLEN)
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
-AHEAD_BYTES = (
-    1 << 20
-)  # outputs that are fetched before they are asked for, if that is all
+AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
@@ -945,12 +943,10 @@ def unread_in(pipe: int) -> int:
     """How many bytes in a pipe nobody has read yet."""
     from termios import FIONREAD
 
-    try:
-        if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
-            return 0
-        return int(struct.unpack("i", fcntl.ioctl(pipe, FIONREAD, bytes(4)))[0])
-    except OSError:
-        return 0
+    with suppress(OSError):
+        if stat.S_ISFIFO(os.fstat(pipe).st_mode):
+            return int(struct.unpack("i", fcntl.ioctl(pipe, FIONREAD, bytes(4)))[0])
+    return 0
 
 
 # ---- Machines -----------------------------------------------------------------------
@@ -959,14 +955,14 @@ def unread_in(pipe: int) -> int:
 class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
-    where: file:line; uri: as it was written; name: what Nix's own hook calls it; slots:
+    where: file:line; text: as it was written; name: what Nix's own hook calls it; slots:
     what the names of its slot files begin with, as that hook has them; destination: [user@]host;
     port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
     host_key: a line such as "ssh-ed25519 AAAA...", or "".
     """
 
     where: str
-    uri: str
+    text: str
     name: str
     slots: str
     destination: str
@@ -994,7 +990,7 @@ class Machine(NamedTuple):
             pinned = host_key or parameters.get("base64-ssh-public-host-key", "")
             return cls(
                 where=where,
-                uri=uri,
+                text=" ".join(text.split()),
                 name=name,
                 slots=file_name(f"{'+'.join(known)}-{name}" if nix.old else name),
                 destination=destination,
@@ -1010,6 +1006,11 @@ class Machine(NamedTuple):
             )
         except ValueError as error:
             raise BadMachine(f"{where}: {error}") from None
+
+    @property
+    def uri(self) -> str:
+        """The first field, which says how to reach it."""
+        return self.text.split()[0]
 
     @property
     def host(self) -> str:
@@ -1151,7 +1152,7 @@ def parse_host_key(text: str) -> str:
     return line
 
 
-def slips(machine: Machine, text: str) -> Iterator[str]:
+def slips(machine: Machine) -> Iterator[str]:
     """What a line may say, but was hardly meant to."""
     for system in machine.systems:
         words = system.split("-")
@@ -1160,33 +1161,25 @@ def slips(machine: Machine, text: str) -> Iterator[str]:
             yield f"no system is called {system!r}; they look like x86_64-linux"
     if machine.key and machine.key[0] not in "/~%":
         yield f"the key {machine.key!r} is not an absolute file name"
-    if len(text.split()) > 8:
+    if len(machine.text.split()) > 8:
         yield "only the first 8 fields mean anything"
-
-
-class Entry(NamedTuple):
-    """A piece of a machines file: where it stands, and its text.
-
-    Without a text, `where` says why the file that was to be there cannot be read.
-    """
-
-    where: str
-    text: str
 
 
 def expand_builders(
     text: str, file: str, seen: tuple[str, ...] = ()
-) -> Iterator[Entry]:
-    """The entries of a `builders` setting or a machines file, includes in place."""
+) -> Iterator[tuple[str, str]]:
+    """The entries of a `builders` setting or a machines file, includes in place: where
+    each stands, and its text.  Without one it is a complaint of a file that was to be there.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         for entry in map(str.strip, line.partition("#")[0].split(";")):
             if entry.startswith("@"):
                 yield from include(f"{file}:{number}", entry[1:].strip(), seen)
             elif entry:
-                yield Entry(f"{file}:{number}", entry)
+                yield f"{file}:{number}", entry
 
 
-def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Entry]:
+def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """The entries of that file; one that is missing lists none, as in every Nix."""
     try:
         if not path.startswith("/"):
@@ -1199,9 +1192,9 @@ def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Entry]:
         return
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        yield Entry(f"{where}: the machines file {path!r}: {reason}", "")
-        return
-    yield from expand_builders(text, path, (*seen, path))
+        yield f"{where}: the machines file {path!r}: {reason}", ""
+    else:
+        yield from expand_builders(text, path, (*seen, path))
 
 
 def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
@@ -1221,7 +1214,7 @@ def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
             complaints.append(f"{error} (left out)")
         else:
             machines.append(machine)
-            complaints += [f"{where}: {slip}" for slip in slips(machine, text)]
+            complaints += [f"{where}: {slip}" for slip in slips(machine)]
     return machines, complaints
 
 
@@ -1287,33 +1280,27 @@ def is_private(path: str) -> bool:
     # Whoever owns the root can do everything: not always 0 in a user namespace.
     trusted = {0, os.geteuid(), os.stat("/").st_uid}
     goal = os.path.realpath(path)
-    try:
-        for place in filter(os.path.lexists, on_the_way(path)):
-            info = os.lstat(place)
-            sticky = info.st_mode & stat.S_ISVTX and place != goal
-            may_be_open = stat.S_ISLNK(info.st_mode) or sticky
-            if info.st_uid not in trusted or not (
-                may_be_open or is_shut(info, trusted)
-            ):
-                return False
-    except OSError:
-        return False
-    return True
+
+    def is_theirs(place: str) -> bool:
+        info = os.lstat(place)
+        sticky = info.st_mode & stat.S_ISVTX and place != goal
+        may_be_open = stat.S_ISLNK(info.st_mode) or sticky
+        return info.st_uid in trusted and bool(may_be_open or is_shut(info, trusted))
+
+    with suppress(OSError):
+        return all(map(is_theirs, filter(os.path.lexists, on_the_way(path))))
+    return False
 
 
-def on_the_way(path: str) -> set[str]:
+def on_the_way(path: str) -> list[str]:
     """A path, all that is above it, and the same for where each link of these leads."""
-    seen: set[str] = set()
-    left = [os.path.normpath(path)]
-    while left:
-        place = left.pop()
-        if place in seen:
-            continue
-        seen.add(place)
-        left.append(os.path.dirname(place))
+    places = [os.path.normpath(path)]
+    for place in places:  # which grow meanwhile
+        more = [os.path.dirname(place)]
         if os.path.islink(place):
-            left.append(os.path.normpath(os.path.join(place, "..", os.readlink(place))))
-    return seen
+            more.append(os.path.normpath(os.path.join(place, "..", os.readlink(place))))
+        places += [other for other in more if other not in places]
+    return places
 
 
 def checksum(text: str) -> str:
@@ -1333,18 +1320,12 @@ def spare_directory(instead_of: str = "") -> str:
     name = f"nix-build-remote-{os.geteuid()}"
     numbered = [f"/tmp/{name}.{number}" for number in range(1, 10)]
     for folder in [f"/tmp/{name}", *numbered, f"/run/{name}"]:
-        with suppress(OSError):
-            with suppress(FileExistsError):
-                os.mkdir(folder, 0o700)
-            if is_shut(os.lstat(folder), {os.geteuid()}):
-                break
-    else:
-        raise Error(f"cannot make a directory of our own, such as /tmp/{name}")
-    if not instead_of:
-        return folder
-    path = f"{folder}/{checksum(instead_of)}"
-    make_directory(path)
-    return path
+        path = f"{folder}/{checksum(instead_of)}" if instead_of else folder
+        with suppress(Error):
+            make_directory(folder)
+            make_directory(path)
+            return path
+    raise Error(f"cannot make a directory of our own, such as /tmp/{name}")
 
 
 def ssh_directory(slot_directory: str) -> str:
@@ -1417,11 +1398,9 @@ def keep(path: str, text: str, mode: int = 0o600) -> None:
 def start_time(process: int) -> str:
     """When it started, in kernel ticks, which tells it from a later namesake; "-" if the
     system does not say."""
-    try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            return decode(file.read().rpartition(b")")[2].split()[19])
-    except OSError:
-        return "-"
+    with suppress(OSError), open(f"/proc/{process}/stat", "rb") as file:
+        return decode(file.read().rpartition(b")")[2].split()[19])
+    return "-"
 
 
 def is_alive(pid: str, start: str) -> bool:
@@ -1434,15 +1413,6 @@ def is_alive(pid: str, start: str) -> bool:
         os.kill(int(pid), 0)
     except OSError as error:
         return isinstance(error, PermissionError)
-    return True
-
-
-def try_flock(descriptor: int, kind: int) -> bool:
-    """Lock that file; False if somebody else has."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
     return True
 
 
@@ -1486,7 +1456,10 @@ class Lock:
 
     def hold(self, kind: int = fcntl.LOCK_EX) -> bool:
         """Have it from now on; False if somebody else does."""
-        return try_flock(self.descriptor, kind)
+        with suppress(BlockingIOError):
+            fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
+            return True
+        return False
 
     def is_free(self) -> bool:
         """Whether nobody holds it.  To ask does not keep others from asking, but somebody
@@ -1496,22 +1469,27 @@ class Lock:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         return free
 
+    @classmethod
+    def said_by_holder(cls, path: str) -> str | None:
+        """What that lock's file says, if somebody holds it."""
+        with cls(path) as lock:
+            return None if lock.is_free() else lock.read()
+
     def wait(self, timeout_s: float = math.inf, kind: int = fcntl.LOCK_EX) -> bool:
         """Wait until we hold it; False if the time is over.  NixGone if Nix ends."""
         if self.hold(kind):
             return True
-        with suppress(Late):
-            with Alarm(timeout_s):
-                fcntl.flock(self.descriptor, kind)
+        with suppress(Late), Alarm(timeout_s):
+            fcntl.flock(self.descriptor, kind)
             return True
         return False
 
     def read(self, limit: int = LOCK_LIMIT_BYTES) -> str:
         """What its file says; nothing if it is a fifo."""
-        data = b""
         with suppress(OSError):
             data = os.pread(self.descriptor, limit, 0)
-        return data.decode("utf-8", "surrogateescape")
+            return data.decode("utf-8", "surrogateescape")
+        return ""
 
     def write(self, text: str) -> None:
         """All that the file says from now on, unless the disk is full: that must not cost
@@ -1639,10 +1617,8 @@ class Slots:
         if not lock.hold() and not self.is_stuck and not lock.wait(MAIN_LOCK_TIMEOUT_S):
             self.is_stuck = True
             if self.complain:
-                hint = (
-                    f"for {MAIN_LOCK_TIMEOUT_S} s (fuser says who); going on without it"
-                )
-                self.complain(f"somebody has held {lock.path} {hint}")
+                text = f"somebody has held {lock.path} for {MAIN_LOCK_TIMEOUT_S} s"
+                self.complain(f"{text} (fuser says who); going on without it")
         return lock
 
     def survey(self, machine: Machine) -> tuple[int, Lock | None]:
@@ -1670,8 +1646,7 @@ class Slots:
         load of each.  Of equals, that which has most of these paths is the best, then the
         first in the list."""
         loads: dict[Machine, int] = {}
-        best: Slot | None = None
-        best_key: tuple[object, ...] = ()
+        free: list[tuple[tuple[float, ...], Slot]] = []
         failure: Error | None = None
         with self.main_lock():
             for machine in machines:
@@ -1680,18 +1655,16 @@ class Slots:
                 except Error as error:  # no room for a file: others may have theirs
                     failure = failure or error
                     continue
-                if not lock:
-                    continue
-                key = (*rank(machine, loads[machine]), -self.known(machine, digests))
-                if best and best_key <= key:
-                    lock.release()
-                    continue
-                if best:
-                    best.lock.release()
-                best, best_key = Slot(machine, lock), key
+                if lock:
+                    known = self.known(machine, digests)
+                    key = (*rank(machine, loads[machine]), -known)
+                    free.append((key, Slot(machine, lock)))
+            free.sort(key=lambda pair: pair[0])
+            for _, slot in free[1:]:
+                slot.lock.release()
         if failure and not loads:
             raise failure
-        return best, loads
+        return (free[0][1] if free else None), loads
 
     def known(self, machine: Machine, digests: frozenset[str]) -> int:
         """How many of these paths the machine is known to have had."""
@@ -1823,9 +1796,8 @@ class Outages:
     def noted(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
         """The outages of those of the machines that have one."""
         files = set(os.listdir(self.slots.own))
-        known = (m for m in machines if f"{m.slots}.down" in files)
-        found = {machine: self.of(machine) for machine in known}
-        return {machine: outage for machine, outage in found.items() if outage}
+        found = ((m, self.of(m)) for m in machines if f"{m.slots}.down" in files)
+        return {machine: outage for machine, outage in found if outage}
 
     def away(self, machines: Iterable[Machine]) -> set[Machine]:
         """Those of the machines that are left alone."""
@@ -2006,20 +1978,15 @@ class Line:
         reserved: set[str] = set()
         for entry in os.listdir(self.slots.own):
             if entry.startswith("line-") and entry.endswith(".0"):
-                names = self.waited_for(f"{self.slots.own}/{entry}")
-                if names and len(names) < len(self.machines):
+                said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
+                names = said.split("\n")[1:]  # none, if they are not written down yet
+                if len(names) < len(self.machines):
                     reserved.update(names)
         return reserved
 
-    def waited_for(self, first_place: str) -> list[str] | None:
-        """The slots' names that somebody in that line waits for; None if nobody does, no
-        names if they are not written down yet."""
-        with Lock(first_place) as lock:
-            return None if lock.is_free() else lock.read().split("\n")[1:]
-
     def is_empty(self) -> bool:
         """Whether nobody waits in this line."""
-        return self.waited_for(self.place_file(0)) is None
+        return Lock.said_by_holder(self.place_file(0)) is None
 
     def join(self) -> bool:
         """Take the place behind the last that is taken; False if the line is full, or
@@ -2190,10 +2157,8 @@ def closing_quote(text: str, position: int) -> int:
     """The first quote from there on that no backslash escapes; ValueError if none."""
     while True:
         quote = text.index('"', position)
-        before = quote
-        while before > position and text[before - 1] == "\\":
-            before -= 1
-        if (quote - before) % 2 == 0:
+        before = text[position:quote]
+        if (len(before) - len(before.rstrip("\\"))) % 2 == 0:
             return quote
         position = quote + 1
 
@@ -4819,22 +4784,6 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
     return chosen or known, complaints
 
 
-def line_of(machine: Machine) -> str:
-    """For a machines file that holds nothing else."""
-    import base64
-
-    fields = [
-        machine.uri,
-        ",".join(machine.systems),
-        machine.key,
-        str(machine.max_jobs),
-    ]
-    fields += [f"{machine.speed:g}", ",".join(machine.supported)]
-    fields += [",".join(machine.mandatory)]
-    fields += [base64.b64encode(machine.host_key.encode()).decode()]
-    return " ".join(field or "-" for field in fields) + "\n"
-
-
 # ---- check --------------------------------------------------------------------------
 
 # Runs on the builder, on the standard input of its sh.  A login that allows nothing but
@@ -5174,7 +5123,7 @@ class Inspection:
                 random = "{os.urandom(8).hex()}"; }}""")
         machines = f"{folder}/machines"
         with open(machines, "w", encoding="utf-8") as file:
-            file.write(line_of(self.machine))
+            file.write(f"{self.machine.text}\n")
         program = find_program("nix-build", nix_directories(self.nix.environ))
         command = [program, f"{folder}/tiny.nix", "--no-out-link", "--max-jobs", "0"]
         if self.nix.old:
@@ -5386,11 +5335,11 @@ class Holder(NamedTuple):
     derivation: str
 
     @classmethod
-    def parse(cls, line: str) -> Holder:
+    def parse(cls, text: str) -> Holder:
         """What is said of a process that has ended, or by another program, is not
         believed."""
         with suppress(ValueError):
-            pid, start, since, phase, derivation = line.split(" ")
+            pid, start, since, phase, derivation = text.partition("\n")[0].split(" ")
             if is_alive(pid, start) and math.isfinite(float(since)):
                 return cls(int(pid), float(since), phase, derivation)
         return cls(0, 0.0, "", "")
@@ -5409,9 +5358,9 @@ class Load(NamedTuple):
     it is known to have had."""
 
     machine: Machine
-    building: list[Holder]
-    fetching: list[Holder]
-    outage: Outage | None
+    building: tuple[Holder, ...] = ()
+    fetching: tuple[Holder, ...] = ()
+    outage: Outage | None = None
     known: int = 0
 
 
@@ -5423,90 +5372,67 @@ class Waiter(NamedTuple):
     names: list[str]
 
 
-class Overview(NamedTuple):
-    """How things are with all machines, and who waits."""
-
-    loads: list[Load]
-    waiters: list[Waiter]
-
-
 class Looker:
     """Reads the locks in the slot directory without ever seeming to hold one."""
 
     def __init__(self, nix: Nix, digests: frozenset[str] = frozenset()) -> None:
         self.slots = Slots.find(nix)
-        self.outages = Outages(self.slots)
         self.digests = digests  # of paths that machines may have
 
-    def look(self, machines: list[Machine]) -> Overview:
-        """How things are; Error if we may not read that.  Hooks that want the main lock,
-        too, have to wait for no more than one machine to be looked at."""
+    def look(self, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
+        """How things are with these machines, and who waits; Error if we may not read that.
+        Hooks that want the main lock, too, have to wait for no more than one machine to be
+        looked at."""
         try:
             own = os.listdir(self.slots.own) if os.path.isdir(self.slots.own) else []
-            loads = [self.load(machine, own) for machine in machines]
-            places = [e.partition(".") for e in own if e.startswith("line-")]
-            places = [place for place in places if place[2].isdecimal()]
-            places.sort(key=lambda place: (place[0], int(place[2])))
-            lines = self.taken([f"{self.slots.own}/{''.join(p)}" for p in places])
+            with open(f"{self.slots.path}/main-lock", "rb"):  # it is there, and is ours
+                return [self.load(m, own) for m in machines], self.waiters(own)
         except FileNotFoundError:  # no hook has ever run
-            return Overview([Load(m, [], [], None) for m in machines], [])
+            return [Load(machine) for machine in machines], []
         except OSError as error:
             raise Error(f"cannot read {error.filename}; try it as root") from None
-        return Overview(loads, [self.waiter(path, text) for path, text in lines])
 
     def load(self, machine: Machine, own: list[str]) -> Load:
         """How things are with one machine."""
-        slots = [
-            f"{self.slots.path}/{machine.slots}-{n}" for n in range(machine.max_jobs)
-        ]
+        slots = (f"{machine.slots}-{number}" for number in range(machine.max_jobs))
         places = sorted(e for e in own if e.startswith(f"{machine.slots}.fetch-"))
-        building = self.holders(slots)
+        building = self.holders([f"{self.slots.path}/{slot}" for slot in slots])
         fetching = self.holders([f"{self.slots.own}/{place}" for place in places])
+        outage = Outages(self.slots).of(machine)
         known = self.slots.known(machine, self.digests)
-        return Load(machine, building, fetching, self.outages.of(machine), known)
+        return Load(machine, building, fetching, outage, known)
 
-    def holders(self, paths: list[str]) -> list[Holder]:
+    def holders(self, paths: list[str]) -> tuple[Holder, ...]:
         """Who holds these locks."""
-        return [Holder.parse(text.partition("\n")[0]) for _, text in self.taken(paths)]
+        return tuple(Holder.parse(text) for text in self.taken(paths).values())
 
-    def waiter(self, path: str, text: str) -> Waiter:
-        """Who stands at the place of that file."""
-        first, *names = text.split("\n")
-        return Waiter(int(path.rpartition(".")[2]), Holder.parse(first), names)
+    def waiters(self, own: list[str]) -> list[Waiter]:
+        """Who stands in the lines, from the first place of each on."""
+        lines = (entry.partition(".") for entry in own if entry.startswith("line-"))
+        places = sorted((line, int(n)) for line, _, n in lines if n.isdecimal())
+        files = {f"{self.slots.own}/{line}.{place}": place for line, place in places}
+        taken = self.taken([*files]).items()
+        return [Waiter(files[f], Holder.parse(t), t.split("\n")[1:]) for f, t in taken]
 
-    def taken(self, paths: list[str]) -> list[tuple[str, str]]:
+    def taken(self, paths: list[str]) -> dict[str, str]:
         """Those that somebody holds, and what they say."""
-        with open(f"{self.slots.path}/main-lock", "rb") as file:
-            deadline = time.monotonic() + MAIN_LOCK_TIMEOUT_S
-            while not try_flock(file.fileno(), fcntl.LOCK_EX):
-                if time.monotonic() > deadline:
-                    raise Error(f"somebody holds {file.name} (fuser says who)")
-                time.sleep(WAIT_S)
-            found = [(path, self.held(path)) for path in paths]
-        return [(path, text) for path, text in found if text is not None]
-
-    def held(self, path: str) -> str | None:
-        """What the file says, if somebody holds its lock."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        try:
-            free = try_flock(descriptor, fcntl.LOCK_SH)
-            return None if free else decode(os.pread(descriptor, LOCK_LIMIT_BYTES, 0))
-        finally:
-            os.close(descriptor)
+        with self.slots.main_lock() as lock:
+            if self.slots.is_stuck:
+                raise Error(f"somebody holds {lock.path} (fuser says who)")
+            there = filter(os.path.lexists, paths)
+            said = {path: Lock.said_by_holder(path) for path in there}
+        return {path: text for path, text in said.items() if text is not None}
 
 
 def status(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show what runs where, once or again and again."""
     while True:
         machines, complaints = machines_named(options.names, nix)
-        overview = Looker(nix).look(machines)
+        loads, waiters = Looker(nix).look(machines)
         if options.json:
-            print(as_json(overview_json(overview)))
+            print(as_json(overview_json(loads, waiters)))
         else:
-            lines = overview_lines(overview, screen)
+            lines = overview_lines(loads, waiters, screen)
             if not machines:
                 lines = [f"no machines are listed ({where_machines_stand(nix)})"]
             for complaint in complaints:
@@ -5537,22 +5463,24 @@ def left_alone(outage: Outage) -> str:
     return f"left alone {until}, failed {times} in {age}: {outage.words}"
 
 
-def overview_lines(overview: Overview, screen: Screen) -> list[str]:
-    """The overview for people."""
+def overview_lines(
+    loads: list[Load], waiters: list[Waiter], screen: Screen
+) -> list[str]:
+    """How things are with the machines, and who waits, for people."""
     now = time.time()
     lines, heads = [], []
-    for load in overview.loads:
+    for load in loads:
         taken, slots = len(load.building), load.machine.max_jobs
         count = f"{taken} of {slots} slots taken"
         heads.append([label(load.machine), bar(taken, slots), count])
-    for head, load in zip(table(heads) if heads else [], overview.loads):
+    for head, load in zip(table(heads), loads):
         lines.append(screen.paint(head, NOTE if load.outage else OK))
         lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
         if load.outage:
             lines += screen.wrap(left_alone(load.outage), "    ", "        ")
-    hosts = {load.machine.slots: label(load.machine) for load in overview.loads}
+    hosts = {load.machine.slots: label(load.machine) for load in loads}
     before: list[str] = []
-    for waiter in overview.waiters:
+    for waiter in waiters:
         known = sorted({hosts.get(name, name) for name in waiter.names if name})
         if waiter.names != before:
             lines += screen.wrap(f"waiting for {', '.join(known)}:")
@@ -5561,8 +5489,8 @@ def overview_lines(overview: Overview, screen: Screen) -> list[str]:
     return lines
 
 
-def overview_json(overview: Overview) -> dict[str, object]:
-    """The overview for programs."""
+def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]:
+    """The same for programs."""
     machines = [
         {
             "machine": load.machine.name,
@@ -5572,11 +5500,11 @@ def overview_json(overview: Overview) -> dict[str, object]:
             "fetching": [holder._asdict() for holder in load.fetching],
             "away": load.outage and load.outage._asdict(),
         }
-        for load in overview.loads
+        for load in loads
     ]
     waiting = [
         {"place": w.place + 1, **w.holder._asdict(), "slot-names": w.names}
-        for w in overview.waiters
+        for w in waiters
     ]
     return {"machines": machines, "waiting": waiting}
 
@@ -5626,10 +5554,10 @@ class Choice(NamedTuple):
     itself: bool
 
     @classmethod
-    def of(cls, overview: Overview, request: Request, nix: Nix) -> Choice:
+    def of(cls, loads: list[Load], request: Request, nix: Nix) -> Choice:
         """Judge each machine."""
         ranked, out = [], []
-        for load in overview.loads:
+        for load in loads:
             machine, taken = load.machine, len(load.building)
             reason = unfit(machine, request, nix)
             if not reason and load.outage:
@@ -5702,11 +5630,11 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     request, digests = wanted_build(options, nix)
     machines, complaints = machines_named([], nix)
     try:
-        overview = Looker(nix, digests).look(machines)
+        loads, _ = Looker(nix, digests).look(machines)
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
-        overview = Overview([Load(m, [], [], None) for m in machines], [])
-    choice = Choice.of(overview, request, nix)
+        loads = [Load(machine) for machine in machines]
+    choice = Choice.of(loads, request, nix)
     if options.json:
         print(as_json({**choice.as_dict(), "complaints": complaints}))
     else:
