@@ -4676,12 +4676,10 @@ class Screen:
 
     def fit(self, lines: list[str]) -> list[str]:
         """As many as there is room for; a long one takes several rows."""
-        room = self.height - 1
-        for number, line in enumerate(lines):
-            room -= max(1, math.ceil(len(line) / self.width))
-            if room < 0:
-                return lines[:number]
-        return lines
+        from itertools import accumulate
+
+        rows = accumulate(math.ceil(len(line) / self.width) or 1 for line in lines)
+        return [line for line, end in zip(lines, rows) if end < self.height]
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -4693,11 +4691,10 @@ def table(rows: list[list[str]]) -> list[str]:
 
 def duration(seconds: float) -> str:
     """As people say it: 1 h 2 min."""
-    whole = max(0, int(seconds))
-    minutes, hours = whole // 60, whole // 3600
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def amount(size: float) -> str:
@@ -4744,12 +4741,12 @@ def calling_nix(environ: dict[str, str], machines: str) -> Nix:
 def settings_of(program: str, environ: dict[str, str]) -> dict[str, str]:
     """What `nix show-config` says, which is `nix config show` from 2.20 on."""
     more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
-    programs = Programs(Talk(Nix(True, {}, {})))
+    environ, programs = (
+        {**environ, "NIX_CONFIG": more},
+        Programs(Talk(Nix(True, {}, {}))),
+    )
     for words in (["config", "show"], ["show-config"]):
-        command = [program, *words]
-        status, text, complaint = programs.output(
-            command, {**environ, "NIX_CONFIG": more}
-        )
+        status, text, complaint = programs.output([program, *words], environ)
         if status == 0:
             pairs = (line.partition(" = ") for line in text.splitlines())
             return {name: value.strip() for name, mark, value in pairs if mark}
@@ -4807,13 +4804,7 @@ export NIX_CONFIG='extra-experimental-features = nix-command'
 """
 
 # What every Nix offers, or so few builds require that it is no loss not to claim it.
-RARE_FEATURES = {
-    "benchmark",
-    "nixos-test",
-    "uid-range",
-    "ca-derivations",
-    "recursive-nix",
-}
+RARE_FEATURES = "benchmark nixos-test uid-range ca-derivations recursive-nix"
 COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
@@ -4894,20 +4885,17 @@ class Inspection:
             make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key(key)}"
             remedy = f"if {self.machine.where} names the right file: {make}"
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
-        start = time.time()
+        self.asked = int(time.time())
         process = self.seat.start("sh")
         answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
-        in_time = False
         with suppress(subprocess.TimeoutExpired):
             answer, words = process.communicate(LOOK.encode(), LOGIN_TIMEOUT_S)
-            in_time = True
         end(process)
+        self.answered = int(time.time())
         for line in decode(answer).splitlines():
             name, _, value = line.partition(" ")
             self.facts.setdefault(name, printable(value.removeprefix("= ").strip()))
-        self.facts["asked"] = str(int(start))
-        self.facts["answered"] = str(int(time.time()))
-        refused = process.returncode == 255 or not in_time
+        refused = process.returncode in (255, -9)  # by ssh; or we have killed it
         return self.refused(decode(words)) if refused else True
 
     def refused(self, words: str) -> bool:
@@ -4923,54 +4911,55 @@ class Inspection:
         machine, host, once = self.machine, self.machine.host, self.ssh_line("true")
         port = f"-p {machine.port} " if machine.port else ""
         name = f"[{host}]:{machine.port}" if machine.port else host
+        key, text = machine.key, str(error)
         if isinstance(error, WrongHostKey):
             scan = f"ssh-keyscan -t ed25519 {port}{host} | cut -d' ' -f2- | base64 -w0"
-            hint = "write this into the last field of its line"
-            return str(
-                error
-            ), f"if that is right, and the machine has a new key, {hint}: {scan}"
-        if error.meaning == "CHANGED":
-            remedy = f"if it was set up anew: ssh-keygen -R '{name}' && {once}"
-            return "its host key has changed", remedy
-        if error.meaning == "NEW":
-            return str(error), f"compare its host key and say yes: {once}"
-        if error.meaning == "OPEN":
-            text = f"the key {machine.key} may be read by others"
-            return text, f"chmod 600 {machine.key}"
-        if error.meaning == "NAMELESS":
-            places = "DNS, /etc/hosts or ~/.ssh/config"
-            return str(error), f"correct {machine.where}, or add {host} to {places}"
+            hint = (
+                "the machine has a new key, write this into the last field of its line"
+            )
+            return text, f"if that is right, and {hint}: {scan}"
         if error.meaning == "DENIED":
-            return self.denied(str(error))
-        return str(error), error.remedy_for(machine.destination)
+            return self.denied(text)
+        forget, places = f"ssh-keygen -R '{name}'", "DNS, /etc/hosts or ~/.ssh/config"
+        new = f"if it was set up anew: {forget} && {once}"
+        ours = {
+            "CHANGED": ("its host key has changed", new),
+            "NEW": (text, f"compare its host key and say yes: {once}"),
+            "OPEN": (f"the key {key} may be read by others", f"chmod 600 {key}"),
+            "NAMELESS": (text, f"correct {machine.where}, or add {host} to {places}"),
+        }
+        other = (text, error.remedy_for(machine.destination))
+        return ours.get(error.meaning, other)
 
     def denied(self, text: str) -> tuple[str, str]:
         """Why a key does not let us in, as far as it can be seen from here."""
-        key, target = os.path.expanduser(self.machine.key), self.target()
-        if not key:
-            append = "append your public key to ~/.ssh/authorized_keys there"
-            return text, f"ssh-copy-id {target} (it asks for a password), or {append}"
+        key = os.path.expanduser(self.machine.key)
         command = ["ssh-keygen", "-y", "-P", "", "-f", key]
-        if self.programs.output(command, self.ssh.environ)[0] != 0:
+        if key and self.programs.output(command, self.ssh.environ)[0] != 0:
             text = f"the key {key} has a passphrase, or is none; {text}"
             return text, f"take the passphrase off: ssh-keygen -p -N '' -f {key}"
         return text, self.copy_key(key)
 
     def copy_key(self, key: str) -> str:
-        """How to have that key accepted."""
-        append = f"append {key}.pub to ~/.ssh/authorized_keys there"
-        copy = f"ssh-copy-id -i {key} {self.target()}"
-        return f"{copy} (it asks for a password), or {append}"
+        """How to have that key accepted, or the user's own if none is named."""
+        option, public = (
+            (f"-i {key} ", f"{key}.pub") if key else ("", "your public key")
+        )
+        copy = f"ssh-copy-id {option}{self.target()} (it asks for a password)"
+        return f"{copy}, or append {public} to ~/.ssh/authorized_keys there"
 
     def find_nix(self) -> bool:
         """Talk with nix-store there."""
+        from timeit import repeat
+
         self.phase = "asking nix-store"
         if "begin" in self.facts and not self.facts.get("found"):
             return self.no_nix()
         session = Session(self.seat, GREETING_TIMEOUT_S)
         try:
             session.greet()
-            self.logged_in(f"{1000 * min(self.round_trips(session)):.1f} ms")
+            ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
+            self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
         except SessionLost as error:
             if "begin" in self.facts:
                 self.logged_in()
@@ -4985,8 +4974,7 @@ class Inspection:
             remove(f"{self.seat.base}.seats")
         Outages(self.slots).end(self.machine)
         version = self.facts.get("nix", "").rpartition(" ")[2]
-        spoken = session.spoken
-        protocol = f"{spoken >> 8}.{spoken & 255}"
+        protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
         text = f"nix-store {version}, serve protocol {protocol}"
         return self.add("nix", OK, version or protocol, text)
 
@@ -4996,13 +4984,6 @@ class Inspection:
         self.add("ssh", OK, round_trip or "ok", text)
         user = self.facts.get("user")
         self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
-
-    def round_trips(self, session: Session) -> Iterator[float]:
-        """How many seconds questions take that are answered at once."""
-        for _ in range(3):
-            start = time.monotonic()
-            session.ask_valid([]).get(GREETING_TIMEOUT_S)
-            yield time.monotonic() - start
 
     def no_nix(self) -> bool:
         """Note that a login finds no nix-store, and what to do."""
@@ -5045,7 +5026,7 @@ class Inspection:
             remedy = "take it out there, or write into nix.conf on the builder: "
             remedy += f"extra-system-features = {' '.join(lacking)}"
             return self.add("offers", WRONG, "FEATURE", text, remedy)
-        if more := sorted({*features} - claimed - RARE_FEATURES):
+        if more := sorted({*features} - claimed - {*RARE_FEATURES.split()}):
             text = f"it also offers {', '.join(more)}, which {where} does not claim"
             return self.add("offers", NOTE, "ok", text)
         return self.add("offers", OK, "ok", "builds what is claimed")
@@ -5059,9 +5040,8 @@ class Inspection:
         free = amount(int(words[3]) << 10)
         if int(words[3]) << 10 < ROOM_B:
             remedy = self.ssh_line("nix-collect-garbage -d")
-            return self.add(
-                "disk", WRONG, free, f"only {free} are free in its store", remedy
-            )
+            text = f"only {free} are free in its store"
+            return self.add("disk", WRONG, free, text, remedy)
         return self.add("disk", OK, free, f"{free} free in its store")
 
     def clock(self) -> bool:
@@ -5069,29 +5049,28 @@ class Inspection:
         if not self.facts.get("time", "").isdigit():
             return self.add("clock", UNKNOWN, "-", "it does not say what time it is")
         there = int(self.facts["time"])
-        before, after = int(self.facts["asked"]), int(self.facts["answered"])
-        off = there - max(before, min(there, after))
+        off = there - max(self.asked, min(there, self.answered))
+        brief = f"{off:+} s" if off else "ok"
         if abs(off) > CLOCK_S:
             side = "ahead" if off > 0 else "behind"
             text = f"its clock is {duration(abs(off))} {side} of the one here"
             remedy = self.ssh_line("timedatectl set-ntp true")
-            return self.add("clock", WRONG, f"{off:+} s", text, remedy)
-        return self.add(
-            "clock", OK, f"{off:+} s" if off else "ok", "its clock is right"
-        )
+            return self.add("clock", WRONG, brief, text, remedy)
+        return self.add("clock", OK, brief, "its clock is right")
 
     def cores(self) -> bool:
         """Whether it has cores for its jobs."""
         cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
         load = self.facts.get("load", "").rpartition(":")[2].split(",")[0].split()[:1]
         if not cores.isdigit():
-            return self.add(
-                "cores", UNKNOWN, "-", "it does not say how many cores it has"
-            )
-        text = f"{cores} cores for {jobs} jobs, load {(load or ['unknown'])[0]}"
+            text = "it does not say how many cores it has"
+            return self.add("cores", UNKNOWN, "-", text)
+        state, text = (
+            OK,
+            f"{cores} cores for {jobs} jobs, load {''.join(load) or 'unknown'}",
+        )
         if jobs > 2 * int(cores):
-            text = f"{text}: a lower maxJobs would be quicker"
-        state = NOTE if jobs > 2 * int(cores) else OK
+            state, text = NOTE, f"{text}: a lower maxJobs would be quicker"
         return self.add("cores", state, f"{cores}/{jobs}", text)
 
     def build(self) -> bool:
@@ -5115,65 +5094,61 @@ class Inspection:
     def tiny_build(self, folder: str, hook: str) -> tuple[list[str], dict[str, str]]:
         """A command, and its environment, that builds something new on this machine."""
         features = " ".join(f'"{name}"' for name in sorted(self.machine.mandatory))
-        with open(f"{folder}/tiny.nix", "w", encoding="utf-8") as file:
-            file.write(f"""derivation {{
-                name = "check"; system = "{self.machine.systems[0]}";
-                builder = "/bin/sh"; args = [ "-c" "echo well > $out" ];
-                requiredSystemFeatures = [ {features} ];
-                random = "{os.urandom(8).hex()}"; }}""")
-        machines = f"{folder}/machines"
-        with open(machines, "w", encoding="utf-8") as file:
-            file.write(f"{self.machine.text}\n")
+        tiny, machines = f"{folder}/tiny.nix", f"{folder}/machines"
+        write_private(machines, f"{self.machine.text}\n")
+        write_private(
+            tiny,
+            f"""derivation {{
+            name = "check"; system = "{self.machine.systems[0]}";
+            builder = "/bin/sh"; args = [ "-c" "echo well > $out" ];
+            requiredSystemFeatures = [ {features} ];
+            random = "{os.urandom(8).hex()}"; }}""",
+        )
         program = find_program("nix-build", nix_directories(self.nix.environ))
-        command = [program, f"{folder}/tiny.nix", "--no-out-link", "--max-jobs", "0"]
+        command = [program, tiny, "--no-out-link", "--max-jobs", "0"]
         if self.nix.old:
             more = {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
             return command, self.nix.child_environ(**more)
-        command += [
-            "--option",
-            "build-hook",
-            hook,
-            "--option",
-            "builders",
-            f"@{machines}",
-        ]
-        return [*command, "--option", "substitute", "false"], self.nix.child_environ()
+        settings = {
+            "build-hook": hook,
+            "builders": f"@{machines}",
+            "substitute": "false",
+        }
+        for name, value in settings.items():
+            command += ["--option", name, value]
+        return command, self.nix.child_environ()
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
         """What has come of the tiny build."""
+        import re
+
         if status is None:
             text = f"a tiny build did not end within {CHECK_TIMEOUT_S} s"
-            return self.add(
-                "build", WRONG, "NO END", f"{text}; all its slots may be taken"
-            )
-        lines = [line for line in said.splitlines() if line.strip()]
+            text += "; all its slots may be taken"
+            return self.add("build", WRONG, "NO END", text)
         if status != 0:
-            told = [
-                n for n, line in enumerate(lines) if "cannot" in line or "error" in line
-            ]
-            text = "\n".join(lines[told[0] if told else -3 :])
-            text = " ".join(
-                text.partition("\nerror:")[0].split()
-            )  # Nix's own comes last
-            error = heard(Error, text)
-            remedy = error.remedy_for(self.machine.destination)
-            return self.add(
-                "build", WRONG, "FAILED", f"a tiny build failed: {error}", remedy
+            lines = [line for line in said.splitlines() if line.strip()]
+            told = (
+                n for n, line in enumerate(lines) if re.search("cannot|error", line)
             )
+            text = "\n".join(lines[next(told, -3) :])
+            text = text.partition("\nerror:")[0]  # Nix's own comes last
+            error = heard(Error, " ".join(text.split()))
+            remedy = error.remedy_for(self.machine.destination)
+            text = f"a tiny build failed: {error}"
+            return self.add("build", WRONG, "FAILED", text, remedy)
         if UNTRUSTED_USER in said:
             user = self.facts.get("user", "")
             user = user if is_name(user, "+-.") else "USER"
-            text = (
-                f"its Nix does not trust the user {user}: builds work, but take longer "
-            )
-            text += "(the derivation's closure is sent), and unsigned inputs will be refused"
+            text = f"its Nix does not trust the user {user}: builds work, but take "
+            text += "longer (the derivation's closure is sent), and unsigned inputs "
+            text += "will be refused"
             remedy = "on the builder, in /etc/nix/nix.conf: extra-trusted-users = "
             remedy += f"{user} (in 2.3 and older: trusted-users = root {user}); "
             remedy += "then: systemctl restart nix-daemon"
             return self.add("build", WRONG, "LIMITED", text, remedy)
-        return self.add(
-            "build", OK, f"{took:.1f} s", f"built something in {took:.1f} s"
-        )
+        text = f"built something in {took:.1f} s"
+        return self.add("build", OK, f"{took:.1f} s", text)
 
 
 def unused(nix: Nix) -> str:
@@ -5233,10 +5208,10 @@ def make_slots(nix: Nix) -> None:
     try:
         slots = Slots.find(nix)
         slots.make()
+        if not os.access(slots.path, os.W_OK):
+            raise Error(f"cannot write into {slots.path}")
     except Error as error:
         raise Error(f"{error}; try it as root") from None
-    if not os.access(slots.path, os.W_OK):
-        raise Error(f"cannot write into {slots.path}; try it as root")
 
 
 def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspection]:
@@ -5270,11 +5245,9 @@ def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
         for inspection in [i for i in inspections if i.done and i not in told]:
             told.add(inspection)
             if not terminal:
-                state = "well" if inspection.well else "not well"
-                count = f"{len(told)} of {len(inspections)} tried"
-                print(
-                    f"{label(inspection.machine)}: {state} ({count})", file=sys.stderr
-                )
+                text = f"{label(inspection.machine)}: {'' if inspection.well else 'not '}well"
+                count = f"({len(told)} of {len(inspections)} tried)"
+                print(text, count, file=sys.stderr)
         if terminal:
             busy = [f"{label(i.machine)} {i.phase}" for i in inspections if not i.done]
             text = f"{len(told)} of {len(inspections)} done; {', '.join(busy)}"
@@ -5303,15 +5276,10 @@ def show_inspections(
         print(screen.paint(line, OK if inspection.well else WRONG))
         show_findings(inspection, screen)
     ill = sum(not inspection.well for inspection in inspections)
-    if ill or complaints:
-        of = (
-            f"{ill} of {len(inspections)} machines are not well"
-            if ill
-            else "Not all is well"
-        )
-        print(screen.paint(f"{of}.", WRONG))
-    else:
-        print(screen.paint("All machines are well.", OK))
+    verdict = "Not all is well." if complaints else "All machines are well."
+    if ill:
+        verdict = f"{ill} of {len(inspections)} machines are not well."
+    print(screen.paint(verdict, WRONG if ill or complaints else OK))
 
 
 def show_findings(inspection: Inspection, screen: Screen) -> None:
@@ -5354,13 +5322,12 @@ class Holder(NamedTuple):
 
 
 class Load(NamedTuple):
-    """How things are with one machine; known: of the paths that were asked about, how many
-    it is known to have had."""
+    """How things are with one machine; known: how many of a build's inputs it has had."""
 
     machine: Machine
-    building: tuple[Holder, ...] = ()
-    fetching: tuple[Holder, ...] = ()
-    outage: Outage | None = None
+    building: list[Holder]
+    fetching: list[Holder]
+    outage: Outage | None
     known: int = 0
 
 
@@ -5372,63 +5339,60 @@ class Waiter(NamedTuple):
     names: list[str]
 
 
-class Looker:
-    """Reads the locks in the slot directory without ever seeming to hold one."""
+def look(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
+    """How things are with these machines, and who waits; Error if we may not read that.
+    Hooks that want the main lock, too, have to wait for no more than one machine to be
+    looked at."""
+    try:
+        own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
+        with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
+            return [load_of(slots, m, own) for m in machines], waiters_in(slots, own)
+    except FileNotFoundError:  # no hook has ever run
+        return unknown(machines), []
+    except OSError as error:
+        raise Error(f"cannot read {error.filename}; try it as root") from None
 
-    def __init__(self, nix: Nix, digests: frozenset[str] = frozenset()) -> None:
-        self.slots = Slots.find(nix)
-        self.digests = digests  # of paths that machines may have
 
-    def look(self, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
-        """How things are with these machines, and who waits; Error if we may not read that.
-        Hooks that want the main lock, too, have to wait for no more than one machine to be
-        looked at."""
-        try:
-            own = os.listdir(self.slots.own) if os.path.isdir(self.slots.own) else []
-            with open(f"{self.slots.path}/main-lock", "rb"):  # it is there, and is ours
-                return [self.load(m, own) for m in machines], self.waiters(own)
-        except FileNotFoundError:  # no hook has ever run
-            return [Load(machine) for machine in machines], []
-        except OSError as error:
-            raise Error(f"cannot read {error.filename}; try it as root") from None
+def unknown(machines: list[Machine]) -> list[Load]:
+    """How things are with machines of which nothing is known."""
+    return [Load(machine, [], [], None) for machine in machines]
 
-    def load(self, machine: Machine, own: list[str]) -> Load:
-        """How things are with one machine."""
-        slots = (f"{machine.slots}-{number}" for number in range(machine.max_jobs))
-        places = sorted(e for e in own if e.startswith(f"{machine.slots}.fetch-"))
-        building = self.holders([f"{self.slots.path}/{slot}" for slot in slots])
-        fetching = self.holders([f"{self.slots.own}/{place}" for place in places])
-        outage = Outages(self.slots).of(machine)
-        known = self.slots.known(machine, self.digests)
-        return Load(machine, building, fetching, outage, known)
 
-    def holders(self, paths: list[str]) -> tuple[Holder, ...]:
-        """Who holds these locks."""
-        return tuple(Holder.parse(text) for text in self.taken(paths).values())
+def load_of(slots: Slots, machine: Machine, own: list[str]) -> Load:
+    """How things are with one machine; own: the files in that directory."""
+    numbered = (f"{machine.slots}-{number}" for number in range(machine.max_jobs))
+    places = sorted(e for e in own if e.startswith(f"{machine.slots}.fetch-"))
+    building = held(slots, [f"{slots.path}/{slot}" for slot in numbered]).values()
+    fetching = held(slots, [f"{slots.own}/{place}" for place in places]).values()
+    holders = [*map(Holder.parse, building)], [*map(Holder.parse, fetching)]
+    return Load(machine, *holders, Outages(slots).of(machine))
 
-    def waiters(self, own: list[str]) -> list[Waiter]:
-        """Who stands in the lines, from the first place of each on."""
-        lines = (entry.partition(".") for entry in own if entry.startswith("line-"))
-        places = sorted((line, int(n)) for line, _, n in lines if n.isdecimal())
-        files = {f"{self.slots.own}/{line}.{place}": place for line, place in places}
-        taken = self.taken([*files]).items()
-        return [Waiter(files[f], Holder.parse(t), t.split("\n")[1:]) for f, t in taken]
 
-    def taken(self, paths: list[str]) -> dict[str, str]:
-        """Those that somebody holds, and what they say."""
-        with self.slots.main_lock() as lock:
-            if self.slots.is_stuck:
-                raise Error(f"somebody holds {lock.path} (fuser says who)")
-            there = filter(os.path.lexists, paths)
-            said = {path: Lock.said_by_holder(path) for path in there}
-        return {path: text for path, text in said.items() if text is not None}
+def waiters_in(slots: Slots, own: list[str]) -> list[Waiter]:
+    """Who stands in the lines, from the first place of each on."""
+    lines = (entry.partition(".") for entry in own if entry.startswith("line-"))
+    places = sorted((line, int(n)) for line, _, n in lines if n.isdecimal())
+    files = {f"{slots.own}/{line}.{place}": place for line, place in places}
+    taken = held(slots, [*files]).items()
+    return [Waiter(files[f], Holder.parse(t), t.split("\n")[1:]) for f, t in taken]
+
+
+def held(slots: Slots, paths: list[str]) -> dict[str, str]:
+    """Those locks that somebody holds, and what they say, without ever seeming to hold
+    one."""
+    with slots.main_lock() as lock:
+        if slots.is_stuck:
+            raise Error(f"somebody holds {lock.path} (fuser says who)")
+        there = filter(os.path.lexists, paths)
+        said = {path: Lock.said_by_holder(path) for path in there}
+    return {path: text for path, text in said.items() if text is not None}
 
 
 def status(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show what runs where, once or again and again."""
     while True:
         machines, complaints = machines_named(options.names, nix)
-        loads, waiters = Looker(nix).look(machines)
+        loads, waiters = look(Slots.find(nix), machines)
         if options.json:
             print(as_json(overview_json(loads, waiters)))
         else:
@@ -5467,6 +5431,8 @@ def overview_lines(
     loads: list[Load], waiters: list[Waiter], screen: Screen
 ) -> list[str]:
     """How things are with the machines, and who waits, for people."""
+    from itertools import groupby
+
     now = time.time()
     lines, heads = [], []
     for load in loads:
@@ -5479,13 +5445,10 @@ def overview_lines(
         if load.outage:
             lines += screen.wrap(left_alone(load.outage), "    ", "        ")
     hosts = {load.machine.slots: label(load.machine) for load in loads}
-    before: list[str] = []
-    for waiter in waiters:
-        known = sorted({hosts.get(name, name) for name in waiter.names if name})
-        if waiter.names != before:
-            lines += screen.wrap(f"waiting for {', '.join(known)}:")
-        before = waiter.names
-        lines.append(f"    {waiter.place + 1}. {waiter.holder.text(now)}")
+    for names, line in groupby(waiters, key=lambda waiter: waiter.names):
+        known = sorted({hosts.get(name, name) for name in names if name})
+        lines += screen.wrap(f"waiting for {', '.join(known)}:")
+        lines += [f"    {w.place + 1}. {w.holder.text(now)}" for w in line]
     return lines
 
 
@@ -5532,12 +5495,10 @@ def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]
     if "__json" in environment:
         import json
 
-        with suppress(ValueError, TypeError, AttributeError, RecursionError):
-            more = json.loads(environment["__json"])
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            more = texts(json.loads(environment["__json"])["requiredSystemFeatures"])
             # Half a surrogate pair, which JSON may write, is a ValueError.
-            words += map(
-                decode, map(encode, texts(more.get("requiredSystemFeatures", [])))
-            )
+            words += map(decode, map(encode, more))
     request = Request(False, derivation.platform, path, features.union(words))
     return request, derivation.digests()
 
@@ -5628,12 +5589,16 @@ class Choice(NamedTuple):
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show where a build would go now, and why not elsewhere; 0 if anywhere."""
     request, digests = wanted_build(options, nix)
-    machines, complaints = machines_named([], nix)
+    machines, complaints = load_machines(nix)
     try:
-        loads, _ = Looker(nix, digests).look(machines)
+        slots = Slots.find(nix)
+        loads = [
+            load._replace(known=slots.known(load.machine, digests))
+            for load in look(slots, machines)[0]
+        ]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
-        loads = [Load(machine) for machine in machines]
+        loads = unknown(machines)
     choice = Choice.of(loads, request, nix)
     if options.json:
         print(as_json({**choice.as_dict(), "complaints": complaints}))
@@ -5672,9 +5637,7 @@ def parse_options(arguments: list[str]) -> Namespace:
         else:
             part.add_argument("names", nargs="*", metavar="MACHINE")
         if run is status:
-            part.add_argument(
-                "--watch", action="store_true", help="renew it each second"
-            )
+            part.add_argument("--watch", action="store_true", help="renew each second")
     return parser.parse_args(arguments)
 
 
