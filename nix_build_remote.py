@@ -582,33 +582,27 @@ class Store(NamedTuple):
             remote="" if uri == "auto" else uri,
         )
 
+    def owns(self, path: str) -> bool:
+        """Whether that is what a path in it looks like, as every Nix makes them."""
+        directory, _, last = path.rpartition("/")
+        digest, dash, name = last[:32], last[32:33], last[33:]
+        right = only(digest, STORE_DIGITS) and only(name, WORD + "+-.?=")
+        return (
+            directory == self.directory
+            and right
+            and dash == "-"
+            and 0 < len(name) < 212
+        )
+
     def name(self, path: str) -> str:
         """The last part of a store path; Error if it is not one of this store."""
-        name = path[len(self.directory) + 1 :]
-        if path != f"{self.directory}/{name}" or not is_store_name(name):
+        if not self.owns(path):
             raise Error(f"{path!r} is not a store path in {self.directory}")
-        return name
-
-    def owns(self, path: str) -> bool:
-        """Whether that is what a path in it looks like."""
-        with suppress(Error):
-            return bool(self.name(path))
-        return False
+        return path.rpartition("/")[2]
 
     def file(self, path: str) -> str:
         """The file name of what has that store path."""
         return f"{self.real}/{self.name(path)}"
-
-
-def is_store_name(text: str) -> bool:
-    """Whether that is the last part of a store path, as every Nix makes them."""
-    digest, dash, name = text[:32], text[32:33], text[33:]
-    return (
-        (len(digest), dash) == (32, "-")
-        and only(digest, STORE_DIGITS)
-        and 0 < len(name) <= 211
-        and only(name, WORD + "+-.?=")
-    )
 
 
 class Nix:
@@ -816,16 +810,12 @@ class Talk:
         """A line to Nix; NixGone if it has ended."""
         write_all(MESSAGES, encode(line) + b"\n")
 
-    def wants(self, level: int) -> bool:
-        """Whether the user wants messages of that level."""
-        return self.debug or self.levels[level] <= self.verbosity
-
     def say(self, level: int, text: str) -> None:
         """Show a message of one or more lines, if the user wants that level.
 
         2.x drops plain lines once a build is accepted, so for it all are @nix lines.
         """
-        if not self.wants(level):
+        if not self.debug and self.levels[level] > self.verbosity:
             return
         if level == DEBUG:
             text = f"[{time.monotonic() - START:.3f} s] {text}"
@@ -1060,7 +1050,9 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     if host == "localhost" and not user and not port:
         why = "nix-copy-closure would not use ssh, and builds would wait for themselves"
         raise ValueError(f"'localhost' is this machine: {why}")
-    check_parameters(parameters)
+    for name in sorted(parameters.keys() - PARAMETERS.split()):  # we shall not obey it
+        known = "this hook does not support the parameter"
+        raise ValueError(f"{known} {name!r}; the machine can be used without it")
     return user + at + host, port, parameters
 
 
@@ -1100,14 +1092,6 @@ def is_name(text: str, marks: str) -> bool:
 # What store URIs may say; only the first three mean something to a hook.
 PARAMETERS = """ssh-key compress base64-ssh-public-host-key max-connections trusted
 path-info-cache-size priority want-mass-query system-features"""
-
-
-def check_parameters(parameters: dict[str, str]) -> None:
-    """ValueError if one is unknown: it may have been meant to be obeyed."""
-    for name in parameters:
-        if name not in PARAMETERS.split():
-            known = "this hook does not support the parameter"
-            raise ValueError(f"{known} {name!r}; the machine can be used without it")
 
 
 def parse_key(text: str) -> str:
@@ -1165,9 +1149,7 @@ def slips(machine: Machine) -> Iterator[str]:
         yield "only the first 8 fields mean anything"
 
 
-def expand_builders(
-    text: str, file: str, seen: tuple[str, ...] = ()
-) -> Iterator[tuple[str, str]]:
+def entries(text: str, file: str, seen: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """The entries of a `builders` setting or a machines file, includes in place: where
     each stands, and its text.  Without one it is a complaint of a file that was to be there.
     """
@@ -1194,7 +1176,7 @@ def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[tuple[str,
         reason = error.strerror if isinstance(error, OSError) else error
         yield f"{where}: the machines file {path!r}: {reason}", ""
     else:
-        yield from expand_builders(text, path, (*seen, path))
+        yield from entries(text, path, (*seen, path))
 
 
 def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
@@ -1202,10 +1184,10 @@ def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
     machines, complaints = [], []
     if nix.old:
         file = nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
-        entries = include("NIX_REMOTE_SYSTEMS", file, ())
+        found = include("NIX_REMOTE_SYSTEMS", file, ())
     else:
-        entries = expand_builders(nix.settings.get("builders", ""), "builders")
-    for where, text in entries:
+        found = entries(nix.settings.get("builders", ""), "builders", ())
+    for where, text in found:
         try:
             if not text:
                 raise BadMachine(where)
@@ -1626,17 +1608,17 @@ class Slots:
         load, free = 0, None
         for number in range(machine.max_jobs):
             try:
-                lock = Lock(f"{self.path}/{machine.slots}-{number}")
+                lock = Lock.take(f"{self.path}/{machine.slots}-{number}")
             except Error:  # no room for its file
                 if free:
                     break
                 raise
-            if not lock.hold():
+            if not lock:
                 load += 1
-            elif not free:
+            elif free:
+                lock.release()
+            else:
                 free = lock
-                continue
-            lock.release()
         return load, free
 
     def choose(
@@ -3600,18 +3582,11 @@ class Copier:
 
     def fetch_some(self, infos: dict[str, PathInfo], last: bool) -> None:
         """Bring these, each behind those it refers to; last: there are no more."""
-        copy = self.fetcher([*infos])
+        copy = self.early
+        if not copy or copy.process.poll() is not None:
+            copy = self.start_to_fetch([*infos])
         if problem := self.run(copy, lambda relay: relay.bring(infos, last)):
             raise self.blame_for_fetching(problem)
-
-    def fetcher(self, paths: list[str]) -> Copy:
-        """The program that is to bring these: that which waits for them, if it lives."""
-        early, self.early = self.early, None
-        if early and early.process.poll() is None:
-            return early
-        if early:
-            early.end()
-        return self.start_to_fetch(paths)
 
     def start_to_fetch(self, paths: list[str]) -> Copy:
         """Start the program that is to bring these."""
