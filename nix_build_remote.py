@@ -130,6 +130,7 @@ PAUSE_S = 1  # a machine that has failed is left alone for that,
 PAUSE_LIMIT_S = 60  # and for longer each time it fails again
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 OUTAGE_LIMIT = 1000  # characters of what is remembered of a failure
+PROBE_HEAD = 99  # bytes of a probe's file, before what ssh and nix-store said
 
 # ssh and sessions
 CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
@@ -998,11 +999,6 @@ class Machine(NamedTuple):
             raise BadMachine(f"{where}: {error}") from None
 
     @property
-    def uri(self) -> str:
-        """The first field, which says how to reach it."""
-        return self.text.split()[0]
-
-    @property
     def host(self) -> str:
         """The destination without the user."""
         return self.destination.rpartition("@")[2]
@@ -1458,13 +1454,31 @@ class Lock:
             return None if lock.is_free() else lock.read()
 
     def wait(self, timeout_s: float = math.inf, kind: int = fcntl.LOCK_EX) -> bool:
-        """Wait until we hold it; False if the time is over.  NixGone if Nix ends."""
+        """Wait until we hold it; False if the time is over.  NixGone if Nix ends, for which
+        an alarm looks every two seconds."""
         if self.hold(kind):
             return True
-        with suppress(Late), Alarm(timeout_s):
+        import signal
+
+        deadline, is_over = time.monotonic() + timeout_s, False
+
+        def ring(number: int, frame: object) -> None:
+            if not is_over and nix_has_gone():
+                raise NixGone
+            if not is_over and time.monotonic() >= deadline:
+                raise Late("no end within the time for it")
+
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, min(2.0, max(0.001, timeout_s)), 2)
+        try:
             fcntl.flock(self.descriptor, kind)
-            return True
-        return False
+        except Late:
+            return False
+        finally:
+            is_over = True  # it may ring once more
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        return True
 
     def read(self, limit: int = LOCK_LIMIT_BYTES) -> str:
         """What its file says; nothing if it is a fifo."""
@@ -1489,38 +1503,6 @@ class Lock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
-
-
-class Alarm:
-    """Ends what blocks in the kernel: with Late after some time, with NixGone if Nix has
-    ended, which it looks for every two seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-        self.is_over = False  # whether the block has ended
-
-    def __enter__(self) -> None:
-        import signal
-
-        self.before = signal.signal(signal.SIGALRM, self.ring)
-        first = min(2.0, max(0.001, self.deadline - time.monotonic()))
-        signal.setitimer(signal.ITIMER_REAL, first, 2)
-
-    def __exit__(self, *error: object) -> None:
-        self.is_over = True
-        import signal
-
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self.before)
-
-    def ring(self, number: int, frame: object) -> None:
-        """The signal's handler."""
-        if self.is_over:
-            return
-        if nix_has_gone():
-            raise NixGone
-        if time.monotonic() >= self.deadline:
-            raise Late("no end within the time for it")
 
 
 OURSELVES: list[str] = []  # our process id and start time, once they are known
@@ -1837,7 +1819,8 @@ class Outages:
         until = f"{outage.until:.3f}"
         is_ours = lock.hold()
         text = lock.read()
-        head, said = text[:PROBE_HEAD].split(), text[PROBE_HEAD:]
+        head, said = text[:PROBE_HEAD].split(), encode(text[PROBE_HEAD:])
+        words, _, rest = said.partition(integer(SERVE_REPLY))
         if not is_ours:
             end_late(head, outage)
         elif self.of(machine) != outage:
@@ -1848,15 +1831,11 @@ class Outages:
             pid = self.probe(machine, lock.descriptor)
             text = f"{until} {pid} {start_time(pid)}"
             os.pwrite(lock.descriptor, encode(text), 0)
-        elif is_well(encode(said)):
+        elif rest[8:16] == integer(0):  # it has greeted, and its store has answered
             self.end(machine)
         else:
-            first, _, rest = encode(said).partition(integer(SERVE_REPLY))
-            words = " ".join(printable(decode(first + rest[8:])).split())
-            self.note(machine, outage, heard(Unreachable, words or "no answer"))
-
-
-PROBE_HEAD = 99  # bytes
+            told = " ".join(printable(decode(words + rest[8:])).split())
+            self.note(machine, outage, heard(Unreachable, told or "no answer"))
 
 
 def end_late(head: list[str], outage: Outage) -> None:
@@ -1867,13 +1846,6 @@ def end_late(head: list[str], outage: Outage) -> None:
 
         with suppress(OSError):
             os.kill(int(head[1]), signal.SIGKILL)
-
-
-def is_well(said: bytes) -> bool:
-    """Whether that is nix-store's greeting and the answer to a question that needs its
-    store: none of no paths are valid."""
-    rest = said.partition(integer(SERVE_REPLY))[2]
-    return rest[8:16] == integer(0)
 
 
 # ---- The line -----------------------------------------------------------------------
@@ -2024,11 +1996,10 @@ class Line:
 
     def find_if_possible(self) -> Slot | None:
         """A free slot; None also if the disk is full, or our directory is gone."""
-        try:
+        with suppress(Error, OSError):
             return self.find()
-        except (Error, OSError):
-            with suppress(Error):
-                self.slots.make()
+        with suppress(Error):
+            self.slots.make()
         return None
 
     def tell_of_absence(self) -> None:
@@ -2097,13 +2068,11 @@ class Derivation(NamedTuple):
         """
         fields = [field for output in self.outputs for field in output]
         pairs = [word for pair in self.environment for word in pair]
-        parts = [
-            integer(len(self.outputs)) + b"".join(map(string, fields)),
-            strings(inputs if self.input_derivations else self.sources),
-            string(self.platform) + string(self.builder) + strings(self.arguments),
-            integer(len(self.environment)) + b"".join(map(string, pairs)),
-        ]
-        return b"".join(parts)
+        outputs = integer(len(self.outputs)) + b"".join(map(string, fields))
+        reads = strings(inputs if self.input_derivations else self.sources)
+        run = string(self.platform) + string(self.builder) + strings(self.arguments)
+        variables = integer(len(self.environment)) + b"".join(map(string, pairs))
+        return outputs + reads + run + variables
 
 
 ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # any other stands for itself
@@ -3530,9 +3499,8 @@ class Copier:
         files = map(self.nix.store.file, paths)
         here = bool(spoilt) or not all(map(os.path.lexists, files))
         said = " ".join(f"{spoilt}{words}".split())
-        problem = said or "; ".join(
-            dict.fromkeys(filter(None, (str(lost or ""), problem)))
-        )
+        told = [str(lost), problem] if lost else [problem]
+        problem = said or "; ".join(dict.fromkeys(told))
         if not here and (not lost or lost.lasting is None):  # it found them odd
             words = self.verify(sorted(paths))
             here, problem = bool(words), words or problem
@@ -4747,7 +4715,7 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
     known, complaints = load_machines(nix)
     chosen = []
     for word in words:
-        found = [m for m in known if word in (m.host, m.uri, m.destination)]
+        found = [m for m in known if word in (m.host, m.text.split()[0], m.destination)]
         if not found:
             there = ", ".join(machine.host for machine in known) or "none"
             where = f"is listed in {where_machines_stand(nix)}"
