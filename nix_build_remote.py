@@ -1505,15 +1505,11 @@ class Lock:
         self.release()
 
 
-OURSELVES: list[str] = []  # our process id and start time, once they are known
-
-
 def holder(phase: str, derivation: str, since: float) -> str:
     """What a lock's file says of who holds it, for `status`: process id, its start time,
     seconds since 1970, phase, derivation."""
-    if not OURSELVES:
-        OURSELVES.append(f"{os.getpid()} {start_time(os.getpid())}")
-    return f"{OURSELVES[0]} {since:.0f} {phase} {derivation}\n"
+    process = os.getpid()
+    return f"{process} {start_time(process)} {since:.0f} {phase} {derivation}\n"
 
 
 class Slot:
@@ -1657,8 +1653,7 @@ class Slots:
         are as many of these as slots."""
         with suppress(Error):  # no room for its file
             for number in range(machine.max_jobs):
-                lock = Lock.take(f"{self.own}/{machine.slots}.fetch-{number}")
-                if lock:
+                if lock := Lock.take(f"{self.own}/{machine.slots}.fetch-{number}"):
                     return Slot(machine, lock)
         return None
 
@@ -1721,8 +1716,8 @@ class Outage(NamedTuple):
     @property
     def is_hopeless(self) -> bool:
         """Whether it is no use to wait: that is known, or it has failed too often."""
-        unknown = self.lasting is None
-        return self.lasting is True or (unknown and self.failures > UNKNOWN_FAILURES)
+        many = self.lasting is None and self.failures > UNKNOWN_FAILURES
+        return self.lasting is True or many
 
     def again(self, error: Error) -> Outage:
         """The same after one more failure."""
@@ -3191,20 +3186,17 @@ class Relay:
         data = b""
         while len(data) < count:
             if self.session.stdout in self.step([self.copy.output, *self.quiet]):
-                self.hear_surplus()
+                # Nothing was asked of the builder: its archive is longer than it had said.
+                # Or it ends, as it was told.
+                self.quiet = []
+                if os.read(self.session.stdout, TAIL_BYTES):
+                    raise Spoilt("size mismatch importing what the builder has")
                 continue
             more = os.read(self.copy.output, count - len(data))
             if not more:
                 raise CopyEnded
             data += more
         return data
-
-    def hear_surplus(self) -> None:
-        """Nothing was asked of the builder, and it says something: its archive is longer
-        than it had said.  Or it ends, as it was told."""
-        self.quiet = []
-        if os.read(self.session.stdout, TAIL_BYTES):
-            raise Spoilt("size mismatch importing what the builder has")
 
     def reply(self, data: bytes) -> None:
         """Say that to the program; CopyEnded if it hears nothing any more."""
@@ -3480,7 +3472,7 @@ class Copier:
         command = [self.program, *flags, self.target, *self.options()]
         there, lacking = set(there), paths - there
         for batch in batches(sorted(paths)):
-            copy = self.start([*command, *batch])
+            copy = Copy(self.programs, [*command, *batch], self.environ, self.is_joined)
             try:
                 problem = self.run(copy, lambda relay: relay.send(there, lacking))
             except SessionLost as error:
@@ -3558,13 +3550,13 @@ class Copier:
 
     def start_to_fetch(self, paths: list[str]) -> Copy:
         """Start the program that is to bring these."""
-        environ = {}
+        environ = dict(self.environ)
         if self.site.copy_version < (2, 29):
             environ["NIX_HELD_LOCKS"] = " ".join(paths)
         command = [self.store_program, "--import", *self.options()]
         if self.is_joined:
             command = [self.program, "--from", self.target, *self.options(), *paths]
-        return self.start(command, **environ)
+        return Copy(self.programs, command, environ, self.is_joined)
 
     def prepare_to_fetch(self, outputs: list[str]) -> None:
         """Start it while they are built, if one can bring all: to start takes 20 ms."""
@@ -3584,11 +3576,10 @@ class Copier:
         for output in outputs:
             if output not in infos:
                 raise Spoilt(f"it says that '{output}' was built, but does not have it")
-        wanted, known = set(outputs), {*outputs, *inputs}
-        if not infos.keys() <= wanted:
+        if not infos.keys() <= {*outputs}:
             raise Nonsense("it answers of paths that it was not asked for")
-        strange = {r for info in infos.values() for r in info.references} - known
-        invalid = self.invalid_here(sorted(strange))
+        strange = {r for info in infos.values() for r in info.references}
+        invalid = self.invalid_here(sorted(strange.difference(outputs, inputs)))
         for output, info in infos.items():
             if info.deriver and not self.nix.store.owns(info.deriver):
                 raise Spoilt(f"it says that {info.deriver[:200]!r} made '{output}'")
@@ -3618,11 +3609,6 @@ class Copier:
         return Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
 
     # Both
-
-    def start(self, command: list[str], **environ: str) -> Copy:
-        """Start a program that copies, with more in its environment."""
-        environ = {**self.environ, **environ}
-        return Copy(self.programs, command, environ, self.is_joined)
 
     def run(self, copy: Copy, join: Callable[[Relay], None]) -> str:
         """Have it run to its end; returns what went wrong, or ""."""
@@ -3711,11 +3697,11 @@ class OutputLocks:
 
     def __init__(self, store: Store, outputs: Iterable[str]) -> None:
         self.parent = os.getppid()
-        self.files = {output: f"{store.file(output)}.lock" for output in outputs}
+        self.store = store
         self.seen: dict[str, os.stat_result] = {}  # the files of those that there were
-        for output, file in self.files.items():
+        for output in outputs:
             with suppress(FileNotFoundError):
-                self.seen[output] = os.lstat(file)
+                self.seen[output] = os.lstat(f"{store.file(output)}.lock")
 
     def retire(self, outputs: Iterable[str]) -> None:
         """Retire the locks on these, those that we have seen and not retired yet."""
@@ -3724,20 +3710,18 @@ class OutputLocks:
             if os.getppid() != self.parent or nix_has_gone():
                 raise NixGone
             if expected:
-                self.retire_file(self.files[output], expected)
+                self.retire_file(f"{self.store.file(output)}.lock", expected)
 
     def retire_file(self, path: str, expected: os.stat_result) -> None:
         """Retire one, if it is still that file."""
-        try:
+        with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return
-        try:
-            if os.path.samestat(os.fstat(descriptor), expected):
-                os.unlink(path)
-                os.write(descriptor, b"d")
-        finally:
-            os.close(descriptor)
+            try:
+                if os.path.samestat(os.fstat(descriptor), expected):
+                    os.unlink(path)
+                    os.write(descriptor, b"d")
+            finally:
+                os.close(descriptor)
 
 
 class UploadLock:
@@ -3762,9 +3746,8 @@ class UploadLock:
         with suppress(Error):  # no room for the locks' files: go on without the right
             while rival := self.take_or_rival():
                 waited = True
-                left = deadline - time.monotonic()
                 with rival:
-                    in_time = left > 0 and rival.wait(left, fcntl.LOCK_SH)
+                    in_time = rival.wait(deadline - time.monotonic(), fcntl.LOCK_SH)
                 if not in_time:
                     break
         return waited
@@ -4684,10 +4667,8 @@ def calling_nix(environ: dict[str, str], machines: str) -> Nix:
 def settings_of(program: str, environ: dict[str, str]) -> dict[str, str]:
     """What `nix show-config` says, which is `nix config show` from 2.20 on."""
     more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
-    environ, programs = (
-        {**environ, "NIX_CONFIG": more},
-        Programs(Talk(Nix(True, {}, {}))),
-    )
+    environ = {**environ, "NIX_CONFIG": more}
+    programs = Programs(Talk(Nix(True, {}, {})))
     for words in (["config", "show"], ["show-config"]):
         status, text, complaint = programs.output([program, *words], environ)
         if status == 0:
@@ -5099,9 +5080,10 @@ def unused(nix: Nix) -> str:
     import filecmp
 
     mine = os.path.realpath(__file__)
-    words = nix.settings.get("build-hook", "").split()
-    if nix.old:
-        words = nix.environ.get("NIX_BUILD_HOOK", "").split()
+    hook = (
+        nix.environ.get("NIX_BUILD_HOOK") if nix.old else nix.settings.get("build-hook")
+    )
+    words = (hook or "").split()
     files = [word for word in words if os.path.isfile(word)]
     if any(filecmp.cmp(file, mine, shallow=False) for file in files):
         program = find_program("nix-store", nix_directories(nix.environ))
@@ -5110,11 +5092,9 @@ def unused(nix: Nix) -> str:
         if len(words) == 1 or parse_version(said) >= (2, 10):
             return ""
     now = " ".join(words) or "not set"
-    return (
-        f"Note: Nix here does not use this hook now (build-hook is {now}); to do: "
-        f"build-hook = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
-        "/root/.config/nix/nix.conf."
-    )
+    text = f"Note: Nix here does not use this hook now (build-hook is {now}); to do: "
+    text += f"build-hook = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
+    return f"{text}/root/.config/nix/nix.conf."
 
 
 def check(options: Namespace, nix: Nix, screen: Screen) -> int:
@@ -5513,11 +5493,11 @@ class Choice(NamedTuple):
             rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
         if self.ranked:
             print("\n".join(table(rows)))
-            screen.say(
-                "The first is asked first.  Of equals: the faster, then the less "
-                "loaded, then the one that has had more of the inputs, then the one that "
-                "is written first."
+            text = "The first is asked first.  Of equals: the faster, then the less loaded, "
+            text += (
+                "then the one that has had more of the inputs, then the one that is "
             )
+            screen.say(f"{text}written first.")
         else:
             print(screen.paint("No machine can take it now.", WRONG))
         if self.out:
@@ -5535,10 +5515,8 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     machines, complaints = load_machines(nix)
     try:
         slots = Slots.find(nix)
-        loads = [
-            load._replace(known=slots.known(load.machine, digests))
-            for load in look(slots, machines)[0]
-        ]
+        found = look(slots, machines)[0]
+        loads = [l._replace(known=slots.known(l.machine, digests)) for l in found]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
         loads = unknown(machines)
