@@ -626,8 +626,7 @@ class Nix:
         self.verbosity, self.trace = verbosity, trace
         default = environ.get("NIX_REMOTE", "") if old else ""
         self.store = Store.parse(settings.get("store", default) or "auto", environ)
-        parent = "/run/nix" if old else self.store.state
-        default = f"{parent}/current-load"
+        default = f"{'/run/nix' if old else self.store.state}/current-load"
         self.slot_directory = environ.get("NIX_CURRENT_LOAD") or default
         # Nix sends all its settings, so each of these tells from which version on it is.
         self.since_2_3 = "trace-function-calls" in settings
@@ -1691,13 +1690,12 @@ class Outage(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Outage | None:
         """What text() made; None if that says nothing."""
-        try:
+        with suppress(ValueError, KeyError):
             failures, since, until, lasting, words = text.split(" ", 4)
             times = float(since), float(until)
-            found = cls(int(failures[:9]), *times, LASTING[lasting], words)
-        except (ValueError, KeyError):
-            return None
-        return found if math.isfinite(sum(times)) else None
+            if math.isfinite(sum(times)):
+                return cls(int(failures[:9]), *times, LASTING[lasting], words)
+        return None
 
     def text(self) -> str:
         """One line for its file."""
@@ -1942,8 +1940,7 @@ class Line:
         there is no room for its file."""
         with suppress(Error), self.slots.main_lock():
             for number in reversed(range(self.size)):
-                lock = Lock.take(self.place_file(number))
-                if not lock:
+                if not (lock := Lock.take(self.place_file(number))):
                     break
                 self.stand(number, lock)
         return self.lock is not None
@@ -1976,8 +1973,7 @@ class Line:
         told = False
         while True:
             start = time.monotonic()
-            slot = self.find_if_possible()
-            if slot:
+            if slot := self.find_if_possible():
                 return slot
             if self.all_away and self.impatient:
                 raise Away("it failed for another build, too")
@@ -5020,26 +5016,19 @@ class Inspection:
         features = " ".join(f'"{name}"' for name in sorted(self.machine.mandatory))
         tiny, machines = f"{folder}/tiny.nix", f"{folder}/machines"
         write_private(machines, f"{self.machine.text}\n")
-        write_private(
-            tiny,
-            f"""derivation {{
+        text = f"""derivation {{
             name = "check"; system = "{self.machine.systems[0]}";
             builder = "/bin/sh"; args = [ "-c" "echo well > $out" ];
             requiredSystemFeatures = [ {features} ];
-            random = "{os.urandom(8).hex()}"; }}""",
-        )
+            random = "{os.urandom(8).hex()}"; }}"""
+        write_private(tiny, text)
         program = find_program("nix-build", nix_directories(self.nix.environ))
         command = [program, tiny, "--no-out-link", "--max-jobs", "0"]
         if self.nix.old:
             more = {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
             return command, self.nix.child_environ(**more)
-        settings = {
-            "build-hook": hook,
-            "builders": f"@{machines}",
-            "substitute": "false",
-        }
-        for name, value in settings.items():
-            command += ["--option", name, value]
+        command += ["--option", "build-hook", hook, "--option", "substitute", "false"]
+        command += ["--option", "builders", f"@{machines}"]
         return command, self.nix.child_environ()
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
@@ -5333,11 +5322,13 @@ def status(options: Namespace, nix: Nix, screen: Screen) -> int:
         time.sleep(1)
 
 
-def bar(taken: int, slots: int) -> str:
-    """One character a slot, or fewer."""
+def slots_line(load: Load) -> list[str]:
+    """What the machine is called, a character for each slot, or fewer, and the count."""
+    taken, slots = len(load.building), load.machine.max_jobs
     width = min(slots, BAR)
     full = math.ceil(width * taken / slots) if slots else 0
-    return f"[{'#' * full}{'.' * (width - full)}]"
+    bar = f"[{'#' * full}{'.' * (width - full)}]"
+    return [label(load.machine), bar, f"{taken} of {slots} slots taken"]
 
 
 def left_alone(outage: Outage) -> str:
@@ -5356,13 +5347,8 @@ def overview_lines(
     """How things are with the machines, and who waits, for people."""
     from itertools import groupby
 
-    now = time.time()
-    lines, heads = [], []
-    for load in loads:
-        taken, slots = len(load.building), load.machine.max_jobs
-        count = f"{taken} of {slots} slots taken"
-        heads.append([label(load.machine), bar(taken, slots), count])
-    for head, load in zip(table(heads), loads):
+    now, lines = time.time(), []
+    for head, load in zip(table([*map(slots_line, loads)]), loads):
         lines.append(screen.paint(head, NOTE if load.outage else OK))
         lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
         if load.outage:
