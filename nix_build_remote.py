@@ -677,11 +677,8 @@ def might_build_itself(nix: Nix, request: Request) -> bool:
     systems = [*nix.words("system"), *nix.words("extra-platforms"), "builtin"]
     # Some experimental features are system features too, which it does not tell us.
     features = nix.words("system-features") + nix.words("experimental-features")
-    return (
-        nix.settings.get("max-jobs") != "0"
-        and request.system in systems
-        and request.features.issubset(features)
-    )
+    able = request.system in systems and request.features.issubset(features)
+    return able and nix.settings.get("max-jobs") != "0"
 
 
 def read_stdin(count: int) -> bytes:
@@ -702,12 +699,9 @@ def read_line() -> str:
 
 def is_old_call(arguments: list[str]) -> bool:
     """Whether Nix 1.x calls: localSystem maxSilentTime printBuildTrace [buildTimeout]."""
-    return (
-        len(arguments) in (3, 4)
-        and not arguments[0].isdigit()
-        and not arguments[0].startswith("-")
-        and all(argument.isdigit() for argument in arguments[1:])
-    )
+    system, *numbers = arguments or [""]
+    is_system = not system.isdigit() and not system.startswith("-")
+    return is_system and len(numbers) in (2, 3) and all(map(str.isdigit, numbers))
 
 
 def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
@@ -4848,8 +4842,7 @@ class Inspection:
             "OPEN": (f"the key {key} may be read by others", f"chmod 600 {key}"),
             "NAMELESS": (text, f"correct {machine.where}, or add {host} to {places}"),
         }
-        other = (text, error.remedy_for(machine.destination))
-        return ours.get(error.meaning, other)
+        return ours.get(error.meaning, (text, error.remedy_for(machine.destination)))
 
     def denied(self, text: str) -> tuple[str, str]:
         """Why a key does not let us in, as far as it can be seen from here."""
@@ -5260,14 +5253,9 @@ def look(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter
         with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
             return [load_of(slots, m, own) for m in machines], waiters_in(slots, own)
     except FileNotFoundError:  # no hook has ever run
-        return unknown(machines), []
+        return [Load(machine, [], [], None) for machine in machines], []
     except OSError as error:
         raise Error(f"cannot read {error.filename}; try it as root") from None
-
-
-def unknown(machines: list[Machine]) -> list[Load]:
-    """How things are with machines of which nothing is known."""
-    return [Load(machine, [], [], None) for machine in machines]
 
 
 def load_of(slots: Slots, machine: Machine, own: list[str]) -> Load:
@@ -5387,6 +5375,8 @@ def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]
 def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]:
     """The request that Nix would make for that derivation, or for the options; and the
     digests of what is read for it."""
+    import json
+
     features = frozenset(listed(options.features))
     if not options.derivation:
         system = options.system or nix.settings["system"]
@@ -5401,13 +5391,10 @@ def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]
         raise Error(f"cannot read the derivation {path}: {reason}; {hint}") from None
     environment = dict(derivation.environment)
     words = environment.get("requiredSystemFeatures", "").split()
-    if "__json" in environment:
-        import json
-
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
-            more = texts(json.loads(environment["__json"])["requiredSystemFeatures"])
-            # Half a surrogate pair, which JSON may write, is a ValueError.
-            words += map(decode, map(encode, more))
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        more = texts(json.loads(environment["__json"])["requiredSystemFeatures"])
+        # Half a surrogate pair, which JSON may write, is a ValueError.
+        words += map(decode, map(encode, more))
     request = Request(False, derivation.platform, path, features.union(words))
     return request, derivation.digests()
 
@@ -5505,7 +5492,7 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
         loads = [l._replace(known=slots.known(l.machine, digests)) for l in found]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
-        loads = unknown(machines)
+        loads = [Load(machine, [], [], None) for machine in machines]
     choice = Choice.of(loads, request, nix)
     if options.json:
         print(as_json({**choice.as_dict(), "complaints": complaints}))
