@@ -1292,10 +1292,12 @@ def spare_directory(instead_of: str = "") -> str:
     numbered = [f"/tmp/{name}.{number}" for number in range(1, 10)]
     for folder in [f"/tmp/{name}", *numbered, f"/run/{name}"]:
         path = f"{folder}/{checksum(instead_of)}" if instead_of else folder
-        with suppress(Error):
-            make_directory(folder)
-            make_directory(path)
-            return path
+        with suppress(OSError):
+            with suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            if is_shut(os.lstat(folder), {os.geteuid()}):
+                make_directory(path)
+                return path
     raise Error(f"cannot make a directory of our own, such as /tmp/{name}")
 
 
