@@ -132,6 +132,7 @@ PAUSE_S = 1  # a machine that has failed is left alone for that,
 PAUSE_LIMIT_S = 60  # and for longer each time it fails again
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 OUTAGE_LIMIT = 1000  # characters of what is remembered of a failure
+PROBE_HEAD = 99  # bytes of a probe's file, before what ssh and nix-store said
 
 # ssh and sessions
 CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
@@ -161,9 +162,7 @@ OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
 COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB in a
 # variable (MAX_ARG_STRLEN)
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
-AHEAD_BYTES = (
-    1 << 20
-)  # outputs that are fetched before they are asked for, if that is all
+AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
@@ -615,18 +614,23 @@ class Store(NamedTuple):
             remote="" if uri == "auto" else uri,
         )
 
+    def owns(self, path: str) -> bool:
+        """Whether that is what a path in it looks like, as every Nix makes them."""
+        directory, _, last = path.rpartition("/")
+        digest, dash, name = last[:32], last[32:33], last[33:]
+        right = only(digest, STORE_DIGITS) and only(name, WORD + "+-.?=")
+        return (
+            directory == self.directory
+            and right
+            and dash == "-"
+            and 0 < len(name) < 212
+        )
+
     def name(self, path: str) -> str:
         """The last part of a store path; Error if it is not one of this store."""
-        name = path[len(self.directory) + 1 :]
-        if path != f"{self.directory}/{name}" or not is_store_name(name):
+        if not self.owns(path):
             raise Error(f"{path!r} is not a store path in {self.directory}")
-        return name
-
-    def owns(self, path: str) -> bool:
-        """Whether that is what a path in it looks like."""
-        with suppress(Error):
-            return bool(self.name(path))
-        return False
+        return path.rpartition("/")[2]
 
     @property
     def is_cache(self) -> bool:
@@ -637,17 +641,6 @@ class Store(NamedTuple):
     def file(self, path: str) -> str:
         """The file name of what has that store path."""
         return f"{self.real}/{self.name(path)}"
-
-
-def is_store_name(text: str) -> bool:
-    """Whether that is the last part of a store path, as every Nix makes them."""
-    digest, dash, name = text[:32], text[32:33], text[33:]
-    return (
-        (len(digest), dash) == (32, "-")
-        and only(digest, STORE_DIGITS)
-        and 0 < len(name) <= 211
-        and only(name, WORD + "+-.?=")
-    )
 
 
 class Nix:
@@ -673,8 +666,7 @@ class Nix:
         if uri.startswith("."):  # up to 2.26: as seen from where Nix runs
             uri = os.path.realpath(f"/proc/{os.getppid()}/cwd/{uri}")
         self.store = Store.parse(uri, environ)
-        parent = "/run/nix" if old else self.store.state
-        default = f"{parent}/current-load"
+        default = f"{'/run/nix' if old else self.store.state}/current-load"
         self.slot_directory = environ.get("NIX_CURRENT_LOAD") or default
         # Nix sends all its settings, so each of these tells from which version on it is.
         self.since_2_3 = "trace-function-calls" in settings
@@ -729,11 +721,8 @@ def might_build_itself(nix: Nix, request: Request) -> bool:
         systems.append(request.system)
     # Some experimental features are system features too, which it does not tell us.
     features = nix.words("system-features") + nix.words("experimental-features")
-    return (
-        nix.settings.get("max-jobs") != "0"
-        and request.system in systems
-        and request.features.issubset(features)
-    )
+    able = request.system in systems and request.features.issubset(features)
+    return able and nix.settings.get("max-jobs") != "0"
 
 
 def read_stdin(count: int) -> bytes:
@@ -754,12 +743,9 @@ def read_line() -> str:
 
 def is_old_call(arguments: list[str]) -> bool:
     """Whether Nix 1.x calls: localSystem maxSilentTime printBuildTrace [buildTimeout]."""
-    return (
-        len(arguments) in (3, 4)
-        and not arguments[0].isdigit()
-        and not arguments[0].startswith("-")
-        and all(argument.isdigit() for argument in arguments[1:])
-    )
+    system, *numbers = arguments or [""]
+    is_system = not system.isdigit() and not system.startswith("-")
+    return is_system and len(numbers) in (2, 3) and all(map(str.isdigit, numbers))
 
 
 def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
@@ -855,21 +841,19 @@ class Talk:
             self.levels = (0, 1, 2, 3, 5)
         self.started = 0  # how many activities have been
         self.running: list[int] = []  # their numbers; each is a part of the one before
+        self.moved = 0  # bytes, since one has begun or ended
+        self.told = 0.0  # when that was told, last
 
     def write(self, line: str) -> None:
         """A line to Nix; NixGone if it has ended."""
         write_all(MESSAGES, encode(line) + b"\n")
-
-    def wants(self, level: int) -> bool:
-        """Whether the user wants messages of that level."""
-        return self.debug or self.levels[level] <= self.verbosity
 
     def say(self, level: int, text: str) -> None:
         """Show a message of one or more lines, if the user wants that level.
 
         2.x drops plain lines once a build is accepted, so for it all are @nix lines.
         """
-        if not self.wants(level):
+        if not self.debug and self.levels[level] > self.verbosity:
             return
         if level == DEBUG:
             text = f"[{time.monotonic() - START:.3f} s] {text}"
@@ -897,14 +881,18 @@ class Talk:
             tail = f'"text":{quoted(text)},"parent":0,"fields":[{values}]'
             self.write(f'@nix {{"action":"start",{head},{tail}}}')
 
-    def progress(self, bytes_done: int) -> None:
-        """Tell how far the innermost activity is."""
-        if self.running:
+    def progress(self, more: int) -> None:
+        """Tell, at most ten times a second, how far the innermost activity is: so many
+        bytes more."""
+        self.moved += more
+        if self.running and time.monotonic() > self.told + 0.1:
+            self.told = time.monotonic()
             head = f'"action":"result","id":{self.running[-1]},"type":{PROGRESS}'
-            self.write(f'@nix {{{head},"fields":[{bytes_done},0,0,0]}}')
+            self.write(f'@nix {{{head},"fields":[{self.moved},0,0,0]}}')
 
     def end(self, depth: int = 0) -> None:
         """End the activities at that depth and deeper."""
+        self.moved = 0
         while len(self.running) > depth:
             self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
 
@@ -983,12 +971,10 @@ def unread_in(pipe: int) -> int:
     """How many bytes in a pipe nobody has read yet."""
     from termios import FIONREAD
 
-    try:
-        if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
-            return 0
-        return int(struct.unpack("i", fcntl.ioctl(pipe, FIONREAD, bytes(4)))[0])
-    except OSError:
-        return 0
+    with suppress(OSError):
+        if stat.S_ISFIFO(os.fstat(pipe).st_mode):
+            return int(struct.unpack("i", fcntl.ioctl(pipe, FIONREAD, bytes(4)))[0])
+    return 0
 
 
 # ---- Machines -----------------------------------------------------------------------
@@ -997,14 +983,14 @@ def unread_in(pipe: int) -> int:
 class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
-    where: file:line; uri: as it was written; name: what Nix's own hook calls it; slots:
+    where: file:line; text: as it was written; name: what Nix's own hook calls it; slots:
     what the names of its slot files begin with, as that hook has them; destination: [user@]host;
     port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
     host_key: a line such as "ssh-ed25519 AAAA...", or "".
     """
 
     where: str
-    uri: str
+    text: str
     name: str
     slots: str
     destination: str
@@ -1032,7 +1018,7 @@ class Machine(NamedTuple):
             pinned = host_key or parameters.get("base64-ssh-public-host-key", "")
             return cls(
                 where=where,
-                uri=uri,
+                text=" ".join(text.split()),
                 name=name,
                 slots=file_name(f"{'+'.join(known)}-{name}" if nix.old else name),
                 destination=destination,
@@ -1099,7 +1085,9 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     if host == "localhost" and not user and not port:
         why = "nix-copy-closure would not use ssh, and builds would wait for themselves"
         raise ValueError(f"'localhost' is this machine: {why}")
-    check_parameters(parameters)
+    for name in sorted(parameters.keys() - PARAMETERS.split()):  # we shall not obey it
+        known = "this hook does not support the parameter"
+        raise ValueError(f"{known} {name!r}; the machine can be used without it")
     return user + at + host, port, parameters
 
 
@@ -1140,14 +1128,6 @@ def is_word(text: str) -> bool:
 # What store URIs may say; only the first three mean something to a hook.
 PARAMETERS = """ssh-key compress base64-ssh-public-host-key max-connections max-connection-age trusted
 path-info-cache-size priority want-mass-query system-features"""
-
-
-def check_parameters(parameters: dict[str, str]) -> None:
-    """ValueError if one is unknown: it may have been meant to be obeyed."""
-    for name in parameters:
-        if name not in PARAMETERS.split():
-            known = "this hook does not support the parameter"
-            raise ValueError(f"{known} {name!r}; the machine can be used without it")
 
 
 def parse_key(text: str) -> str:
@@ -1193,7 +1173,7 @@ def parse_host_key(text: str) -> str:
     return line
 
 
-def slips(machine: Machine, text: str) -> Iterator[str]:
+def slips(machine: Machine) -> Iterator[str]:
     """What a line may say, but was hardly meant to."""
     for system in machine.systems:
         words = system.split("-")
@@ -1202,33 +1182,23 @@ def slips(machine: Machine, text: str) -> Iterator[str]:
             yield f"no system is called {system!r}; they look like x86_64-linux"
     if machine.key and machine.key[0] not in "/~%":
         yield f"the key {machine.key!r} is not an absolute file name"
-    if len(text.split()) > 8:
+    if len(machine.text.split()) > 8:
         yield "only the first 8 fields mean anything"
 
 
-class Entry(NamedTuple):
-    """A piece of a machines file: where it stands, and its text.
-
-    Without a text, `where` says why the file that was to be there cannot be read.
+def entries(text: str, file: str, seen: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """The entries of a `builders` setting or a machines file, includes in place: where
+    each stands, and its text.  Without one it is a complaint of a file that was to be there.
     """
-
-    where: str
-    text: str
-
-
-def expand_builders(
-    text: str, file: str, seen: tuple[str, ...] = ()
-) -> Iterator[Entry]:
-    """The entries of a `builders` setting or a machines file, includes in place."""
     for number, line in enumerate(text.split("\n"), 1):
         for entry in map(str.strip, line.partition("#")[0].split(";")):
             if entry.startswith("@"):
                 yield from include(f"{file}:{number}", entry[1:].strip(), seen)
             elif entry:
-                yield Entry(f"{file}:{number}", entry)
+                yield f"{file}:{number}", entry
 
 
-def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Entry]:
+def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """The entries of that file; one that is missing lists none, as in every Nix."""
     try:
         if not path.startswith("/"):
@@ -1241,9 +1211,9 @@ def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[Entry]:
         return
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        yield Entry(f"{where}: the machines file {path!r}: {reason}", "")
-        return
-    yield from expand_builders(text, path, (*seen, path))
+        yield f"{where}: the machines file {path!r}: {reason}", ""
+    else:
+        yield from entries(text, path, (*seen, path))
 
 
 def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
@@ -1251,10 +1221,10 @@ def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
     machines, complaints = [], []
     if nix.old:
         file = nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
-        entries = include("NIX_REMOTE_SYSTEMS", file, ())
+        found = include("NIX_REMOTE_SYSTEMS", file, ())
     else:
-        entries = expand_builders(nix.settings.get("builders", ""), "builders")
-    for where, text in entries:
+        found = entries(nix.settings.get("builders", ""), "builders", ())
+    for where, text in found:
         try:
             if not text:
                 raise BadMachine(where)
@@ -1263,7 +1233,7 @@ def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
             complaints.append(f"{error} (left out)")
         else:
             machines.append(machine)
-            complaints += [f"{where}: {slip}" for slip in slips(machine, text)]
+            complaints += [f"{where}: {slip}" for slip in slips(machine)]
     return machines, complaints
 
 
@@ -1329,33 +1299,27 @@ def is_private(path: str) -> bool:
     # Whoever owns the root can do everything: not always 0 in a user namespace.
     trusted = {0, os.geteuid(), os.stat("/").st_uid}
     goal = os.path.realpath(path)
-    try:
-        for place in filter(os.path.lexists, on_the_way(path)):
-            info = os.lstat(place)
-            sticky = info.st_mode & stat.S_ISVTX and place != goal
-            may_be_open = stat.S_ISLNK(info.st_mode) or sticky
-            if info.st_uid not in trusted or not (
-                may_be_open or is_shut(info, trusted)
-            ):
-                return False
-    except OSError:
-        return False
-    return True
+
+    def is_theirs(place: str) -> bool:
+        info = os.lstat(place)
+        sticky = info.st_mode & stat.S_ISVTX and place != goal
+        may_be_open = stat.S_ISLNK(info.st_mode) or sticky
+        return info.st_uid in trusted and bool(may_be_open or is_shut(info, trusted))
+
+    with suppress(OSError):
+        return all(map(is_theirs, filter(os.path.lexists, on_the_way(path))))
+    return False
 
 
-def on_the_way(path: str) -> set[str]:
+def on_the_way(path: str) -> list[str]:
     """A path, all that is above it, and the same for where each link of these leads."""
-    seen: set[str] = set()
-    left = [os.path.normpath(path)]
-    while left:
-        place = left.pop()
-        if place in seen:
-            continue
-        seen.add(place)
-        left.append(os.path.dirname(place))
+    places = [os.path.normpath(path)]
+    for place in places:  # which grow meanwhile
+        more = [os.path.dirname(place)]
         if os.path.islink(place):
-            left.append(os.path.normpath(os.path.join(place, "..", os.readlink(place))))
-    return seen
+            more.append(os.path.normpath(os.path.join(place, "..", os.readlink(place))))
+        places += [other for other in more if other not in places]
+    return places
 
 
 def checksum(text: str) -> str:
@@ -1375,18 +1339,14 @@ def spare_directory(instead_of: str = "") -> str:
     name = f"nix-build-remote-{os.geteuid()}"
     numbered = [f"/tmp/{name}.{number}" for number in range(1, 10)]
     for folder in [f"/tmp/{name}", *numbered, f"/run/{name}"]:
+        path = f"{folder}/{checksum(instead_of)}" if instead_of else folder
         with suppress(OSError):
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o700)
             if is_shut(os.lstat(folder), {os.geteuid()}):
-                break
-    else:
-        raise Error(f"cannot make a directory of our own, such as /tmp/{name}")
-    if not instead_of:
-        return folder
-    path = f"{folder}/{checksum(instead_of)}"
-    make_directory(path)
-    return path
+                make_directory(path)
+                return path
+    raise Error(f"cannot make a directory of our own, such as /tmp/{name}")
 
 
 def ssh_directory(slot_directory: str) -> str:
@@ -1459,11 +1419,9 @@ def keep(path: str, text: str, mode: int = 0o600) -> None:
 def start_time(process: int) -> str:
     """When it started, in kernel ticks, which tells it from a later namesake; "-" if the
     system does not say."""
-    try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            return decode(file.read().rpartition(b")")[2].split()[19])
-    except OSError:
-        return "-"
+    with suppress(OSError), open(f"/proc/{process}/stat", "rb") as file:
+        return decode(file.read().rpartition(b")")[2].split()[19])
+    return "-"
 
 
 def is_alive(pid: str, start: str) -> bool:
@@ -1476,15 +1434,6 @@ def is_alive(pid: str, start: str) -> bool:
         os.kill(int(pid), 0)
     except OSError as error:
         return isinstance(error, PermissionError)
-    return True
-
-
-def try_flock(descriptor: int, kind: int) -> bool:
-    """Lock that file; False if somebody else has."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
     return True
 
 
@@ -1528,7 +1477,10 @@ class Lock:
 
     def hold(self, kind: int = fcntl.LOCK_EX) -> bool:
         """Have it from now on; False if somebody else does."""
-        return try_flock(self.descriptor, kind)
+        with suppress(BlockingIOError):
+            fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
+            return True
+        return False
 
     def is_free(self) -> bool:
         """Whether nobody holds it.  To ask does not keep others from asking, but somebody
@@ -1538,22 +1490,45 @@ class Lock:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         return free
 
+    @classmethod
+    def said_by_holder(cls, path: str) -> str | None:
+        """What that lock's file says, if somebody holds it."""
+        with cls(path) as lock:
+            return None if lock.is_free() else lock.read()
+
     def wait(self, timeout_s: float = math.inf, kind: int = fcntl.LOCK_EX) -> bool:
-        """Wait until we hold it; False if the time is over.  NixGone if Nix ends."""
+        """Wait until we hold it; False if the time is over.  NixGone if Nix ends, for which
+        an alarm looks every two seconds."""
         if self.hold(kind):
             return True
-        with suppress(Late):
-            with Alarm(timeout_s):
-                fcntl.flock(self.descriptor, kind)
-            return True
-        return False
+        import signal
+
+        deadline, is_over = time.monotonic() + timeout_s, False
+
+        def ring(number: int, frame: object) -> None:
+            if not is_over and nix_has_gone():
+                raise NixGone
+            if not is_over and time.monotonic() >= deadline:
+                raise Late("no end within the time for it")
+
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, min(2.0, max(0.001, timeout_s)), 2)
+        try:
+            fcntl.flock(self.descriptor, kind)
+        except Late:
+            return False
+        finally:
+            is_over = True  # it may ring once more
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        return True
 
     def read(self, limit: int = LOCK_LIMIT_BYTES) -> str:
         """What its file says; nothing if it is a fifo."""
-        data = b""
         with suppress(OSError):
             data = os.pread(self.descriptor, limit, 0)
-        return data.decode("utf-8", "surrogateescape")
+            return data.decode("utf-8", "surrogateescape")
+        return ""
 
     def write(self, text: str) -> None:
         """All that the file says from now on, unless the disk is full: that must not cost
@@ -1573,47 +1548,11 @@ class Lock:
         self.release()
 
 
-class Alarm:
-    """Ends what blocks in the kernel: with Late after some time, with NixGone if Nix has
-    ended, which it looks for every two seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-        self.is_over = False  # whether the block has ended
-
-    def __enter__(self) -> None:
-        import signal
-
-        self.before = signal.signal(signal.SIGALRM, self.ring)
-        first = min(2.0, max(0.001, self.deadline - time.monotonic()))
-        signal.setitimer(signal.ITIMER_REAL, first, 2)
-
-    def __exit__(self, *error: object) -> None:
-        self.is_over = True
-        import signal
-
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self.before)
-
-    def ring(self, number: int, frame: object) -> None:
-        """The signal's handler."""
-        if self.is_over:
-            return
-        if nix_has_gone():
-            raise NixGone
-        if time.monotonic() >= self.deadline:
-            raise Late("no end within the time for it")
-
-
-OURSELVES: list[str] = []  # our process id and start time, once they are known
-
-
 def holder(phase: str, derivation: str, since: float) -> str:
     """What a lock's file says of who holds it, for `status`: process id, its start time,
     seconds since 1970, phase, derivation."""
-    if not OURSELVES:
-        OURSELVES.append(f"{os.getpid()} {start_time(os.getpid())}")
-    return f"{OURSELVES[0]} {since:.0f} {phase} {derivation}\n"
+    process = os.getpid()
+    return f"{process} {start_time(process)} {since:.0f} {phase} {derivation}\n"
 
 
 class Slot:
@@ -1681,10 +1620,8 @@ class Slots:
         if not lock.hold() and not self.is_stuck and not lock.wait(MAIN_LOCK_TIMEOUT_S):
             self.is_stuck = True
             if self.complain:
-                hint = (
-                    f"for {MAIN_LOCK_TIMEOUT_S} s (fuser says who); going on without it"
-                )
-                self.complain(f"somebody has held {lock.path} {hint}")
+                text = f"somebody has held {lock.path} for {MAIN_LOCK_TIMEOUT_S} s"
+                self.complain(f"{text} (fuser says who); going on without it")
         return lock
 
     def survey(self, machine: Machine) -> tuple[int, Lock | None]:
@@ -1692,17 +1629,17 @@ class Slots:
         load, free = 0, None
         for number in range(machine.max_jobs):
             try:
-                lock = Lock(f"{self.path}/{machine.slots}-{number}")
+                lock = Lock.take(f"{self.path}/{machine.slots}-{number}")
             except Error:  # no room for its file
                 if free:
                     break
                 raise
-            if not lock.hold():
+            if not lock:
                 load += 1
-            elif not free:
+            elif free:
+                lock.release()
+            else:
                 free = lock
-                continue
-            lock.release()
         return load, free
 
     def choose(
@@ -1713,7 +1650,7 @@ class Slots:
         first in the list."""
         loads: dict[Machine, int] = {}
         best: Slot | None = None
-        best_key: tuple[object, ...] = ()
+        best_key: tuple[float, ...] = ()
         failure: Error | None = None
         with self.main_lock():
             for machine in machines:
@@ -1725,12 +1662,11 @@ class Slots:
                 if not lock:
                     continue
                 key = (*rank(machine, loads[machine]), -self.known(machine, digests))
-                if best and best_key <= key:
-                    lock.release()
-                    continue
-                if best:
-                    best.lock.release()
-                best, best_key = Slot(machine, lock), key
+                worse = Slot(machine, lock)
+                if not best or key < best_key:
+                    best, worse, best_key = worse, best or worse, key
+                if worse is not best:
+                    worse.lock.release()
         if failure and not loads:
             raise failure
         return best, loads
@@ -1775,8 +1711,7 @@ class Slots:
         are as many of these as slots."""
         with suppress(Error):  # no room for its file
             for number in range(machine.max_jobs):
-                lock = Lock.take(f"{self.own}/{machine.slots}.fetch-{number}")
-                if lock:
+                if lock := Lock.take(f"{self.own}/{machine.slots}.fetch-{number}"):
                     return Slot(machine, lock)
         return None
 
@@ -1815,13 +1750,12 @@ class Outage(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Outage | None:
         """What text() made; None if that says nothing."""
-        try:
+        with suppress(ValueError, KeyError):
             failures, since, until, lasting, words = text.split(" ", 4)
             times = float(since), float(until)
-            found = cls(int(failures[:9]), *times, LASTING[lasting], words)
-        except (ValueError, KeyError):
-            return None
-        return found if math.isfinite(sum(times)) else None
+            if math.isfinite(sum(times)):
+                return cls(int(failures[:9]), *times, LASTING[lasting], words)
+        return None
 
     def text(self) -> str:
         """One line for its file."""
@@ -1840,8 +1774,8 @@ class Outage(NamedTuple):
     @property
     def is_hopeless(self) -> bool:
         """Whether it is no use to wait: that is known, or it has failed too often."""
-        unknown = self.lasting is None
-        return self.lasting is True or (unknown and self.failures > UNKNOWN_FAILURES)
+        many = self.lasting is None and self.failures > UNKNOWN_FAILURES
+        return self.lasting is True or many
 
     def again(self, error: Error) -> Outage:
         """The same after one more failure."""
@@ -1879,9 +1813,8 @@ class Outages:
     def noted(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
         """The outages of those of the machines that have one."""
         files = set(os.listdir(self.slots.own))
-        known = (m for m in machines if f"{m.slots}.down" in files)
-        found = {machine: self.of(machine) for machine in known}
-        return {machine: outage for machine, outage in found.items() if outage}
+        found = ((m, self.of(m)) for m in machines if f"{m.slots}.down" in files)
+        return {machine: outage for machine, outage in found if outage}
 
     def away(self, machines: Iterable[Machine]) -> set[Machine]:
         """Those of the machines that are left alone."""
@@ -1941,7 +1874,8 @@ class Outages:
         until = f"{outage.until:.3f}"
         is_ours = lock.hold()
         text = lock.read()
-        head, said = text[:PROBE_HEAD].split(), text[PROBE_HEAD:]
+        head, said = text[:PROBE_HEAD].split(), encode(text[PROBE_HEAD:])
+        words, _, rest = said.partition(integer(SERVE_REPLY))
         if not is_ours:
             end_late(head, outage)
         elif self.of(machine) != outage:
@@ -1952,18 +1886,14 @@ class Outages:
             pid = self.probe(machine, lock.descriptor)
             text = f"{until} {pid} {start_time(pid)}"
             os.pwrite(lock.descriptor, encode(text), 0)
-        elif is_well(encode(said)):
+        elif rest[8:16] == integer(0):  # it has greeted, and its store has answered
             self.end(machine)
         else:
-            first, _, rest = encode(said).partition(integer(SERVE_REPLY))
-            words = " ".join(printable(decode(first + rest[8:])).split())
-            error = heard(Unreachable, words or "no answer")
-            if error.lasting is None and words == outage.words:
+            told = " ".join(printable(decode(words + rest[8:])).split())
+            error = heard(Unreachable, told or "no answer")
+            if error.lasting is None and told == outage.words:
                 error.lasting = outage.lasting
             self.note(machine, outage, error)
-
-
-PROBE_HEAD = 99  # bytes
 
 
 def end_late(head: list[str], outage: Outage) -> None:
@@ -1974,13 +1904,6 @@ def end_late(head: list[str], outage: Outage) -> None:
 
         with suppress(OSError):
             os.kill(int(head[1]), signal.SIGKILL)
-
-
-def is_well(said: bytes) -> bool:
-    """Whether that is nix-store's greeting and the answer to a question that needs its
-    store: none of no paths are valid."""
-    rest = said.partition(integer(SERVE_REPLY))[2]
-    return rest[8:16] == integer(0)
 
 
 # ---- The line -----------------------------------------------------------------------
@@ -2068,28 +1991,22 @@ class Line:
         reserved: set[str] = set()
         for entry in os.listdir(self.slots.own):
             if entry.startswith("line-") and entry.endswith(".0"):
-                names = self.waited_for(f"{self.slots.own}/{entry}")
-                if names and len(names) < len(self.machines):
+                said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
+                names = said.split("\n")[1:]  # none, if they are not written down yet
+                if len(names) < len(self.machines):
                     reserved.update(names)
         return reserved
 
-    def waited_for(self, first_place: str) -> list[str] | None:
-        """The slots' names that somebody in that line waits for; None if nobody does, no
-        names if they are not written down yet."""
-        with Lock(first_place) as lock:
-            return None if lock.is_free() else lock.read().split("\n")[1:]
-
     def is_empty(self) -> bool:
         """Whether nobody waits in this line."""
-        return self.waited_for(self.place_file(0)) is None
+        return Lock.said_by_holder(self.place_file(0)) is None
 
     def join(self) -> bool:
         """Take the place behind the last that is taken; False if the line is full, or
         there is no room for its file."""
         with suppress(Error), self.slots.main_lock():
             for number in reversed(range(self.size)):
-                lock = Lock.take(self.place_file(number))
-                if not lock:
+                if not (lock := Lock.take(self.place_file(number))):
                     break
                 self.stand(number, lock)
         return self.lock is not None
@@ -2122,8 +2039,7 @@ class Line:
         told = False
         while True:
             start = time.monotonic()
-            slot = self.find_if_possible()
-            if slot:
+            if slot := self.find_if_possible():
                 return slot
             if self.all_away and self.impatient:
                 raise Away("it failed for another build, too")
@@ -2137,11 +2053,10 @@ class Line:
 
     def find_if_possible(self) -> Slot | None:
         """A free slot; None also if the disk is full, or our directory is gone."""
-        try:
+        with suppress(Error, OSError):
             return self.find()
-        except (Error, OSError):
-            with suppress(Error):
-                self.slots.make()
+        with suppress(Error):
+            self.slots.make()
         return None
 
     def tell_of_absence(self) -> None:
@@ -2210,13 +2125,11 @@ class Derivation(NamedTuple):
         """
         fields = [field for output in self.outputs for field in output]
         pairs = [word for pair in self.environment for word in pair]
-        parts = [
-            integer(len(self.outputs)) + b"".join(map(string, fields)),
-            strings(inputs if self.input_derivations else self.sources),
-            string(self.platform) + string(self.builder) + strings(self.arguments),
-            integer(len(self.environment)) + b"".join(map(string, pairs)),
-        ]
-        return b"".join(parts)
+        outputs = integer(len(self.outputs)) + b"".join(map(string, fields))
+        reads = strings(inputs if self.input_derivations else self.sources)
+        run = string(self.platform) + string(self.builder) + strings(self.arguments)
+        variables = integer(len(self.environment)) + b"".join(map(string, pairs))
+        return outputs + reads + run + variables
 
 
 ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # any other stands for itself
@@ -2252,10 +2165,8 @@ def closing_quote(text: str, position: int) -> int:
     """The first quote from there on that no backslash escapes; ValueError if none."""
     while True:
         quote = text.index('"', position)
-        before = quote
-        while before > position and text[before - 1] == "\\":
-            before -= 1
-        if (quote - before) % 2 == 0:
+        before = text[position:quote]
+        if (len(before) - len(before.rstrip("\\"))) % 2 == 0:
             return quote
         position = quote + 1
 
@@ -3307,7 +3218,7 @@ class Copy:
     ) -> None:
         reads, self.input = os.pipe()
         self.output, writes = os.pipe()
-        self.name = os.path.basename(command[0])
+        self.name, self.joined = os.path.basename(command[0]), joined
         self.is_open = True  # until we hang up
         options: dict[str, Any] = {"stdin": reads}
         if joined:
@@ -3356,9 +3267,8 @@ class Relay:
     ) -> None:
         self.session, self.copy = session, copy
         self.tell = tell  # is given each line of the program's stderr,
-        self.progress = progress  # and how many bytes have been copied, now and then
+        self.progress = progress  # and how many bytes more have been copied
         self.rest = b""  # of its stderr: the begun line
-        self.moved = 0  # bytes
         self.patience_s: float = COPY_TIMEOUT_S
         self.ended = False  # its stderr has
         self.dumps_left: float = math.inf  # archives to ask for, before there is an end
@@ -3415,20 +3325,17 @@ class Relay:
         data = b""
         while len(data) < count:
             if self.session.stdout in self.step([self.copy.output, *self.quiet]):
-                self.hear_surplus()
+                # Nothing was asked of the builder: its archive is longer than it had said.
+                # Or it ends, as it was told.
+                self.quiet = []
+                if os.read(self.session.stdout, TAIL_BYTES):
+                    raise Spoilt("size mismatch importing what the builder has")
                 continue
             more = os.read(self.copy.output, count - len(data))
             if not more:
                 raise CopyEnded
             data += more
         return data
-
-    def hear_surplus(self) -> None:
-        """Nothing was asked of the builder, and it says something: its archive is longer
-        than it had said.  Or it ends, as it was told."""
-        self.quiet = []
-        if os.read(self.session.stdout, TAIL_BYTES):
-            raise Spoilt("size mismatch importing what the builder has")
 
     def reply(self, data: bytes) -> None:
         """Say that to the program; CopyEnded if it hears nothing any more."""
@@ -3457,20 +3364,14 @@ class Relay:
 
     def count(self, data: bytes) -> None:
         """Take note of bytes that were moved."""
-        self.moved += len(data)
-        self.progress(self.moved)
+        self.progress(len(data))
         # Much is coming: let it pile up, to move more at once.
         if len(data) >= BULK_BYTES:
             time.sleep(BULK_PAUSE_S)
 
-    def greet(self) -> None:
-        """Be a builder that says hello; our session has had its own."""
-        if self.read(8) != integer(SERVE_HELLO):
-            raise Error("nix-copy-closure does not speak as expected")
-        self.welcome()
-
     def welcome(self) -> None:
-        """Also a second time: after an error of its own, it may connect once more."""
+        """Answer its hello; our session has had its own.  After an error of its own, it may
+        connect once more, and say it a second time."""
         self.read(8)  # its version
         self.reply(integer(SERVE_REPLY) + integer(self.session.spoken))
 
@@ -3482,18 +3383,17 @@ class Relay:
         is copied are heard when all is sent.  If the session ends, it hears that its ssh
         has ended, and fails."""
         self.there, self.lacking = there, lacking
-        lost: SessionLost | None = None
-        with suppress(CopyEnded):
-            self.greet()
-            try:
-                while True:
-                    self.take_in(read_integer(self.read))
-            except SessionLost as error:
-                lost = error
-                self.copy.hang_up()
+        try:
+            while self.copy.joined:
+                self.take_in(read_integer(self.read))
+            self.patience_s = OWN_SSH_COPY_TIMEOUT_S
+        except CopyEnded:
+            pass
+        except SessionLost:
+            self.copy.hang_up()
+            self.finish()
+            raise
         self.finish()
-        if lost:
-            raise lost
 
     def take_in(self, command: int) -> None:
         """Answer one command of nix-copy-closure --to, Nix 2.x."""
@@ -3506,16 +3406,14 @@ class Relay:
             if asked <= self.there | self.lacking:
                 self.reply(strings(sorted(asked & self.there)))
             else:
-                self.ask(integer(command) + flags + strings(sorted(asked)))
-                self.reply(strings(read_strings(self.builders_reader())))
+                read = self.ask(integer(command) + flags + strings(sorted(asked)))
+                self.reply(strings(read_strings(read)))
         elif command == QUERY_PATH_INFOS:
-            asked = set(read_strings(self.read))
-            if asked <= self.lacking:
-                self.reply(string(""))
-            else:
-                self.ask(integer(command) + strings(sorted(asked)))
-                infos = read_infos(self.builders_reader(), self.session.spoken)
-                self.reply_infos(infos)
+            asked, infos = set(read_strings(self.read)), {}
+            if not asked <= self.lacking:
+                read = self.ask(infos_question(asked))
+                infos = read_infos(read, self.session.spoken)
+            self.reply_infos(infos)
         else:  # such as ImportPaths, for builders before 2.1: the rest goes as it is
             self.ask(integer(command))
             while self.exchange():
@@ -3567,33 +3465,39 @@ class Relay:
         if read_integer(self.session.reader(deadline)) != 1:
             raise Nonsense("it does not say that it has what was copied")
 
-    def ask(self, question: bytes) -> None:
-        """Ask the builder, when it has answered all that came before."""
+    def ask(self, question: bytes) -> Read:
+        """Ask the builder, when it has answered all that came before; returns what reads
+        the answer."""
         self.session.hear_all()
         self.session.write(question)
-
-    def builders_reader(self) -> Read:
-        """Reads what the builder says."""
         return self.session.reader(time.monotonic() + self.patience_s)
 
-    # Fetching, with nix-copy-closure --from
+    # Fetching
 
-    def offer(self, infos: dict[str, PathInfo], last: bool) -> None:
-        """Be a builder that has these paths, in whose closure there is nothing else.
-        Their archives come from the true one, which is asked no more after the last."""
+    def bring(self, infos: dict[str, PathInfo], last: bool) -> None:
+        """Give these paths to the program.  Their archives come from the builder, which
+        is asked no more after the last."""
         self.dumps_left = len(infos) if last else math.inf
+        with suppress(CopyEnded):
+            if self.copy.joined:
+                self.offer(infos)
+            else:
+                self.export(infos)
+        self.finish()
+
+    # With nix-copy-closure --from
+
+    def offer(self, infos: dict[str, PathInfo]) -> None:
+        """Be a builder that has these, in whose closure there is nothing else."""
         sizes = [info.size for info in infos.values()]
         if len(sizes) > 1 and sum(sizes) <= AHEAD_BYTES:
             for path in infos:
                 self.ask_for_archive(path)
-            read = self.builders_reader()
+            read = self.session.reader(time.monotonic() + self.patience_s)
             self.ahead = {path: read(info.size) for path, info in infos.items()}
         self.quiet = [self.session.stdout]
-        with suppress(CopyEnded):
-            self.greet()
-            while True:
-                self.answer(read_integer(self.read), infos)
-        self.finish()
+        while True:
+            self.answer(read_integer(self.read), infos)
 
     def answer(self, command: int, infos: dict[str, PathInfo]) -> None:
         """Answer one command of nix-copy-closure --from, Nix 2.x."""
@@ -3625,22 +3529,19 @@ class Relay:
         if not self.dumps_left:
             self.session.ask_no_more()
 
-    # Fetching, with nix-store --import
+    # With nix-store --import
 
-    def export(self, infos: dict[str, PathInfo], last: bool) -> None:
+    def export(self, infos: dict[str, PathInfo]) -> None:
         """Write these as nix-store --export would, each behind those it refers to."""
-        self.dumps_left = len(infos) if last else math.inf
-        with suppress(CopyEnded):
-            for info in infos.values():
-                self.ask_for_archive(info.path)
-                self.reply(integer(1))
-                if not is_hash(info.hash, self.pass_archive()):
-                    raise Spoilt(f"hash mismatch importing '{info.path}'")
-                names = string(info.path) + strings(info.references)
-                self.reply(integer(EXPORT_MAGIC) + names)
-                self.reply(string(info.deriver) + integer(0))
-            self.reply(integer(0))
-        self.finish()
+        for info in infos.values():
+            self.ask_for_archive(info.path)
+            self.reply(integer(1))
+            if not is_hash(info.hash, self.pass_archive()):
+                raise Spoilt(f"hash mismatch importing '{info.path}'")
+            names = string(info.path) + strings(info.references)
+            self.reply(integer(EXPORT_MAGIC) + names)
+            self.reply(string(info.deriver) + integer(0))
+        self.reply(integer(0))
 
     def pass_archive(self) -> bytes:
         """Pass on one archive (NAR), and not a byte behind its end: there, a builder
@@ -3680,9 +3581,7 @@ class Copier:
         self.programs, self.program = site.programs, site.copy_program
         self.store_program = f"{os.path.dirname(self.program)}/nix-store"
         self.session = session  # there may be another one later
-        self.told = 0.0  # when progress was, last
         self.problem = ""  # what the running program says from its first error on
-        self.relay: Relay | None = None  # of the running program
         self.early: Copy | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
         self.environ = ssh.copy_environ()
@@ -3711,17 +3610,10 @@ class Copier:
         flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
         command = [self.program, *flags, self.target, *self.options()]
         there, lacking = set(there), paths - there
-
-        def send(relay: Relay) -> None:
-            if self.is_joined:
-                relay.send(there, lacking)
-            else:
-                relay.patience_s = OWN_SSH_COPY_TIMEOUT_S
-                relay.finish()
-
         for batch in batches(sorted(paths)):
+            copy = Copy(self.programs, [*command, *batch], self.environ, self.is_joined)
             try:
-                problem = self.run(self.start([*command, *batch]), send)
+                problem = self.run(copy, lambda relay: relay.send(there, lacking))
             except SessionLost as error:
                 if not self.lost_session():
                     raise
@@ -3738,9 +3630,8 @@ class Copier:
         files = map(self.nix.store.file, paths)
         here = bool(spoilt) or not all(map(os.path.lexists, files))
         said = " ".join(f"{spoilt}{words}".split())
-        problem = said or "; ".join(
-            dict.fromkeys(filter(None, (str(lost or ""), problem)))
-        )
+        told = [str(lost), problem] if lost else [problem]
+        problem = said or "; ".join(dict.fromkeys(told))
         if not here and (not lost or lost.lasting is None):  # it found them odd
             words = self.verify(sorted(paths))
             here, problem = bool(words), words or problem
@@ -3784,38 +3675,27 @@ class Copier:
             locks.retire(outputs)
         ordered = in_order(infos)
         for batch in batches(ordered):
-            some, last = {path: infos[path] for path in batch}, batch[-1] == ordered[-1]
-            if problem := self.run(self.fetcher(batch), self.bringer(some, last)):
-                raise self.blame_for_fetching(problem)
+            self.fetch_some(
+                {path: infos[path] for path in batch}, batch[-1] == ordered[-1]
+            )
 
-    def fetcher(self, paths: list[str]) -> Copy:
-        """The program that is to bring these: that which waits for them, if it lives."""
-        early, self.early = self.early, None
-        if early and early.process.poll() is None:
-            return early
-        if early:
-            early.end()
-        return self.start_to_fetch(paths)
-
-    def bringer(
-        self, infos: dict[str, PathInfo], last: bool
-    ) -> Callable[[Relay], None]:
-        """What the relay is to do while a program brings these, each behind those it
-        refers to."""
-        if self.is_joined:
-            return lambda relay: relay.offer(infos, last)
-        return lambda relay: relay.export(infos, last)
+    def fetch_some(self, infos: dict[str, PathInfo], last: bool) -> None:
+        """Bring these, each behind those it refers to; last: there are no more."""
+        copy = self.early
+        if not copy or copy.process.poll() is not None:
+            copy = self.start_to_fetch([*infos])
+        if problem := self.run(copy, lambda relay: relay.bring(infos, last)):
+            raise self.blame_for_fetching(problem)
 
     def start_to_fetch(self, paths: list[str]) -> Copy:
         """Start the program that is to bring these."""
-        environ = {}
+        environ = dict(self.environ)
         if self.site.copy_version < (2, 29):
-            environ = {"NIX_HELD_LOCKS": " ".join(paths)}
+            environ["NIX_HELD_LOCKS"] = " ".join(paths)
+        command = [self.store_program, "--import", *self.options()]
         if self.is_joined:
             command = [self.program, "--from", self.target, *self.options(), *paths]
-        else:
-            command = [self.store_program, "--import", *self.options()]
-        return self.start(command, environ)
+        return Copy(self.programs, command, environ, self.is_joined)
 
     def prepare_to_fetch(self, outputs: list[str]) -> None:
         """Start it while they are built, if one can bring all: to start takes 20 ms."""
@@ -3835,11 +3715,10 @@ class Copier:
         for output in outputs:
             if output not in infos:
                 raise Spoilt(f"it says that '{output}' was built, but does not have it")
-        wanted, known = set(outputs), {*outputs, *inputs}
-        if not infos.keys() <= wanted:
+        if not infos.keys() <= {*outputs}:
             raise Nonsense("it answers of paths that it was not asked for")
-        strange = {r for info in infos.values() for r in info.references} - known
-        invalid = self.invalid_here(sorted(strange))
+        strange = {r for info in infos.values() for r in info.references}
+        invalid = self.invalid_here(sorted(strange.difference(outputs, inputs)))
         for output, info in infos.items():
             if info.deriver and not self.nix.store.owns(info.deriver):
                 raise Spoilt(f"it says that {info.deriver[:200]!r} made '{output}'")
@@ -3870,17 +3749,11 @@ class Copier:
 
     # Both
 
-    def start(self, command: list[str], environ: dict[str, str] | None = None) -> Copy:
-        """Start a program that copies, joined with us if it uses ssh."""
-        joined = self.is_joined and command[0] == self.program
-        return Copy(self.programs, command, {**self.environ, **(environ or {})}, joined)
-
     def run(self, copy: Copy, join: Callable[[Relay], None]) -> str:
         """Have it run to its end; returns what went wrong, or ""."""
         self.problem = ""
         try:
-            self.relay = Relay(self.session, copy, self.tell, self.tell_progress)
-            join(self.relay)
+            join(Relay(self.session, copy, self.tell, self.talk.progress))
             status = copy.process.wait()
         finally:
             copy.end()
@@ -3901,12 +3774,6 @@ class Copier:
         elif line:
             self.tell_line(line)
 
-    def tell_progress(self, moved: int) -> None:
-        """Tell Nix, at most ten times a second."""
-        if time.monotonic() > self.told + 0.1:
-            self.told = time.monotonic()
-            self.talk.progress(moved)
-
     def tell_line(self, line: str) -> None:
         """Of `copying path 'P' to 'ssh://b1'...` as Nix itself would, to its own."""
         if not line.startswith("copying path '"):
@@ -3920,22 +3787,16 @@ class Copier:
         if self.nix.old:
             self.talk.say(INFO, line)
         self.talk.begin(1, line, INFO, COPY_PATH, path, *ends)
-        if self.relay:
-            self.relay.moved = 0
 
 
 def in_order(infos: dict[str, PathInfo]) -> list[str]:
     """The paths, each behind those of the others that it refers to."""
-    left, order = dict(infos), []
-    while left:
-        free = [
-            p for p in sorted(left) if not (left.keys() - {p}) & {*left[p].references}
-        ]
+    order: list[str] = []
+    while left := infos.keys() - order:
+        free = [p for p in left if left.isdisjoint({*infos[p].references} - {p})]
         if not free:
             raise Spoilt("its outputs refer to each other in a circle")
-        order += free
-        for path in free:
-            del left[path]
+        order += sorted(free)
     return order
 
 
@@ -3977,17 +3838,11 @@ class OutputLocks:
 
     def __init__(self, store: Store, outputs: Iterable[str]) -> None:
         self.parent = os.getppid()
-        self.files = {output: f"{store.file(output)}.lock" for output in outputs}
-        self.seen = {output: self.identity(file) for output, file in self.files.items()}
-
-    @staticmethod
-    def identity(file: str | int) -> tuple[int, int] | None:
-        """What tells a file from another of its name; None if there is none."""
-        try:
-            info = os.stat(file) if isinstance(file, int) else os.lstat(file)
-        except FileNotFoundError:
-            return None
-        return info.st_dev, info.st_ino
+        self.store = store
+        self.seen: dict[str, os.stat_result] = {}  # the files of those that there were
+        for output in outputs:
+            with suppress(FileNotFoundError):
+                self.seen[output] = os.lstat(f"{store.file(output)}.lock")
 
     def retire(self, outputs: Iterable[str]) -> None:
         """Retire the locks on these, those that we have seen and not retired yet."""
@@ -3996,20 +3851,18 @@ class OutputLocks:
             if os.getppid() != self.parent or nix_has_gone():
                 raise NixGone
             if expected:
-                self.retire_file(self.files[output], expected)
+                self.retire_file(f"{self.store.file(output)}.lock", expected)
 
-    def retire_file(self, path: str, expected: tuple[int, int]) -> None:
+    def retire_file(self, path: str, expected: os.stat_result) -> None:
         """Retire one, if it is still that file."""
-        try:
+        with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return
-        try:
-            if self.identity(descriptor) == expected:
-                os.unlink(path)
-                os.write(descriptor, b"d")
-        finally:
-            os.close(descriptor)
+            try:
+                if os.path.samestat(os.fstat(descriptor), expected):
+                    os.unlink(path)
+                    os.write(descriptor, b"d")
+            finally:
+                os.close(descriptor)
 
 
 class UploadLock:
@@ -4034,9 +3887,8 @@ class UploadLock:
         with suppress(Error):  # no room for the locks' files: go on without the right
             while rival := self.take_or_rival():
                 waited = True
-                left = deadline - time.monotonic()
                 with rival:
-                    in_time = left > 0 and rival.wait(left, fcntl.LOCK_SH)
+                    in_time = rival.wait(deadline - time.monotonic(), fcntl.LOCK_SH)
                 if not in_time:
                     break
         return waited
@@ -4911,12 +4763,10 @@ class Screen:
 
     def fit(self, lines: list[str]) -> list[str]:
         """As many as there is room for; a long one takes several rows."""
-        room = self.height - 1
-        for number, line in enumerate(lines):
-            room -= max(1, math.ceil(len(line) / self.width))
-            if room < 0:
-                return lines[:number]
-        return lines
+        from itertools import accumulate
+
+        rows = accumulate(math.ceil(len(line) / self.width) or 1 for line in lines)
+        return [line for line, end in zip(lines, rows) if end < self.height]
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -4928,11 +4778,10 @@ def table(rows: list[list[str]]) -> list[str]:
 
 def duration(seconds: float) -> str:
     """As people say it: 1 h 2 min."""
-    whole = max(0, int(seconds))
-    minutes, hours = whole // 60, whole // 3600
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def amount(size: float) -> str:
@@ -4979,12 +4828,10 @@ def calling_nix(environ: dict[str, str], machines: str) -> Nix:
 def settings_of(program: str, environ: dict[str, str]) -> dict[str, str]:
     """What `nix show-config` says, which is `nix config show` from 2.20 on."""
     more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
+    environ = {**environ, "NIX_CONFIG": more}
     programs = Programs(Talk(Nix(True, {}, {})))
     for words in (["config", "show"], ["show-config"]):
-        command = [program, *words]
-        status, text, complaint = programs.output(
-            command, {**environ, "NIX_CONFIG": more}
-        )
+        status, text, complaint = programs.output([program, *words], environ)
         if status == 0:
             pairs = (line.partition(" = ") for line in text.splitlines())
             return {name: value.strip() for name, mark, value in pairs if mark}
@@ -5010,29 +4857,13 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
     known, complaints = load_machines(nix)
     chosen = []
     for word in words:
-        found = [m for m in known if word in (m.host, m.uri, m.destination)]
+        found = [m for m in known if word in (m.host, m.text.split()[0], m.destination)]
         if not found:
             there = ", ".join(machine.host for machine in known) or "none"
             where = f"is listed in {where_machines_stand(nix)}"
             raise Error(f"no machine {word!r} {where}; there are: {there}")
         chosen += found
     return chosen or known, complaints
-
-
-def line_of(machine: Machine) -> str:
-    """For a machines file that holds nothing else."""
-    import base64
-
-    fields = [
-        machine.uri,
-        ",".join(machine.systems),
-        machine.key,
-        str(machine.max_jobs),
-    ]
-    fields += [f"{machine.speed:g}", ",".join(machine.supported)]
-    fields += [",".join(machine.mandatory)]
-    fields += [base64.b64encode(machine.host_key.encode()).decode()]
-    return " ".join(field or "-" for field in fields) + "\n"
 
 
 # ---- check --------------------------------------------------------------------------
@@ -5058,13 +4889,7 @@ export NIX_CONFIG='extra-experimental-features = nix-command'
 """
 
 # What every Nix offers, or so few builds require that it is no loss not to claim it.
-RARE_FEATURES = {
-    "benchmark",
-    "nixos-test",
-    "uid-range",
-    "ca-derivations",
-    "recursive-nix",
-}
+RARE_FEATURES = "benchmark nixos-test uid-range ca-derivations recursive-nix"
 COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
@@ -5145,20 +4970,17 @@ class Inspection:
             make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key(key)}"
             remedy = f"if {self.machine.where} names the right file: {make}"
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
-        start = time.time()
+        self.asked = int(time.time())
         process = self.seat.start("sh")
         answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
-        in_time = False
         with suppress(subprocess.TimeoutExpired):
             answer, words = process.communicate(LOOK.encode(), LOGIN_TIMEOUT_S)
-            in_time = True
         end(process)
+        self.answered = int(time.time())
         for line in decode(answer).splitlines():
             name, _, value = line.partition(" ")
             self.facts.setdefault(name, printable(value.removeprefix("= ").strip()))
-        self.facts["asked"] = str(int(start))
-        self.facts["answered"] = str(int(time.time()))
-        refused = process.returncode == 255 or not in_time
+        refused = process.returncode in (255, -9)  # by ssh; or we have killed it
         return self.refused(decode(words)) if refused else True
 
     def refused(self, words: str) -> bool:
@@ -5174,54 +4996,54 @@ class Inspection:
         machine, host, once = self.machine, self.machine.host, self.ssh_line("true")
         port = f"-p {machine.port} " if machine.port else ""
         name = f"[{host}]:{machine.port}" if machine.port else host
+        key, text = machine.key, str(error)
         if isinstance(error, WrongHostKey):
             scan = f"ssh-keyscan -t ed25519 {port}{host} | cut -d' ' -f2- | base64 -w0"
-            hint = "write this into the last field of its line"
-            return str(
-                error
-            ), f"if that is right, and the machine has a new key, {hint}: {scan}"
-        if error.meaning == "CHANGED":
-            remedy = f"if it was set up anew: ssh-keygen -R '{name}' && {once}"
-            return "its host key has changed", remedy
-        if error.meaning == "NEW":
-            return str(error), f"compare its host key and say yes: {once}"
-        if error.meaning == "OPEN":
-            text = f"the key {machine.key} may be read by others"
-            return text, f"chmod 600 {machine.key}"
-        if error.meaning == "NAMELESS":
-            places = "DNS, /etc/hosts or ~/.ssh/config"
-            return str(error), f"correct {machine.where}, or add {host} to {places}"
+            hint = (
+                "the machine has a new key, write this into the last field of its line"
+            )
+            return text, f"if that is right, and {hint}: {scan}"
         if error.meaning == "DENIED":
-            return self.denied(str(error))
-        return str(error), error.remedy_for(machine.destination)
+            return self.denied(text)
+        forget, places = f"ssh-keygen -R '{name}'", "DNS, /etc/hosts or ~/.ssh/config"
+        new = f"if it was set up anew: {forget} && {once}"
+        ours = {
+            "CHANGED": ("its host key has changed", new),
+            "NEW": (text, f"compare its host key and say yes: {once}"),
+            "OPEN": (f"the key {key} may be read by others", f"chmod 600 {key}"),
+            "NAMELESS": (text, f"correct {machine.where}, or add {host} to {places}"),
+        }
+        return ours.get(error.meaning, (text, error.remedy_for(machine.destination)))
 
     def denied(self, text: str) -> tuple[str, str]:
         """Why a key does not let us in, as far as it can be seen from here."""
-        key, target = os.path.expanduser(self.machine.key), self.target()
-        if not key:
-            append = "append your public key to ~/.ssh/authorized_keys there"
-            return text, f"ssh-copy-id {target} (it asks for a password), or {append}"
+        key = os.path.expanduser(self.machine.key)
         command = ["ssh-keygen", "-y", "-P", "", "-f", key]
-        if self.programs.output(command, self.ssh.environ)[0] != 0:
+        if key and self.programs.output(command, self.ssh.environ)[0] != 0:
             text = f"the key {key} has a passphrase, or is none; {text}"
             return text, f"take the passphrase off: ssh-keygen -p -N '' -f {key}"
         return text, self.copy_key(key)
 
     def copy_key(self, key: str) -> str:
-        """How to have that key accepted."""
-        append = f"append {key}.pub to ~/.ssh/authorized_keys there"
-        copy = f"ssh-copy-id -i {key} {self.target()}"
-        return f"{copy} (it asks for a password), or {append}"
+        """How to have that key accepted, or the user's own if none is named."""
+        option, public = (
+            (f"-i {key} ", f"{key}.pub") if key else ("", "your public key")
+        )
+        copy = f"ssh-copy-id {option}{self.target()} (it asks for a password)"
+        return f"{copy}, or append {public} to ~/.ssh/authorized_keys there"
 
     def find_nix(self) -> bool:
         """Talk with nix-store there."""
+        from timeit import repeat
+
         self.phase = "asking nix-store"
         if "begin" in self.facts and not self.facts.get("found"):
             return self.no_nix()
         session = Session(self.seat, GREETING_TIMEOUT_S)
         try:
             session.greet()
-            self.logged_in(f"{1000 * min(self.round_trips(session)):.1f} ms")
+            ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
+            self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
         except SessionLost as error:
             if "begin" in self.facts:
                 self.logged_in()
@@ -5236,8 +5058,7 @@ class Inspection:
             remove(f"{self.seat.base}.seats")
         Outages(self.slots).end(self.machine)
         version = self.facts.get("nix", "").rpartition(" ")[2]
-        spoken = session.spoken
-        protocol = f"{spoken >> 8}.{spoken & 255}"
+        protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
         text = f"nix-store {version}, serve protocol {protocol}"
         return self.add("nix", OK, version or protocol, text)
 
@@ -5247,13 +5068,6 @@ class Inspection:
         self.add("ssh", OK, round_trip or "ok", text)
         user = self.facts.get("user")
         self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
-
-    def round_trips(self, session: Session) -> Iterator[float]:
-        """How many seconds questions take that are answered at once."""
-        for _ in range(3):
-            start = time.monotonic()
-            session.ask_valid([]).get(GREETING_TIMEOUT_S)
-            yield time.monotonic() - start
 
     def no_nix(self) -> bool:
         """Note that a login finds no nix-store, and what to do."""
@@ -5296,7 +5110,7 @@ class Inspection:
             remedy = "take it out there, or write into nix.conf on the builder: "
             remedy += f"extra-system-features = {' '.join(lacking)}"
             return self.add("offers", WRONG, "FEATURE", text, remedy)
-        if more := sorted({*features} - claimed - RARE_FEATURES):
+        if more := sorted({*features} - claimed - {*RARE_FEATURES.split()}):
             text = f"it also offers {', '.join(more)}, which {where} does not claim"
             return self.add("offers", NOTE, "ok", text)
         return self.add("offers", OK, "ok", "builds what is claimed")
@@ -5310,9 +5124,8 @@ class Inspection:
         free = amount(int(words[3]) << 10)
         if int(words[3]) << 10 < ROOM_B:
             remedy = self.ssh_line("nix-collect-garbage -d")
-            return self.add(
-                "disk", WRONG, free, f"only {free} are free in its store", remedy
-            )
+            text = f"only {free} are free in its store"
+            return self.add("disk", WRONG, free, text, remedy)
         return self.add("disk", OK, free, f"{free} free in its store")
 
     def clock(self) -> bool:
@@ -5320,29 +5133,28 @@ class Inspection:
         if not self.facts.get("time", "").isdigit():
             return self.add("clock", UNKNOWN, "-", "it does not say what time it is")
         there = int(self.facts["time"])
-        before, after = int(self.facts["asked"]), int(self.facts["answered"])
-        off = there - max(before, min(there, after))
+        off = there - max(self.asked, min(there, self.answered))
+        brief = f"{off:+} s" if off else "ok"
         if abs(off) > CLOCK_S:
             side = "ahead" if off > 0 else "behind"
             text = f"its clock is {duration(abs(off))} {side} of the one here"
             remedy = self.ssh_line("timedatectl set-ntp true")
-            return self.add("clock", WRONG, f"{off:+} s", text, remedy)
-        return self.add(
-            "clock", OK, f"{off:+} s" if off else "ok", "its clock is right"
-        )
+            return self.add("clock", WRONG, brief, text, remedy)
+        return self.add("clock", OK, brief, "its clock is right")
 
     def cores(self) -> bool:
         """Whether it has cores for its jobs."""
         cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
         load = self.facts.get("load", "").rpartition(":")[2].split(",")[0].split()[:1]
         if not cores.isdigit():
-            return self.add(
-                "cores", UNKNOWN, "-", "it does not say how many cores it has"
-            )
-        text = f"{cores} cores for {jobs} jobs, load {(load or ['unknown'])[0]}"
+            text = "it does not say how many cores it has"
+            return self.add("cores", UNKNOWN, "-", text)
+        state, text = (
+            OK,
+            f"{cores} cores for {jobs} jobs, load {''.join(load) or 'unknown'}",
+        )
         if jobs > 2 * int(cores):
-            text = f"{text}: a lower maxJobs would be quicker"
-        state = NOTE if jobs > 2 * int(cores) else OK
+            state, text = NOTE, f"{text}: a lower maxJobs would be quicker"
         return self.add("cores", state, f"{cores}/{jobs}", text)
 
     def build(self) -> bool:
@@ -5366,65 +5178,54 @@ class Inspection:
     def tiny_build(self, folder: str, hook: str) -> tuple[list[str], dict[str, str]]:
         """A command, and its environment, that builds something new on this machine."""
         features = " ".join(f'"{name}"' for name in sorted(self.machine.mandatory))
-        with open(f"{folder}/tiny.nix", "w", encoding="utf-8") as file:
-            file.write(f"""derivation {{
-                name = "check"; system = "{self.machine.systems[0]}";
-                builder = "/bin/sh"; args = [ "-c" "echo well > $out" ];
-                requiredSystemFeatures = [ {features} ];
-                random = "{os.urandom(8).hex()}"; }}""")
-        machines = f"{folder}/machines"
-        with open(machines, "w", encoding="utf-8") as file:
-            file.write(line_of(self.machine))
+        tiny, machines = f"{folder}/tiny.nix", f"{folder}/machines"
+        write_private(machines, f"{self.machine.text}\n")
+        text = f"""derivation {{
+            name = "check"; system = "{self.machine.systems[0]}";
+            builder = "/bin/sh"; args = [ "-c" "echo well > $out" ];
+            requiredSystemFeatures = [ {features} ];
+            random = "{os.urandom(8).hex()}"; }}"""
+        write_private(tiny, text)
         program = find_program("nix-build", nix_directories(self.nix.environ))
-        command = [program, f"{folder}/tiny.nix", "--no-out-link", "--max-jobs", "0"]
+        command = [program, tiny, "--no-out-link", "--max-jobs", "0"]
         if self.nix.old:
             more = {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
             return command, self.nix.child_environ(**more)
-        command += [
-            "--option",
-            "build-hook",
-            hook,
-            "--option",
-            "builders",
-            f"@{machines}",
-        ]
-        return [*command, "--option", "substitute", "false"], self.nix.child_environ()
+        command += ["--option", "build-hook", hook, "--option", "substitute", "false"]
+        command += ["--option", "builders", f"@{machines}"]
+        return command, self.nix.child_environ()
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
         """What has come of the tiny build."""
+        import re
+
         if status is None:
             text = f"a tiny build did not end within {CHECK_TIMEOUT_S} s"
-            return self.add(
-                "build", WRONG, "NO END", f"{text}; all its slots may be taken"
-            )
-        lines = [line for line in said.splitlines() if line.strip()]
+            text += "; all its slots may be taken"
+            return self.add("build", WRONG, "NO END", text)
         if status != 0:
-            told = [
-                n for n, line in enumerate(lines) if "cannot" in line or "error" in line
-            ]
-            text = "\n".join(lines[told[0] if told else -3 :])
-            text = " ".join(
-                text.partition("\nerror:")[0].split()
-            )  # Nix's own comes last
-            error = heard(Error, text)
-            remedy = error.remedy_for(self.machine.destination)
-            return self.add(
-                "build", WRONG, "FAILED", f"a tiny build failed: {error}", remedy
+            lines = [line for line in said.splitlines() if line.strip()]
+            told = (
+                n for n, line in enumerate(lines) if re.search("cannot|error", line)
             )
+            text = "\n".join(lines[next(told, -3) :])
+            text = text.partition("\nerror:")[0]  # Nix's own comes last
+            error = heard(Error, " ".join(text.split()))
+            remedy = error.remedy_for(self.machine.destination)
+            text = f"a tiny build failed: {error}"
+            return self.add("build", WRONG, "FAILED", text, remedy)
         if UNTRUSTED_USER in said:
             user = self.facts.get("user", "")
             user = user if is_word(user) else "USER"
-            text = (
-                f"its Nix does not trust the user {user}: builds work, but take longer "
-            )
-            text += "(the derivation's closure is sent), and unsigned inputs will be refused"
+            text = f"its Nix does not trust the user {user}: builds work, but take "
+            text += "longer (the derivation's closure is sent), and unsigned inputs "
+            text += "will be refused"
             remedy = "on the builder, in /etc/nix/nix.conf: extra-trusted-users = "
             remedy += f"{user} (in 2.3 and older: trusted-users = root {user}); "
             remedy += "then: systemctl restart nix-daemon"
             return self.add("build", WRONG, "LIMITED", text, remedy)
-        return self.add(
-            "build", OK, f"{took:.1f} s", f"built something in {took:.1f} s"
-        )
+        text = f"built something in {took:.1f} s"
+        return self.add("build", OK, f"{took:.1f} s", text)
 
 
 def unused(nix: Nix) -> str:
@@ -5432,9 +5233,10 @@ def unused(nix: Nix) -> str:
     import filecmp
 
     mine = os.path.realpath(__file__)
-    words = nix.settings.get("build-hook", "").split()
-    if nix.old:
-        words = nix.environ.get("NIX_BUILD_HOOK", "").split()
+    hook = (
+        nix.environ.get("NIX_BUILD_HOOK") if nix.old else nix.settings.get("build-hook")
+    )
+    words = (hook or "").split()
     files = [word for word in words if os.path.isfile(word)]
     if any(filecmp.cmp(file, mine, shallow=False) for file in files):
         program = find_program("nix-store", nix_directories(nix.environ))
@@ -5443,11 +5245,9 @@ def unused(nix: Nix) -> str:
         if len(words) == 1 or parse_version(said) >= (2, 10):
             return ""
     now = " ".join(words) or "not set"
-    return (
-        f"Note: Nix here does not use this hook now (build-hook is {now}); to do: "
-        f"build-hook = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
-        "/root/.config/nix/nix.conf."
-    )
+    text = f"Note: Nix here does not use this hook now (build-hook is {now}); to do: "
+    text += f"build-hook = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
+    return f"{text}/root/.config/nix/nix.conf."
 
 
 def check(options: Namespace, nix: Nix, screen: Screen) -> int:
@@ -5484,10 +5284,10 @@ def make_slots(nix: Nix) -> None:
     try:
         slots = Slots.find(nix)
         slots.make()
+        if not os.access(slots.path, os.W_OK):
+            raise Error(f"cannot write into {slots.path}")
     except Error as error:
         raise Error(f"{error}; try it as root") from None
-    if not os.access(slots.path, os.W_OK):
-        raise Error(f"cannot write into {slots.path}; try it as root")
 
 
 def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspection]:
@@ -5521,11 +5321,9 @@ def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
         for inspection in [i for i in inspections if i.done and i not in told]:
             told.add(inspection)
             if not terminal:
-                state = "well" if inspection.well else "not well"
-                count = f"{len(told)} of {len(inspections)} tried"
-                print(
-                    f"{label(inspection.machine)}: {state} ({count})", file=sys.stderr
-                )
+                text = f"{label(inspection.machine)}: {'' if inspection.well else 'not '}well"
+                count = f"({len(told)} of {len(inspections)} tried)"
+                print(text, count, file=sys.stderr)
         if terminal:
             busy = [f"{label(i.machine)} {i.phase}" for i in inspections if not i.done]
             text = f"{len(told)} of {len(inspections)} done; {', '.join(busy)}"
@@ -5554,15 +5352,10 @@ def show_inspections(
         print(screen.paint(line, OK if inspection.well else WRONG))
         show_findings(inspection, screen)
     ill = sum(not inspection.well for inspection in inspections)
-    if ill or complaints:
-        of = (
-            f"{ill} of {len(inspections)} machines are not well"
-            if ill
-            else "Not all is well"
-        )
-        print(screen.paint(f"{of}.", WRONG))
-    else:
-        print(screen.paint("All machines are well.", OK))
+    verdict = "Not all is well." if complaints else "All machines are well."
+    if ill:
+        verdict = f"{ill} of {len(inspections)} machines are not well."
+    print(screen.paint(verdict, WRONG if ill or complaints else OK))
 
 
 def show_findings(inspection: Inspection, screen: Screen) -> None:
@@ -5586,11 +5379,11 @@ class Holder(NamedTuple):
     derivation: str
 
     @classmethod
-    def parse(cls, line: str) -> Holder:
+    def parse(cls, text: str) -> Holder:
         """What is said of a process that has ended, or by another program, is not
         believed."""
         with suppress(ValueError):
-            pid, start, since, phase, derivation = line.split(" ")
+            pid, start, since, phase, derivation = text.partition("\n")[0].split(" ")
             if is_alive(pid, start) and math.isfinite(float(since)):
                 return cls(int(pid), float(since), phase, derivation)
         return cls(0, 0.0, "", "")
@@ -5605,8 +5398,7 @@ class Holder(NamedTuple):
 
 
 class Load(NamedTuple):
-    """How things are with one machine; known: of the paths that were asked about, how many
-    it is known to have had."""
+    """How things are with one machine; known: how many of a build's inputs it has had."""
 
     machine: Machine
     building: list[Holder]
@@ -5623,90 +5415,59 @@ class Waiter(NamedTuple):
     names: list[str]
 
 
-class Overview(NamedTuple):
-    """How things are with all machines, and who waits."""
+def look(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
+    """How things are with these machines, and who waits; Error if we may not read that.
+    Hooks that want the main lock, too, have to wait for no more than one machine to be
+    looked at."""
+    try:
+        own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
+        with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
+            return [load_of(slots, m, own) for m in machines], waiters_in(slots, own)
+    except FileNotFoundError:  # no hook has ever run
+        return [Load(machine, [], [], None) for machine in machines], []
+    except OSError as error:
+        raise Error(f"cannot read {error.filename}; try it as root") from None
 
-    loads: list[Load]
-    waiters: list[Waiter]
+
+def load_of(slots: Slots, machine: Machine, own: list[str]) -> Load:
+    """How things are with one machine; own: the files in that directory."""
+    numbered = (f"{machine.slots}-{number}" for number in range(machine.max_jobs))
+    places = sorted(e for e in own if e.startswith(f"{machine.slots}.fetch-"))
+    building = held(slots, [f"{slots.path}/{slot}" for slot in numbered]).values()
+    fetching = held(slots, [f"{slots.own}/{place}" for place in places]).values()
+    holders = [*map(Holder.parse, building)], [*map(Holder.parse, fetching)]
+    return Load(machine, *holders, Outages(slots).of(machine))
 
 
-class Looker:
-    """Reads the locks in the slot directory without ever seeming to hold one."""
+def waiters_in(slots: Slots, own: list[str]) -> list[Waiter]:
+    """Who stands in the lines, from the first place of each on."""
+    lines = (entry.partition(".") for entry in own if entry.startswith("line-"))
+    places = sorted((line, int(n)) for line, _, n in lines if n.isdecimal())
+    files = {f"{slots.own}/{line}.{place}": place for line, place in places}
+    taken = held(slots, [*files]).items()
+    return [Waiter(files[f], Holder.parse(t), t.split("\n")[1:]) for f, t in taken]
 
-    def __init__(self, nix: Nix, digests: frozenset[str] = frozenset()) -> None:
-        self.slots = Slots.find(nix)
-        self.outages = Outages(self.slots)
-        self.digests = digests  # of paths that machines may have
 
-    def look(self, machines: list[Machine]) -> Overview:
-        """How things are; Error if we may not read that.  Hooks that want the main lock,
-        too, have to wait for no more than one machine to be looked at."""
-        try:
-            own = os.listdir(self.slots.own) if os.path.isdir(self.slots.own) else []
-            loads = [self.load(machine, own) for machine in machines]
-            places = [e.partition(".") for e in own if e.startswith("line-")]
-            places = [place for place in places if place[2].isdecimal()]
-            places.sort(key=lambda place: (place[0], int(place[2])))
-            lines = self.taken([f"{self.slots.own}/{''.join(p)}" for p in places])
-        except FileNotFoundError:  # no hook has ever run
-            return Overview([Load(m, [], [], None) for m in machines], [])
-        except OSError as error:
-            raise Error(f"cannot read {error.filename}; try it as root") from None
-        return Overview(loads, [self.waiter(path, text) for path, text in lines])
-
-    def load(self, machine: Machine, own: list[str]) -> Load:
-        """How things are with one machine."""
-        slots = [
-            f"{self.slots.path}/{machine.slots}-{n}" for n in range(machine.max_jobs)
-        ]
-        places = sorted(e for e in own if e.startswith(f"{machine.slots}.fetch-"))
-        building = self.holders(slots)
-        fetching = self.holders([f"{self.slots.own}/{place}" for place in places])
-        known = self.slots.known(machine, self.digests)
-        return Load(machine, building, fetching, self.outages.of(machine), known)
-
-    def holders(self, paths: list[str]) -> list[Holder]:
-        """Who holds these locks."""
-        return [Holder.parse(text.partition("\n")[0]) for _, text in self.taken(paths)]
-
-    def waiter(self, path: str, text: str) -> Waiter:
-        """Who stands at the place of that file."""
-        first, *names = text.split("\n")
-        return Waiter(int(path.rpartition(".")[2]), Holder.parse(first), names)
-
-    def taken(self, paths: list[str]) -> list[tuple[str, str]]:
-        """Those that somebody holds, and what they say."""
-        with open(f"{self.slots.path}/main-lock", "rb") as file:
-            deadline = time.monotonic() + MAIN_LOCK_TIMEOUT_S
-            while not try_flock(file.fileno(), fcntl.LOCK_EX):
-                if time.monotonic() > deadline:
-                    raise Error(f"somebody holds {file.name} (fuser says who)")
-                time.sleep(WAIT_S)
-            found = [(path, self.held(path)) for path in paths]
-        return [(path, text) for path, text in found if text is not None]
-
-    def held(self, path: str) -> str | None:
-        """What the file says, if somebody holds its lock."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        try:
-            free = try_flock(descriptor, fcntl.LOCK_SH)
-            return None if free else decode(os.pread(descriptor, LOCK_LIMIT_BYTES, 0))
-        finally:
-            os.close(descriptor)
+def held(slots: Slots, paths: list[str]) -> dict[str, str]:
+    """Those locks that somebody holds, and what they say, without ever seeming to hold
+    one."""
+    with slots.main_lock() as lock:
+        if slots.is_stuck:
+            raise Error(f"somebody holds {lock.path} (fuser says who)")
+        there = filter(os.path.lexists, paths)
+        said = {path: Lock.said_by_holder(path) for path in there}
+    return {path: text for path, text in said.items() if text is not None}
 
 
 def status(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show what runs where, once or again and again."""
     while True:
         machines, complaints = machines_named(options.names, nix)
-        overview = Looker(nix).look(machines)
+        loads, waiters = look(Slots.find(nix), machines)
         if options.json:
-            print(as_json(overview_json(overview)))
+            print(as_json(overview_json(loads, waiters)))
         else:
-            lines = overview_lines(overview, screen)
+            lines = overview_lines(loads, waiters, screen)
             if not machines:
                 lines = [f"no machines are listed ({where_machines_stand(nix)})"]
             for complaint in complaints:
@@ -5720,11 +5481,13 @@ def status(options: Namespace, nix: Nix, screen: Screen) -> int:
         time.sleep(1)
 
 
-def bar(taken: int, slots: int) -> str:
-    """One character a slot, or fewer."""
+def slots_line(load: Load) -> list[str]:
+    """What the machine is called, a character for each slot, or fewer, and the count."""
+    taken, slots = len(load.building), load.machine.max_jobs
     width = min(slots, BAR)
     full = math.ceil(width * taken / slots) if slots else 0
-    return f"[{'#' * full}{'.' * (width - full)}]"
+    bar = f"[{'#' * full}{'.' * (width - full)}]"
+    return [label(load.machine), bar, f"{taken} of {slots} slots taken"]
 
 
 def left_alone(outage: Outage) -> str:
@@ -5737,32 +5500,28 @@ def left_alone(outage: Outage) -> str:
     return f"left alone {until}, failed {times} in {age}: {outage.words}"
 
 
-def overview_lines(overview: Overview, screen: Screen) -> list[str]:
-    """The overview for people."""
-    now = time.time()
-    lines, heads = [], []
-    for load in overview.loads:
-        taken, slots = len(load.building), load.machine.max_jobs
-        count = f"{taken} of {slots} slots taken"
-        heads.append([label(load.machine), bar(taken, slots), count])
-    for head, load in zip(table(heads) if heads else [], overview.loads):
+def overview_lines(
+    loads: list[Load], waiters: list[Waiter], screen: Screen
+) -> list[str]:
+    """How things are with the machines, and who waits, for people."""
+    from itertools import groupby
+
+    now, lines = time.time(), []
+    for head, load in zip(table([*map(slots_line, loads)]), loads):
         lines.append(screen.paint(head, NOTE if load.outage else OK))
         lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
         if load.outage:
             lines += screen.wrap(left_alone(load.outage), "    ", "        ")
-    hosts = {load.machine.slots: label(load.machine) for load in overview.loads}
-    before: list[str] = []
-    for waiter in overview.waiters:
-        known = sorted({hosts.get(name, name) for name in waiter.names if name})
-        if waiter.names != before:
-            lines += screen.wrap(f"waiting for {', '.join(known)}:")
-        before = waiter.names
-        lines.append(f"    {waiter.place + 1}. {waiter.holder.text(now)}")
+    hosts = {load.machine.slots: label(load.machine) for load in loads}
+    for names, line in groupby(waiters, key=lambda waiter: waiter.names):
+        known = sorted({hosts.get(name, name) for name in names if name})
+        lines += screen.wrap(f"waiting for {', '.join(known)}:")
+        lines += [f"    {w.place + 1}. {w.holder.text(now)}" for w in line]
     return lines
 
 
-def overview_json(overview: Overview) -> dict[str, object]:
-    """The overview for programs."""
+def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]:
+    """The same for programs."""
     machines = [
         {
             "machine": load.machine.name,
@@ -5772,11 +5531,11 @@ def overview_json(overview: Overview) -> dict[str, object]:
             "fetching": [holder._asdict() for holder in load.fetching],
             "away": load.outage and load.outage._asdict(),
         }
-        for load in overview.loads
+        for load in loads
     ]
     waiting = [
         {"place": w.place + 1, **w.holder._asdict(), "slot-names": w.names}
-        for w in overview.waiters
+        for w in waiters
     ]
     return {"machines": machines, "waiting": waiting}
 
@@ -5787,6 +5546,8 @@ def overview_json(overview: Overview) -> dict[str, object]:
 def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]:
     """The request that Nix would make for that derivation, or for the options; and the
     digests of what is read for it."""
+    import json
+
     features = frozenset(listed(options.features))
     if not options.derivation:
         system = options.system or nix.settings["system"]
@@ -5801,15 +5562,10 @@ def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]
         raise Error(f"cannot read the derivation {path}: {reason}; {hint}") from None
     environment = dict(derivation.environment)
     words = environment.get("requiredSystemFeatures", "").split()
-    if "__json" in environment:
-        import json
-
-        with suppress(ValueError, TypeError, AttributeError, RecursionError):
-            more = json.loads(environment["__json"])
-            # Half a surrogate pair, which JSON may write, is a ValueError.
-            words += map(
-                decode, map(encode, texts(more.get("requiredSystemFeatures", [])))
-            )
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        more = texts(json.loads(environment["__json"])["requiredSystemFeatures"])
+        # Half a surrogate pair, which JSON may write, is a ValueError.
+        words += map(decode, map(encode, more))
     request = Request(False, derivation.platform, path, features.union(words))
     return request, derivation.digests()
 
@@ -5826,10 +5582,10 @@ class Choice(NamedTuple):
     itself: bool
 
     @classmethod
-    def of(cls, overview: Overview, request: Request, nix: Nix) -> Choice:
+    def of(cls, loads: list[Load], request: Request, nix: Nix) -> Choice:
         """Judge each machine."""
         ranked, out = [], []
-        for load in overview.loads:
+        for load in loads:
             machine, taken = load.machine, len(load.building)
             reason = unfit(machine, request, nix)
             if not reason and load.outage:
@@ -5881,11 +5637,11 @@ class Choice(NamedTuple):
             rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
         if self.ranked:
             print("\n".join(table(rows)))
-            screen.say(
-                "The first is asked first.  Of equals: the faster, then the less "
-                "loaded, then the one that has had more of the inputs, then the one that "
-                "is written first."
+            text = "The first is asked first.  Of equals: the faster, then the less loaded, "
+            text += (
+                "then the one that has had more of the inputs, then the one that is "
             )
+            screen.say(f"{text}written first.")
         else:
             print(screen.paint("No machine can take it now.", WRONG))
         if self.out:
@@ -5900,13 +5656,15 @@ class Choice(NamedTuple):
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show where a build would go now, and why not elsewhere; 0 if anywhere."""
     request, digests = wanted_build(options, nix)
-    machines, complaints = machines_named([], nix)
+    machines, complaints = load_machines(nix)
     try:
-        overview = Looker(nix, digests).look(machines)
+        slots = Slots.find(nix)
+        found = look(slots, machines)[0]
+        loads = [l._replace(known=slots.known(l.machine, digests)) for l in found]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
-        overview = Overview([Load(m, [], [], None) for m in machines], [])
-    choice = Choice.of(overview, request, nix)
+        loads = [Load(machine, [], [], None) for machine in machines]
+    choice = Choice.of(loads, request, nix)
     if options.json:
         print(as_json({**choice.as_dict(), "complaints": complaints}))
     else:
@@ -5944,9 +5702,7 @@ def parse_options(arguments: list[str]) -> Namespace:
         else:
             part.add_argument("names", nargs="*", metavar="MACHINE")
         if run is status:
-            part.add_argument(
-                "--watch", action="store_true", help="renew it each second"
-            )
+            part.add_argument("--watch", action="store_true", help="renew each second")
     return parser.parse_args(arguments)
 
 

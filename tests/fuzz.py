@@ -380,6 +380,7 @@ class FakeCopy(hook.Copy):
     def __init__(self, heard: Path, output: bytes, errors: bytes) -> None:
         self.process: Any = Ended(output, errors)
         self.is_open, self.name = True, "nix-copy-closure"
+        self.joined = True
         self.input = os.open(heard, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self.output = os.dup(self.process.stdout.fileno())
         self.stderr = self.process.stderr.fileno()
@@ -514,7 +515,7 @@ class Taker:
         session.version = 0x207
         copier = hook.Copier(self.sites[number % 2], session)
         copy = FakeCopy(self.directory / "heard", asked, stderr)
-        return copier, hook.Relay(session, copy, copier.tell, copier.tell_progress)
+        return copier, hook.Relay(session, copy, copier.tell, copier.talk.progress)
 
     def infos(self, case: bytes) -> bool:
         """What a builder says of the outputs that it has built."""
@@ -559,7 +560,7 @@ class Taker:
         info = hook.PathInfo(PATH, "", (NEXT,), len(ARCHIVES[0]), "", b"")
         lost = contextlib.suppress(hook.SessionLost)  # the builder has ended
         with self.talking(b"") as session, self.going_on(session, case) as relay, lost:
-            relay.offer({PATH: info}, last=True)
+            relay.bring({PATH: info}, last=True)
         return (self.directory / "heard").stat().st_size > 16  # more than a greeting
 
     def told(self, case: bytes) -> bool:

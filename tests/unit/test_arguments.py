@@ -100,14 +100,14 @@ def test_old_machines_come_from_nix_remote_systems(tmp_path: Path) -> None:
     (tmp_path / "machines").write_text("b1\n", encoding="utf-8")
     environ = {"NIX_REMOTE_SYSTEMS": str(tmp_path / "machines")}
     machines, _ = load_machines(old_nix(["i686-linux", "0", "0"], environ))
-    assert [machine.uri for machine in machines] == ["b1"]
+    assert [machine.destination for machine in machines] == ["b1"]
 
 
 def test_new_machines_do_not_come_from_nix_remote_systems(tmp_path: Path) -> None:
     (tmp_path / "machines").write_text("b1\n", encoding="utf-8")
     environ = {"NIX_REMOTE_SYSTEMS": str(tmp_path / "machines")}
     machines, _ = load_machines(Nix(False, {"builders": "b2"}, environ))
-    assert [machine.uri for machine in machines] == ["b2"]
+    assert [machine.destination for machine in machines] == ["b2"]
 
 
 @pytest.mark.parametrize(
