@@ -4793,11 +4793,11 @@ def amount(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def as_json(value: object) -> str:
+def as_json(value: object, indent: int | None = 2) -> str:
     """For programs."""
     import json
 
-    return json.dumps(value, indent=2)
+    return json.dumps(value, indent=indent)
 
 
 # ---- The machines, as the hook would find them --------------------------------------
@@ -4970,6 +4970,10 @@ class Inspection:
             make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key(key)}"
             remedy = f"if {self.machine.where} names the right file: {make}"
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
+        if key.endswith(".pub"):
+            remedy = f"in {self.machine.where}, name {key[:-4]}, the private one"
+            text = f"{key} is the public half of a key"
+            return self.add("login", WRONG, "NO KEY", text, remedy)
         self.asked = int(time.time())
         process = self.seat.start("sh")
         answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
@@ -4998,7 +5002,9 @@ class Inspection:
         name = f"[{host}]:{machine.port}" if machine.port else host
         key, text = machine.key, str(error)
         if isinstance(error, WrongHostKey):
-            scan = f"ssh-keyscan -t ed25519 {port}{host} | cut -d' ' -f2- | base64 -w0"
+            # From OpenSSH 10 on it prints comments, too.
+            scan = f"ssh-keyscan -t ed25519 {port}{host} | grep -v '^#'"
+            scan += " | cut -d' ' -f2- | base64 -w0"
             hint = (
                 "the machine has a new key, write this into the last field of its line"
             )
@@ -5228,15 +5234,17 @@ class Inspection:
         return self.add("build", OK, f"{took:.1f} s", text)
 
 
+def hook_words(nix: Nix) -> list[str]:
+    """What Nix here starts as its hook: a program, and arguments from 2.10 on."""
+    name = "NIX_BUILD_HOOK" if nix.old else "build-hook"
+    return (nix.environ if nix.old else nix.settings).get(name, "").split()
+
+
 def unused(nix: Nix) -> str:
     """What to say if the Nix here has another hook; "" if it has this one, or a copy."""
     import filecmp
 
-    mine = os.path.realpath(__file__)
-    hook = (
-        nix.environ.get("NIX_BUILD_HOOK") if nix.old else nix.settings.get("build-hook")
-    )
-    words = (hook or "").split()
+    mine, words = os.path.realpath(__file__), hook_words(nix)
     files = [word for word in words if os.path.isfile(word)]
     if any(filecmp.cmp(file, mine, shallow=False) for file in files):
         program = find_program("nix-store", nix_directories(nix.environ))
@@ -5260,6 +5268,9 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     else:
         make_slots(nix)
     note = unused(nix)
+    for word in hook_words(nix):
+        if word.startswith("/") and not os.path.exists(word):
+            complaints.append(f"build-hook names {word}, which is not there")
     inspections = inspect_all(machines, nix, screen)
     if options.json:
         found = [
@@ -5355,6 +5366,7 @@ def show_inspections(
     verdict = "Not all is well." if complaints else "All machines are well."
     if ill:
         verdict = f"{ill} of {len(inspections)} machines are not well."
+        verdict = verdict.replace("of 1 machines are", "of 1 machine is")
     print(screen.paint(verdict, WRONG if ill or complaints else OK))
 
 
@@ -5465,7 +5477,8 @@ def status(options: Namespace, nix: Nix, screen: Screen) -> int:
         machines, complaints = machines_named(options.names, nix)
         loads, waiters = look(Slots.find(nix), machines)
         if options.json:
-            print(as_json(overview_json(loads, waiters)))
+            indent = None if options.watch else 2  # then it is one line each time
+            print(as_json(overview_json(loads, waiters), indent), flush=True)
         else:
             lines = overview_lines(loads, waiters, screen)
             if not machines:

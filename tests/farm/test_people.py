@@ -635,3 +635,28 @@ def test_activities_are_well_formed_and_stopped_once(
     said = [m["text"].partition(" ")[0] for m in started.values()]
     for word in ("connecting", "sending", "building", "fetching", "copying"):
         assert word in said, said
+
+
+# -- Small mistakes -------------------------------------------------------------------
+
+
+def test_check_names_the_private_half_if_the_public_one_is_listed(nix: Scene) -> None:
+    nix.machines("b1 x86_64-linux /root/.ssh/id_ed25519.pub 4\n")
+    _, text, remedy = wrong(nix)
+    assert "public half" in text and "name /root/.ssh/id_ed25519, the private" in remedy
+
+
+def test_check_fails_if_the_hook_of_this_nix_is_missing(nix: Scene) -> None:
+    """Else all would be well, and nothing would be built."""
+    nix.client.write("/tmp/conf/nix.conf", "build-hook = /usr/lib/missing\n")
+    env = {"NIX_CONF_DIR": "/tmp/conf"}
+    done = nix.client.run(INSTALLED, "check", env=env, check=False)
+    assert (
+        done.returncode == 1 and "/usr/lib/missing, which is not there" in done.stdout
+    )
+
+
+def test_status_that_is_watched_by_a_program_is_one_line_each_time(nix: Scene) -> None:
+    command = f"{INSTALLED} status --watch --json | head -n 2"
+    first, second = nix.client.run("sh", "-c", command).stdout.splitlines()
+    assert json.loads(first).keys() == json.loads(second).keys()
