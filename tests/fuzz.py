@@ -591,6 +591,21 @@ class Taker:
         assert len(version) > 1 and min(version) >= 0
         return version != (1, 11)
 
+    def proof(self, case: bytes) -> bool:
+        proof = hook.Proof.parse(hook.decode(case))
+        assert proof is None or 0 <= proof.version < 10**9
+        assert proof is None or hook.Proof.parse(proof.text()) == proof
+        return proof is not None
+
+    def paths(self, case: bytes) -> bool:
+        slots = self.sites[1].slots
+        Path(slots.own, f"{self.machine.slots}.paths").write_bytes(case)
+        known = slots.known(self.machine, frozenset(["a" * 32]))
+        slots.note_paths(self.machine, frozenset(["b" * 32]))
+        kept = slots.digests(self.machine)
+        assert kept[-1] == "b" * 32 and len(kept) <= hook.DIGEST_LIMIT
+        return known > 0
+
 
 Target = tuple[Callable[[Rng], bytes], Callable[[Taker, bytes], bool]]
 TARGETS: dict[str, Target] = {
@@ -605,6 +620,8 @@ TARGETS: dict[str, Target] = {
     "told": (told, Taker.told),
     "outage": (lambda rng: rng.choice(NOTES), Taker.outage),
     "version": (lambda rng: rng.choice(PROGRAMS), Taker.version),
+    "proof": (lambda rng: b"%d 4711 519 True" % rng.randrange(9999), Taker.proof),
+    "paths": (lambda rng: b" ".join([b"a" * 32] * rng.randrange(40)), Taker.paths),
 }
 for minor in range(8):
     sample = functools.partial(session, minor=minor)
