@@ -712,13 +712,12 @@ class Request(NamedTuple):
 
 def might_build_itself(nix: Nix, request: Request) -> bool:
     """Whether the calling Nix could build this, perhaps later."""
-    if nix.old:  # it says neither how many jobs it may run nor what features it has
-        return request.system == nix.settings["system"]
+    if nix.old:  # it has no features, and builds what requires some all the same
+        here = nix.settings.get("max-jobs") != "0"
+        return here and request.system == nix.settings["system"]
     systems = [*nix.words("system"), *nix.words("extra-platforms"), "builtin"]
-    if f'"{request.system}"' in nix.settings.get(
-        "external-builders", ""
-    ):  # JSON; 2.33+
-        systems.append(request.system)
+    external = nix.settings.get("external-builders", "")  # JSON, from 2.33 on
+    systems += [request.system] * (f'"{request.system}"' in external)
     # Some experimental features are system features too, which it does not tell us.
     features = nix.words("system-features") + nix.words("experimental-features")
     able = request.system in systems and request.features.issubset(features)
@@ -752,6 +751,9 @@ def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     """The Nix 1.x that calls with these arguments."""
     system, max_silent_time, trace, timeout = [*arguments, "0"][:4]
     limits = {"max-silent-time": max_silent_time, "timeout": timeout}
+    # From 1.2 on it says what its nix.conf and its command line have set.
+    options = environ.get("_NIX_OPTIONS", "").splitlines()
+    limits["max-jobs"] = "0" if "build-max-jobs=0" in options else ""
     return Nix(True, {"system": system, **limits}, environ, trace=trace != "0")
 
 

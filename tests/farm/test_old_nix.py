@@ -122,9 +122,10 @@ class OldNix(NamedTuple):
         done = self.client.run(*command, env=env, timeout=TIMEOUT_S)
         return Outcome.parse(done.stdout)
 
-    def start(self, expression: str, *options: str) -> Inside:
+    def start(self, expression: str, *options: str, **env: str) -> Inside:
         command = self.command(expression, *options)
-        return self.client.popen(*command, env=ENVIRON, stdout=subprocess.PIPE)
+        environ = {**ENVIRON, **env}
+        return self.client.popen(*command, env=environ, stdout=subprocess.PIPE)
 
     def slot_files(self, directory: str = SLOTS) -> set[str]:
         return {p.name for p in self.client.path(directory).iterdir() if p.is_file()}
@@ -378,6 +379,18 @@ def test_a_postponed_build_is_accepted_once_a_slot_is_free(nix: OldNix) -> None:
     os.close(slot)
     outcome = Outcome.parse(running.communicate(timeout=TIMEOUT_S)[0])
     assert (outcome.result, outcome.hook.replies[-1]) == ("built", "accept"), outcome
+
+
+def test_a_build_that_nix_may_never_do_itself_waits_in_the_hook(nix: OldNix) -> None:
+    """1.2 and newer say that they may run no jobs, so that it is never asked again."""
+    nix.machines("b1 x86_64-linux\n")
+    slot = nix.take_slot("x86_64-linux-b1-0")
+    told = "build-cores=2\nbuild-max-jobs=0\n"
+    running = nix.start('mk "waits" "echo > $out" {}', _NIX_OPTIONS=told)
+    poll(lambda: "main-lock" in nix.slot_files(), "the first question")
+    os.close(slot)
+    outcome = Outcome.parse(running.communicate(timeout=TIMEOUT_S)[0])
+    assert (outcome.result, outcome.hook.replies) == ("built", ["accept"]), outcome
 
 
 @pytest.mark.parametrize(
