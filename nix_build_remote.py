@@ -2097,7 +2097,7 @@ class Derivation(NamedTuple):
     def parse(cls, text: str) -> Derivation:
         """Read the one term `Derive(...)`; Error if it is anything else."""
         if text.startswith("DrvWithVersion("):
-            raise Error("it is a dynamic derivation, which only Nix itself can build")
+            raise Unsendable("it is a dynamic derivation, for Nix itself to build")
         try:
             name, term = text[:6], parse_term(text[6:])
             outputs, inputs, sources, platform, builder, arguments, environment = term
@@ -2204,11 +2204,12 @@ def read_derivation(path: str, store: Store, said: str = "") -> Derivation:
         for output in derivation.outputs:
             if not output.path:
                 why = "is not known before the build (content-addressed or impure)"
-                raise Error(f"the path of its output '{output.name}' {why}")
+                raise Unsendable(f"the path of its output '{output.name}' {why}")
             store.name(output.path)
     except (Error, OSError) as error:
+        kind = Unsendable if isinstance(error, Unsendable) else Error
         reason = error.strerror if isinstance(error, OSError) else error
-        raise Unsendable(f"cannot send '{path}' to another machine: {reason}") from None
+        raise kind(f"cannot send '{path}' to another machine: {reason}") from None
     return derivation
 
 
