@@ -156,8 +156,9 @@ QUIET_S = 2  # after a build: no more of its log will come
 # Copying and building
 SENDERS = 4  # of different things to one machine at the same time
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
-STILL_S = 60  # in which not a byte is copied: that is told,
-COPY_TIMEOUT_S = 5 * 60  # and then given up
+STILL_S = 60  # in which not a byte is copied: that is told
+STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given up
+COPY_TIMEOUT_S = 30 * 60  # the same of a store, which may have to wait for others
 OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
 COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB in a
 # variable (MAX_ARG_STRLEN)
@@ -174,7 +175,7 @@ QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH = 1, 2, 3
 BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = (0, 1, 2, 13)  # built, substituted, already valid, resolves to already valid
-PERMANENT, REJECTED, TRANSIENT, TIMED_OUT, MISC = 3, 4, 6, 8, 9
+PERMANENT, REJECTED, TRANSIENT, TIMED_OUT, MISC, DEPENDENCY = 3, 4, 6, 8, 9, 10
 
 MESSAGES, LOG = 2, 4  # the descriptors that Nix reads messages and the build's log from
 
@@ -359,24 +360,29 @@ class Terminated(Stop):
 
 
 # All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
-# it lasts; who says it: ssh, or far, a program on the builder; a name, if the code asks for
-# it; the words; behind ` = ` a remedy.  The first row that fits counts: an ssh that is refused
-# may add that the connection was closed.
+# it lasts; who says it: ssh, or far, a program on the builder (FAR: if that is sure); a name,
+# if the code asks for it; the words; behind ` = ` a remedy.  The first row that fits counts: an
+# ssh that is refused may add that the connection was closed.
 SIGNS = """\
 lasts   far -        daemon-socket/socket: Permission = as root there, on Debian: usermod -aG nix-users USER
 lasts   far -        daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
 lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
 lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
 lasts   ssh OPEN     bad permissions = chmod 600 the key file
+lasts   ssh -        Bad owner or permissions = that file of ssh's configuration must be its owner's, chmod 600
+lasts   ssh -        Bad configuration option = correct that file of ssh's configuration
+lasts   ssh -        no matching = ssh here and sshd there have no cipher or key type in common
+lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
 lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
 lasts   far -        command not found = link nix-store into a directory like /usr/bin there
 lasts   far -        nix-store: not found = link nix-store into a directory like /usr/bin there
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
-lasts   far -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
-lasts   far -        peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
-lasts   far -        onnection reset by peer = allowed-users in nix.conf there must name USER
+lasts   FAR -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
+lasts   FAR -        peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
 passes  far -        daemon-socket = as root there: systemctl start nix-daemon.socket
+lasts   FAR -        onnection reset by peer = allowed-users in nix.conf there must name USER
+lasts   FAR -        Broken pipe = allowed-users in nix.conf there must name USER
 passes  any UNSHARED Control socket connect(
 passes  ssh SILENT   Connection refused = is sshd running there, on that port?
 passes  ssh SILENT   onnection timed out = is the machine on, and can it be reached from here?
@@ -399,6 +405,11 @@ passes  any -        shutting down
 passes  any -        emporarily unavailable
 passes  any -        annot allocate memory
 passes  any -        is busy
+passes  far -        disconnected unexpectedly
+passes  far -        end-of-file
+passes  far -        Too many open files
+passes  far -        creating thread
+passes  far -        interrupted by
 unknown any UNSEATED refused by peer
 unknown any UNSHARED disabling multiplexing
 unknown any LACKS    is required to build
@@ -412,6 +423,8 @@ unknown any SPOILT   Nix archive
 unknown any SPOILT   look like something created by
 """
 LASTING = {"lasts": True, "passes": False, "unknown": None}
+ANYBODY = ("ssh", "far", "")
+SPEAKERS = {"any": ANYBODY, "ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
 # What to do if a program there ends, or ssh does, and nothing above tells why.
 USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
 HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
@@ -432,7 +445,7 @@ def signs_in(words: str, speaker: str = "") -> Iterator[Sign]:
     for row in SIGNS.splitlines():
         lasting, who, meaning, rest = row.split(None, 3)
         sign, _, remedy = rest.partition(" = ")
-        if sign in words and (who == "any" or speaker in (who, "")):
+        if sign in words and speaker in SPEAKERS[who]:
             yield Sign(LASTING[lasting], who, meaning, sign, remedy)
 
 
@@ -636,7 +649,7 @@ class Store(NamedTuple):
     def is_cache(self) -> bool:
         """Whether it is no directory of files, but a binary cache, as file:// and s3://."""
         scheme, separator, _ = self.remote.partition("://")
-        return bool(separator) and scheme not in ("local", "unix")
+        return bool(separator) and scheme not in ("local", "local-overlay", "unix")
 
     def file(self, path: str) -> str:
         """The file name of what has that store path."""
@@ -2452,9 +2465,9 @@ class Ssh(NamedTuple):
     def defaults(self, programs: Programs, *, patient: bool) -> list[str]:
         """See ssh_defaults.  BatchMode is not asked for, since Debian's ssh would then say
         that probes are configured; to ask takes 8 ms."""
-        command = [self.program, "-G", *self.own, *self.user, "--"]
-        command.append(self.machine.destination)
-        configured = programs.output(command, self.environ, REPLY_S)[1]
+        command = [self.program, "-G", "-oCanonicalizeHostname=no", *self.own]
+        command += [*self.user, "--", self.machine.destination]
+        configured = programs.output(command, self.environ, RETIRE_S)[1]
         return ssh_defaults(configured, patient=patient)
 
     def order(self, word: str, socket: str) -> list[str]:
@@ -2591,10 +2604,11 @@ class Connection:
                     return
             if self.is_up():
                 return
-            if means(lock.read(TAIL_BYTES), "SLOW"):
+            last = heard(Error, lock.read(TAIL_BYTES), "ssh")
+            lock.write("")
+            if last.meaning == "SLOW":
                 with suppress(OSError):  # a full disk
                     keep(f"{self.socket}.slow", "")
-            lock.write("")
             # What a killed master has left: ssh would share nothing if it found that.
             for stale in (f"{self.socket}.proved", self.socket):
                 with suppress(OSError):
@@ -3136,7 +3150,7 @@ class Site:
             command = [f"{os.path.dirname(self.copy_program)}/nix", "store", "cat"]
             command += ["--extra-experimental-features", "nix-command"]
             command += ["--store", store.remote, path]
-            said = self.programs.output(command, self.nix.child_environ())[1]
+            said = self.programs.output(command, self.nix.child_environ(), REPLY_S)[1]
         return read_derivation(path, store, said)
 
     def new_seat(self, machine: Machine) -> Seat:
@@ -3307,6 +3321,14 @@ class Relay:
             if found := ready.intersection([*sources, *full]):
                 return found
 
+    def step_soon(self, sources: list[int]) -> set[int]:
+        """The same for what a builder is sending, which has nothing to wait for."""
+        patience_s, self.patience_s = self.patience_s, min(self.patience_s, STALLED_S)
+        try:
+            return self.step(sources)
+        finally:
+            self.patience_s = patience_s
+
     def relay_stderr(self) -> None:
         """Pass on the lines of the program's stderr."""
         data = os.read(self.copy.stderr, 65536)
@@ -3356,7 +3378,7 @@ class Relay:
         TAIL_BYTES of it."""
         kept = b""
         while count:
-            data = self.session.take(min(count, MOVE_BYTES), self.step)
+            data = self.session.take(min(count, MOVE_BYTES), self.step_soon)
             self.reply(data)
             if see:
                 see(data)
@@ -3630,8 +3652,9 @@ class Copier:
         lost = self.lost_session()
         tail, sign = decode(self.session.tail), "hash mismatch importing"
         _, spoilt, words = tail.partition(sign)
-        files = map(self.nix.store.file, paths)
-        here = bool(spoilt) or not all(map(os.path.lexists, files))
+        store, files = self.nix.store, map(self.nix.store.file, paths)
+        gone = not store.is_cache and not all(map(os.path.lexists, files))
+        here = bool(spoilt) or gone
         said = " ".join(f"{spoilt}{words}".split())
         told = [str(lost), problem] if lost else [problem]
         problem = said or "; ".join(dict.fromkeys(told))
@@ -3648,7 +3671,7 @@ class Copier:
     def with_words(self, lost: SessionLost | None, words: str) -> SessionLost:
         """A lost session in these words; whether it lasts we may know better than they."""
         error = heard(SessionLost, words)
-        if lost and error.lasting is None:
+        if lost and lost.lasting is not None:
             error.lasting = lost.lasting
         return error
 
@@ -4185,14 +4208,28 @@ class Attempt:
         if lacking and self.built:
             self.site.slots.forget_paths(self.machine)
             self.begin("building", "build", "on")  # as it may be able to all the same
-            status, _ = self.built.get()
-            self.built = self.built if status == 0 else None
+            if not self.hear_too_early(self.built):
+                return
         if self.built:
             return
         if lacking:
             self.send(lacking, there, self.ask_to_build)
         else:
             self.ask_to_build()
+
+    def hear_too_early(self, built: Answer) -> bool:
+        """Hear what became of a build for which inputs were lacking; returns whether it must
+        be asked for again.  If the builder does not trust us, that is done here."""
+        try:
+            status, _ = built.get()
+        except SessionLost:
+            if not means(decode(self.session.tail), "LIMITED"):
+                raise
+            self.reconnect()
+            return False
+        if status in (REJECTED, TRANSIENT, MISC, DEPENDENCY):
+            self.built = None
+        return self.built is None
 
     def send(self, paths: set[str], there: set[str], ask: Callable[[], None]) -> None:
         """Send these paths to the builder, of which it has those, and ask it for what comes
@@ -4381,7 +4418,7 @@ class Build:
             turn = self.retries.after(failure)
         except Error as last:
             raise self.final(attempt, last) from None
-        if error.meaning == "LACKS":
+        if isinstance(error, NotHere) and error.meaning == "LACKS":
             self.site.slots.note_lack(machine, self.need.kind)
         if not isinstance(error, Away):
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
@@ -4467,7 +4504,9 @@ class Hook:
         """Read the machines; complain of bad lines once for each Nix process."""
         machines, complaints = load_machines(self.nix)
         if self.origin:
-            self.back = {m for m in machines if self.origin in addresses(m.host)}
+            from_there = {self.origin}  # or who knows
+            found = {m: addresses(m.host) or from_there for m in machines}
+            self.back = {m for m in machines if self.origin in found[m]}
         if machines:
             slots = Slots.find(self.nix, lambda text: self.talk.say(WARN, text))
             slots.make()
