@@ -3188,7 +3188,7 @@ allow-symlinked-store ignored-acls min-free max-free"""
 # The ssh that nix-copy-closure finds first in its PATH: it joins that program with us, on
 # descriptors 8 and 9, so that we are the builder to it.  It behaves as an ssh that shares
 # nothing, which every version can use: -O check fails, and it says `started` exactly if
-# it is asked to, be it by an option or, from Lix 2.93.0 to 2.93.3, as if to a shell, which is
+# it is asked to, be it by an option or, by Lix 2.93.0 (ssh.cc), as if to a shell, which is
 # then told to become nix-store.  When done, nix-copy-closure kills it.
 STAND_IN = """#!/bin/sh
 case "$*" in *"-O check"*) exit 255;; esac
