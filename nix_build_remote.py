@@ -405,11 +405,11 @@ passes  any -        shutting down
 passes  any -        emporarily unavailable
 passes  any -        annot allocate memory
 passes  any -        is busy
-passes  far -        disconnected unexpectedly
-passes  far -        end-of-file
-passes  far -        Too many open files
-passes  far -        creating thread
-passes  far -        interrupted by
+passes  FAR -        disconnected unexpectedly
+passes  FAR -        end-of-file
+passes  FAR -        Too many open files
+passes  FAR -        creating thread
+passes  FAR -        interrupted by
 unknown any UNSEATED refused by peer
 unknown any UNSHARED disabling multiplexing
 unknown any LACKS    is required to build
