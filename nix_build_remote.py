@@ -423,20 +423,19 @@ unknown any SPOILT   Nix archive
 unknown any SPOILT   look like something created by
 """
 LASTING = {"lasts": True, "passes": False, "unknown": None}
-ANYBODY = ("ssh", "far", "")
-SPEAKERS = {"any": ANYBODY, "ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
+# Whose words a row may be in; "" if that is not known.
+SPEAKERS = {"ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
+SPEAKERS["any"] = ("ssh", "far", "")
 # What to do if a program there ends, or ssh does, and nothing above tells why.
 USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
 HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
 
 
 class Sign(NamedTuple):
-    """A row of SIGNS."""
+    """What a row of SIGNS makes of its words."""
 
     lasting: bool | None
-    speaker: str
     meaning: str
-    words: str
     remedy: str
 
 
@@ -446,7 +445,7 @@ def signs_in(words: str, speaker: str = "") -> Iterator[Sign]:
         lasting, who, meaning, rest = row.split(None, 3)
         sign, _, remedy = rest.partition(" = ")
         if sign in words and speaker in SPEAKERS[who]:
-            yield Sign(LASTING[lasting], who, meaning, sign, remedy)
+            yield Sign(LASTING[lasting], meaning, remedy)
 
 
 def heard(kind: type[E], words: str, speaker: str = "") -> E:
@@ -459,7 +458,7 @@ def heard(kind: type[E], words: str, speaker: str = "") -> E:
     error.lasting = {"ssh": False, "far": True}.get(speaker)
     error.remedy = USELESS if speaker == "far" else ""
     for sign in signs_in(words, speaker):
-        error.lasting, _, error.meaning, _, error.remedy = sign
+        error.lasting, error.meaning, error.remedy = sign
         break
     return error
 
@@ -729,8 +728,8 @@ def might_build_itself(nix: Nix, request: Request) -> bool:
         here = nix.settings.get("max-jobs") != "0"
         return here and request.system == nix.settings["system"]
     systems = [*nix.words("system"), *nix.words("extra-platforms"), "builtin"]
-    external = nix.settings.get("external-builders", "")  # JSON, from 2.33 on
-    systems += [request.system] * (f'"{request.system}"' in external)
+    if f'"{request.system}"' in nix.settings.get("external-builders", "[]"):
+        systems.append(request.system)  # that is JSON, from 2.33 on
     # Some experimental features are system features too, which it does not tell us.
     features = nix.words("system-features") + nix.words("experimental-features")
     able = request.system in systems and request.features.issubset(features)
@@ -1665,8 +1664,14 @@ class Slots:
         first in the list."""
         loads: dict[Machine, int] = {}
         best: Slot | None = None
-        best_key: tuple[float, ...] = ()
         failure: Error | None = None
+
+        def is_better(one: Machine, other: Machine) -> bool:
+            key, other_key = rank(one, loads[one]), rank(other, loads[other])
+            if key == other_key:
+                return self.known(one, digests) > self.known(other, digests)
+            return key < other_key
+
         with self.main_lock():
             for machine in machines:
                 try:
@@ -1676,12 +1681,12 @@ class Slots:
                     continue
                 if not lock:
                     continue
-                key = (*rank(machine, loads[machine]), -self.known(machine, digests))
-                worse = Slot(machine, lock)
-                if not best or key < best_key:
-                    best, worse, best_key = worse, best or worse, key
-                if worse is not best:
-                    worse.lock.release()
+                if best and not is_better(machine, best.machine):
+                    lock.release()
+                    continue
+                if best:
+                    best.lock.release()
+                best = Slot(machine, lock)
         if failure and not loads:
             raise failure
         return best, loads
@@ -1699,22 +1704,16 @@ class Slots:
         """Note that the machine has these; two that do so at once lose nothing that
         matters."""
         kept = [digest for digest in self.digests(machine) if digest not in digests]
-        text = " ".join([*kept, *sorted(digests)][-DIGEST_LIMIT:])
-        with suppress(OSError):  # a full disk
-            write_private(f"{self.own}/{machine.slots}.paths", text, lasting=False)
+        self.note(machine, "paths", " ".join([*kept, *sorted(digests)][-DIGEST_LIMIT:]))
 
-    def forget_paths(self, machine: Machine) -> None:
-        """Note that it has lost some of them, as by its garbage collector."""
-        with suppress(OSError):
-            remove(f"{self.own}/{machine.slots}.paths")
-
-    def note_lack(self, machine: Machine, kind: str) -> None:
-        """Note that it cannot build that kind, though its line says so."""
+    def note(self, machine: Machine, what: str, text: str) -> None:
+        """Keep that of a machine, in a file that may be lost: `paths`, see digests; `lacks`,
+        a kind of build that it cannot do, though its line says so; `down`, its outage."""
         with suppress(OSError):  # a full disk
-            write_private(f"{self.own}/{machine.slots}.lacks", kind, lasting=False)
+            write_private(f"{self.own}/{machine.slots}.{what}", text, lasting=False)
 
     def lacks(self, machine: Machine, kind: str) -> bool:
-        """Whether that was so within the last hour."""
+        """Whether it was noted within the last hour that it cannot do builds of that kind."""
         path = f"{self.own}/{machine.slots}.lacks"
         with suppress(OSError):
             is_new = time.time() < os.stat(path).st_mtime + LACK_S
@@ -1865,8 +1864,7 @@ class Outages:
         with self.slots.main_lock():
             if self.of(machine) in (before, None):
                 after = (before or Outage()).again(error)
-                with suppress(OSError):  # a full disk
-                    write_private(self.file(machine), after.text(), lasting=False)
+                self.slots.note(machine, "down", after.text())
 
     def end(self, machine: Machine) -> None:
         """Write down that it is of use."""
@@ -2203,14 +2201,11 @@ def texts(values: list[object]) -> tuple[str, ...]:
     return tuple(map(str, values))
 
 
-def read_derivation(path: str, store: Store, said: str = "") -> Derivation:
-    """The derivation of that store path; Error says why it cannot be sent away.  said: what
-    is in its file, if the store has no files."""
+def read_derivation(path: str, store: Store, text: str | None = None) -> Derivation:
+    """The derivation of that store path; Error says why it cannot be sent away.  text: what
+    its file says, None to read that."""
     try:
-        if store.is_cache and "\ufffd" in (said or "\ufffd"):
-            raise Error(f"it cannot be read from {store.remote}")
-        text = said
-        if not store.is_cache:
+        if text is None:
             with open(store.file(path), "rb") as stream:
                 text = stream.read().decode("utf-8", "surrogateescape")
         derivation = Derivation.parse(text)
@@ -2535,15 +2530,15 @@ ALONE = "none"  # in place of a control socket, for ssh too: nothing is shared
 class Connection:
     """One ssh master, which hooks share and which outlives them; or none, if ALONE.
 
-        The first hook to need it starts it apart from our process group, which Nix kills.  In the
-        directory ssh/, NAME being of the machine (see Ssh.socket_name) and N of the connection:
+    The first hook to need it starts it apart from our process group, which Nix kills.  In the
+    directory ssh/, NAME being of the machine (see Ssh.socket_name) and N of the connection:
 
-        NAME-N         its control socket, with which only ssh talks
-        NAME-N.start   its stderr, which it keeps locked until it has connected or failed
-        NAME-N.proved  its Proof, once somebody has talked with nix-store over it
-        NAME-N.slow    is there if it took long to log in
+    NAME-N         its control socket, with which only ssh talks
+    NAME-N.start   its stderr, which it keeps locked until it has connected or failed
+    NAME-N.proved  its Proof, once somebody has talked with nix-store over it
+    NAME-N.slow    is there if it took long to log in
     NAME-N.S       the lock of seat S
-        NAME.seats     how many sessions sshd allows it, if that was fewer than SEATS
+    NAME.seats     how many sessions sshd allows it, if that was fewer than SEATS
     """
 
     def __init__(self, ssh: Ssh, programs: Programs, socket: str) -> None:
@@ -2562,7 +2557,9 @@ class Connection:
 
     def prove(self, version: int) -> None:
         """Note that we have, and what process its master is."""
-        _, said, words = self.ask("check")  # fails if we are ALONE
+        if self.socket == ALONE:
+            return
+        _, said, words = self.ask("check")
         pid = f"{said}{words}".partition("(pid=")[2].partition(")")[0]
         if pid.isdecimal():
             self.note(Proof(pid, start_time(int(pid)), version, True))
@@ -2604,17 +2601,19 @@ class Connection:
                     return
             if self.is_up():
                 return
-            last = heard(Error, lock.read(TAIL_BYTES), "ssh")
+            last, slow = (
+                heard(Error, lock.read(TAIL_BYTES), "ssh"),
+                f"{self.socket}.slow",
+            )
             lock.write("")
-            if last.meaning == "SLOW":
-                with suppress(OSError):  # a full disk
-                    keep(f"{self.socket}.slow", "")
+            with suppress(OSError):  # a full disk
+                if last.meaning == "SLOW":
+                    keep(slow, "")
             # What a killed master has left: ssh would share nothing if it found that.
             for stale in (f"{self.socket}.proved", self.socket):
                 with suppress(OSError):
                     remove(stale)
-            patient = os.path.exists(f"{self.socket}.slow")
-            defaults = self.ssh.defaults(self.programs, patient=patient)
+            defaults = self.ssh.defaults(self.programs, patient=os.path.exists(slow))
             command, environ = self.ssh.master(self.socket, defaults), self.ssh.environ
             options = {"stderr": lock.descriptor, "start_new_session": True}
             self.master = self.programs.start(command, environ, **options)
@@ -3144,14 +3143,18 @@ class Site:
         self.seats: dict[Machine, Seat] = {}  # those that we have
 
     def read_derivation(self, path: str) -> Derivation:
-        """See there."""
-        store, said = self.nix.store, ""
-        if store.is_cache:
-            command = [f"{os.path.dirname(self.copy_program)}/nix", "store", "cat"]
-            command += ["--extra-experimental-features", "nix-command"]
-            command += ["--store", store.remote, path]
-            said = self.programs.output(command, self.nix.child_environ(), REPLY_S)[1]
-        return read_derivation(path, store, said)
+        """The derivation of that store path, also if the store here is a binary cache."""
+        store = self.nix.store
+        if not store.is_cache:
+            return read_derivation(path, store)
+        command = [f"{os.path.dirname(self.copy_program)}/nix", "store", "cat"]
+        command += ["--extra-experimental-features", "nix-command"]
+        command += ["--store", store.remote, path]
+        environ = self.nix.child_environ()
+        status, text, _ = self.programs.output(command, environ, REPLY_S)
+        if status or "\ufffd" in text:  # it is not UTF-8
+            raise Error(f"cannot read '{path}' from {store.remote}")
+        return read_derivation(path, store, text)
 
     def new_seat(self, machine: Machine) -> Seat:
         """One that has no connection yet."""
@@ -4206,7 +4209,7 @@ class Attempt:
         """
         lacking = set(self.wanted.inputs) - there
         if lacking and self.built:
-            self.site.slots.forget_paths(self.machine)
+            self.site.slots.note(self.machine, "paths", "")  # it has lost some
             self.begin("building", "build", "on")  # as it may be able to all the same
             if not self.hear_too_early(self.built):
                 return
@@ -4258,12 +4261,9 @@ class Attempt:
             then = infos_question(wanted.outputs)
             self.built = session.ask_to_build(wanted.path, encoded, self.nix, then)
             self.infos = session.infos_answer()
-        self.prepare()
-
-    def prepare(self) -> None:
-        """Do meanwhile what need not wait for the build."""
-        self.copier.prepare_to_fetch(self.wanted.outputs)
-        digests = self.wanted.derivation.digests() | {digest(self.wanted.path)}
+        # Meanwhile, what need not wait for the build:
+        self.copier.prepare_to_fetch(wanted.outputs)
+        digests = wanted.derivation.digests() | {digest(wanted.path)}
         self.site.slots.note_paths(self.machine, digests)
 
     def build(self) -> dict[str, PathInfo]:
@@ -4419,7 +4419,7 @@ class Build:
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
-            self.site.slots.note_lack(machine, self.need.kind)
+            self.site.slots.note(machine, "lacks", self.need.kind)
         if not isinstance(error, Away):
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
         if turn.outage:

@@ -264,6 +264,17 @@ def end_masters(nix: Scene) -> None:
     poll(lambda: not set(pids) & set(masters(nix)), "the end of the masters")
 
 
+@contextlib.contextmanager
+def cleared(nix: Scene, *files: str) -> Iterator[Scene]:
+    """Afterwards nothing runs there, no connection is left, and these files are gone."""
+    try:
+        yield nix
+    finally:
+        nix.clear()
+        end_masters(nix)
+        nix.client.run("rm", "-rf", SLOTS, *files)
+
+
 def forget(nix: Scene) -> None:
     """End all connections, and forget what was learnt."""
     end_masters(nix)

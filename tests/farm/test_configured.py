@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from lab import poll
-from scene import SLOTS, TESTS, Scene, change_hook, end_masters, outage, scene
+from scene import TESTS, Scene, change_hook, cleared, outage, scene
 
 CONFIG = "/root/.ssh/config"
 PROXY = "/usr/local/bin/delay.py"
@@ -30,10 +30,8 @@ def hosts(client_engine: str) -> Iterator[Scene]:
 
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
-    yield hosts
-    hosts.clear()
-    end_masters(hosts)
-    hosts.client.run("rm", "-rf", SLOTS, CONFIG)
+    with cleared(hosts, CONFIG) as nix:
+        yield nix
 
 
 def one() -> str:

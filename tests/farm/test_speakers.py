@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from lab import Host, connect
-from scene import INSTALLED, SLOTS, Outcome, Scene, end_masters, other, scene
+from scene import INSTALLED, Outcome, Scene, cleared, other, scene
 
 # With four tries, and the pauses between them, a build would take longer than this.
 TIMEOUT_S = 10
@@ -27,10 +27,8 @@ def hosts(client_engine: str) -> Iterator[Scene]:
 
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
-    yield hosts
-    hosts.clear()
-    end_masters(hosts)
-    hosts.client.run("rm", "-rf", SLOTS)
+    with cleared(hosts) as nix:
+        yield nix
 
 
 def newcomer(nix: Scene, shell: str = "/bin/sh") -> str:
