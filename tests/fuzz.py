@@ -423,8 +423,9 @@ class Taker:
         machines, complaints = hook.load_machines(Nix(old, settings, environ))
         assert all(text.startswith(str(file)) for text in complaints)
         for machine in machines:
-            words = [machine.destination, machine.host, machine.key or "none"]
+            words = [machine.destination, machine.host]
             assert all(map(is_plain, words)), words
+            assert hook.only(machine.key, hook.PLAIN) and machine.key[:1] != "-"
             options = " ".join(hook.ssh_options(machine, "/known"))
             assert hook.only(options, hook.PLAIN + "* ")
             assert 0 <= machine.port <= 65535 and 0 <= machine.max_jobs < 10**6
