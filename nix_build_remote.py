@@ -2763,6 +2763,8 @@ class Session:
         self.version: int | None = None  # of the protocol, once it has greeted
         self.awaited: list[Answer] = []  # in the order in which they will come
         self.tail = b""  # of stderr
+        self.dumped = ""  # the path whose archive comes behind the running build
+        self.held = b""  # the end of the log, if it may be an excuse
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
         # How long a running build may take, and say nothing; 0 for any time.
@@ -2852,11 +2854,24 @@ class Session:
         elif self.version and self.is_silent and means(decode(data), "LIMITED"):
             pass  # we go on in another way, and say so
         elif self.version:
-            write_all(LOG, data)
+            write_all(LOG, self.without_excuses(data) if self.dumped else data)
             self.last = time.monotonic()
             self.first = self.last if self.is_silent else self.first
             self.is_silent = False
         self.tail = (self.tail + data)[-TAIL_BYTES:]
+
+    def without_excuses(self, log: bytes) -> bytes:
+        """The log without nix-store's lines that what it was asked for, see dump_question, is
+        not valid, or not a valid store path."""
+        paths = (self.dumped, no_path(self.dumped))
+        excuses = [f"error: path '{path}' is not ".encode() for path in paths]
+        *lines, rest = (self.held + log).splitlines(True) or [b""]
+        if excuses[0].startswith(rest[:7]) and not rest.endswith(b"\n"):
+            self.held = rest
+        else:
+            self.held = b""
+            lines.append(rest)
+        return b"".join(l for l in lines if not any(words in l for words in excuses))
 
     def read(self, count: int, deadline: float = math.inf) -> bytes:
         """So much of what it says; Late if it does not come in time, BuildTimedOut if the
@@ -2960,6 +2975,7 @@ class Session:
         """End it in peace, so that the last of the log arrives."""
         self.ask_no_more()
         self.drain()
+        write_all(LOG, self.held)
 
     def cancel(self) -> None:
         """End it at once: when its ssh ends, the builder cancels the build."""
@@ -3081,6 +3097,17 @@ def valid_question(paths: Iterable[str], substitute: bool) -> bytes:
 def infos_question(paths: Iterable[str]) -> bytes:
     """QueryPathInfos of these."""
     return integer(QUERY_PATH_INFOS) + strings(sorted(paths))
+
+
+def dump_question(path: str) -> bytes:
+    """DumpStorePath: its archive.  If it is not there, nix-store says so, and ends."""
+    return integer(DUMP_STORE_PATH) + string(path)
+
+
+def no_path(path: str) -> str:
+    """A store path beside that one, which nobody can have.  To be asked for it ends a
+    nix-store at once; the end of its input would do that, too, but cancels the build before."""
+    return f"{os.path.dirname(path)}/{'0' * 32}-the-end"
 
 
 # ---- Site ---------------------------------------------------------------------------
@@ -3205,6 +3232,7 @@ exec 3<&0
 cat <&3 >&9 8<&- &
 exec cat <&8 3<&- 9>&-
 """
+LONGER = "size mismatch importing what the builder has"
 JOINED = (8, 9)  # sh knows only descriptors of one digit
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 
@@ -3353,17 +3381,22 @@ class Relay:
         data = b""
         while len(data) < count:
             if self.session.stdout in self.step([self.copy.output, *self.quiet]):
-                # Nothing was asked of the builder: its archive is longer than it had said.
-                # Or it ends, as it was told.
-                self.quiet = []
+                self.quiet = []  # it ends, as it was told, or
                 if os.read(self.session.stdout, TAIL_BYTES):
-                    raise Spoilt("size mismatch importing what the builder has")
+                    raise Spoilt(LONGER)
                 continue
             more = os.read(self.copy.output, count - len(data))
             if not more:
                 raise CopyEnded
             data += more
         return data
+
+    def expect_silence(self) -> None:
+        """From here on the builder has said all that it was asked for, unless an archive is
+        longer than it had said."""
+        self.quiet = [self.session.stdout]
+        if self.session.inbox:
+            raise Spoilt(LONGER)
 
     def reply(self, data: bytes) -> None:
         """Say that to the program; CopyEnded if it hears nothing any more."""
@@ -3523,7 +3556,8 @@ class Relay:
                 self.ask_for_archive(path)
             read = self.session.reader(time.monotonic() + self.patience_s)
             self.ahead = {path: read(info.size) for path, info in infos.items()}
-        self.quiet = [self.session.stdout]
+        if not self.session.dumped:
+            self.expect_silence()
         while True:
             self.answer(read_integer(self.read), infos)
 
@@ -3545,14 +3579,17 @@ class Relay:
             else:
                 self.ask_for_archive(path)
                 self.pass_on(infos[path].size)
+                self.expect_silence()
         elif command == SERVE_HELLO:
             self.welcome()
         else:
             raise Error(f"nix-copy-closure asks for something unknown ({command})")
 
     def ask_for_archive(self, path: str) -> None:
-        """Ask the builder for it, and to end after it if it is the last."""
-        self.session.write(integer(DUMP_STORE_PATH) + string(path))
+        """Ask the builder for it, if it was not asked when it built it, and to end after it
+        if it is the last."""
+        if path != self.session.dumped:
+            self.session.write(dump_question(path))
         self.dumps_left -= 1
         if not self.dumps_left:
             self.session.ask_no_more()
@@ -3667,8 +3704,11 @@ class Copier:
         return heard(Error, problem) if here else self.with_words(lost, problem)
 
     def lost_session(self) -> SessionLost | None:
-        """What the session has ended with, if it has, and not in peace."""
+        """What the session has ended with, if it has, and not as it was asked to."""
         ended = status_within(self.session.process, 1)
+        asked = self.session.dumped and no_path(self.session.dumped)
+        if ended and asked and asked in decode(self.session.tail):
+            return None
         return self.session.lost() if ended else None
 
     def with_words(self, lost: SessionLost | None, words: str) -> SessionLost:
@@ -4211,28 +4251,23 @@ class Attempt:
         if lacking and self.built:
             self.site.slots.note(self.machine, "paths", "")  # it has lost some
             self.begin("building", "build", "on")  # as it may be able to all the same
-            if not self.hear_too_early(self.built):
-                return
-        if self.built:
-            return
-        if lacking:
+            self.hear_too_early(self.built)
+        elif lacking:
             self.send(lacking, there, self.ask_to_build)
-        else:
+        elif not self.built:
             self.ask_to_build()
 
-    def hear_too_early(self, built: Answer) -> bool:
-        """Hear what became of a build for which inputs were lacking; returns whether it must
-        be asked for again.  If the builder does not trust us, that is done here."""
+    def hear_too_early(self, built: Answer) -> None:
+        """Hear what became of a build for which inputs were lacking, and begin again if that
+        is why it failed, or if the builder does not trust us."""
         try:
-            status, _ = built.get()
+            failed = built.get()[0] in (REJECTED, TRANSIENT, MISC, DEPENDENCY)
         except SessionLost:
             if not means(decode(self.session.tail), "LIMITED"):
                 raise
+            failed = True
+        if failed:
             self.reconnect()
-            return False
-        if status in (REJECTED, TRANSIENT, MISC, DEPENDENCY):
-            self.built = None
-        return self.built is None
 
     def send(self, paths: set[str], there: set[str], ask: Callable[[], None]) -> None:
         """Send these paths to the builder, of which it has those, and ask it for what comes
@@ -4258,13 +4293,22 @@ class Attempt:
         self.built, session, wanted = None, self.session, self.wanted
         if session.spoken >= 0x201 and self.trusted:
             encoded = wanted.derivation.encode(wanted.inputs)
-            then = infos_question(wanted.outputs)
+            then = self.questions_behind()
             self.built = session.ask_to_build(wanted.path, encoded, self.nix, then)
             self.infos = session.infos_answer()
         # Meanwhile, what need not wait for the build:
         self.copier.prepare_to_fetch(wanted.outputs)
         digests = wanted.derivation.digests() | {digest(wanted.path)}
         self.site.slots.note_paths(self.machine, digests)
+
+    def questions_behind(self) -> bytes:
+        """What is asked with the build: what the outputs are, and if there is just one, and so
+        just one order for them, its archive, after which nix-store shall end."""
+        questions, outputs = infos_question(self.wanted.outputs), self.wanted.outputs
+        if len(outputs) == 1:
+            self.session.dumped = outputs[0]
+            questions += dump_question(outputs[0]) + dump_question(no_path(outputs[0]))
+        return questions
 
     def build(self) -> dict[str, PathInfo]:
         """Build on the builder, in whichever way it lets us; returns what it says of the
@@ -4300,12 +4344,15 @@ class Attempt:
         return NotHere(message, verdict) if may_move else verdict
 
     def reconnect(self) -> None:
-        """Have a new session, whose inputs are kept alive again: the builder has ended
-        the old one because it does not trust its user to build a bare derivation."""
-        text = f"{UNTRUSTED_USER}; sending the derivation's closure"
-        self.talk.say(INFO, f"'{self.machine.name}' {text}")
-        seat, self.built, self.trusted = self.session.seat, None, False
-        seat.connection.distrust()
+        """Have a new session, whose inputs are kept alive again, since the old one has ended
+        with the build: maybe as the builder does not trust its user to build a bare
+        derivation."""
+        seat, self.built = self.session.seat, None
+        if means(decode(self.session.tail), "LIMITED"):
+            self.trusted = False
+            seat.connection.distrust()
+            text = f"{UNTRUSTED_USER}; sending the derivation's closure"
+            self.talk.say(INFO, f"'{self.machine.name}' {text}")
         self.session.cancel()
         self.session = self.copier.session = Session(seat, GREETING_TIMEOUT_S)
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
@@ -4318,7 +4365,7 @@ class Attempt:
         path, session = self.wanted.path, self.session
 
         def ask() -> None:
-            then = infos_question(self.wanted.outputs)
+            then = self.questions_behind()
             self.built = session.ask_to_build_paths(path, self.nix, then)
             self.infos = session.infos_answer()
 
