@@ -428,7 +428,7 @@ def unread(client: Host, hook: int) -> int:
 
 def test_outputs_that_were_lost_on_their_way_are_not_built_again(nix: Caller) -> None:
     """The session is lost while the hook, which stands still, has not read the news."""
-    run = nix.start(one(f"{HELD}; yes '' | head -c {BIG} >> $out"))
+    run = nix.start(one(f"{HELD}; printf %{BIG}s >> $out"))
     nix.hold(nix.b1)
     (hook,) = nix.scene.hooks()
     poll(lambda: " building " in slots(nix), "the hook to wait for it")
