@@ -30,6 +30,8 @@ from lab import (
 )
 from launcher import assigned, launcher
 
+from nix_build_remote import SPARE_S
+
 TESTS = Path(__file__).resolve().parent
 HOOK = TESTS.parent / "nix_build_remote.py"
 INSTALLED = "/usr/local/bin/nix_build_remote.py"
@@ -54,6 +56,8 @@ SSH = f"""#!/bin/sh
 case " $* " in *" -N "*) echo "$*" >> {JOURNAL};; esac
 exec /usr/bin/ssh "$@"
 """
+
+KEEPER = f"sleep {SPARE_S}"  # which keeps a spare session
 
 MAY_STAY = (
     "nix-daemon",
@@ -200,11 +204,18 @@ class Scene(NamedTuple):
     def settle(self) -> None:
         """Wait until no hook, no ssh and no session is left on any host.
 
-        Idle shared connections may stay, as an ssh here and an sshd there.  A build
-        that is cancelled on a builder, or a session that ends there, takes a
-        moment after nix-build has ended here.
+        Idle shared connections may stay, as an ssh here and an sshd there; spare sessions
+        are ended.  A build that is cancelled on a builder, or a session that ends there,
+        takes a moment after nix-build has ended here.
         """
-        poll(lambda: not self.busy(), f"the end of {self.busy()}")
+
+        def is_settled() -> bool:
+            for process in self.client.processes():
+                if process.cmdline.endswith(KEEPER):
+                    self.client.signal(signal.SIGTERM, process.pid)
+            return not self.busy()
+
+        poll(is_settled, f"the end of {self.busy()}")
 
     def clear(self) -> None:
         """End every Nix here, and wait for what that ends."""

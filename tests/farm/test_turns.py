@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from lab import poll
 from scene import Scene, distrustful, end_masters, masters, other, scene
 from test_connections import sockets
 
@@ -46,7 +47,7 @@ def prepare(nix: Scene) -> None:
     """Have a live connection over the line that counts."""
     nix.client.copy(TESTS / "delay.py", "/usr/local/bin/delay.py")
     nix.client.write("/root/.ssh/config", PROXY, 0o600)
-    nix.build(reader(0), env=UNPROBED)
+    count(nix, lambda: nix.build(reader(0), env=UNPROBED))
 
 
 def reader(inputs: int) -> str:
@@ -58,15 +59,27 @@ def reader(inputs: int) -> str:
 
 
 def turns(nix: Scene, talk: Callable[[], object]) -> list[str]:
-    """What is noted of each round trip until that has ended."""
+    """What is noted of each round trip until that has ended, without a spare session."""
     nix.settle()
+    return turns_with_spare(nix, talk)
+
+
+def turns_with_spare(nix: Scene, talk: Callable[[], object]) -> list[str]:
+    """The same with the spare session that the last build has begun."""
+    poll(lambda: not nix.hooks(), "the end of all hooks")
     time.sleep(UNDER_WAY_S)
     connection = masters(nix)
+    noted = count(nix, talk)
+    assert masters(nix) == connection != []
+    return noted
+
+
+def count(nix: Scene, talk: Callable[[], object]) -> list[str]:
+    """The same, whatever becomes of the connection."""
     nix.client.write(NOTES, "")
     talk()
     noted = nix.client.read(NOTES).splitlines()
     nix.client.path(NOTES).unlink()
-    assert masters(nix) == connection != []
     return noted
 
 
@@ -91,6 +104,21 @@ def test_a_build_whose_inputs_the_machine_has_had_takes_at_most_three(
     after = f'mk "after" "echo > $out" {{ before = {before}; }}'
     noted = turns(hosts, lambda: hosts.build(after, env=UNPROBED))
     assert len(noted) <= 3, noted
+
+
+@pytest.mark.engines
+def test_with_a_spare_session_it_takes_one_round_trip(hosts: Scene) -> None:
+    before = reader(3)
+    hosts.build(before, env=UNPROBED)
+    after = f'mk "after" "echo > $out" {{ before = {before}; }}'
+    noted = turns_with_spare(hosts, lambda: hosts.build(after, env=UNPROBED))
+    assert len(noted) <= 1, noted
+
+
+def test_with_a_spare_session_sending_takes_two(hosts: Scene) -> None:
+    hosts.build(reader(0), env=UNPROBED)
+    noted = turns_with_spare(hosts, lambda: hosts.build(reader(30), env=UNPROBED))
+    assert len(noted) <= 2, noted
 
 
 def test_inputs_that_the_machine_has_lost_since_are_sent_again(hosts: Scene) -> None:
