@@ -264,6 +264,9 @@ class Chaos:
         good = [client for client in self.clients if client.outputs]
         return {
             "clients that succeeded": f"{len(good)} of {CLIENTS}",
+            "the last words of others": " ".join(
+                client.log[-1000:] for client in self.clients if client not in good
+            ),
             "runs of nix-build": str(sum(client.runs for client in self.clients)),
             "hooks killed": str(self.kills),
             "outputs that are wrong": str(sum(map(self.wrong, good))),

@@ -22,4 +22,4 @@ def test_nothing_is_lost(client_engine: str, pytestconfig: pytest.Config) -> Non
         logs="",
     )
     passed, table = report(options, ours=True)
-    assert passed, table
+    assert passed, "\n".join(f"{name}: {value}" for name, value in table.items())
