@@ -166,7 +166,10 @@ MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
 AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
-MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
+MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it,
+DAEMON_MARGIN_S = (
+    5  # or later than that where a daemon is asked, which is not told them
+)
 
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
@@ -421,6 +424,13 @@ unknown any SPOILT   is not valid
 unknown any SPOILT   bad archive
 unknown any SPOILT   Nix archive
 unknown any SPOILT   look like something created by
+unknown far OVERTIME timed out after
+unknown far BROKEN   builder for '
+unknown far BROKEN   builder failed
+unknown far FAILED   in fixed-output derivation
+unknown far FAILED   may not be deterministic
+unknown far FAILED   is not allowed to
+unknown far FAILED   bytes of log output
 """
 LASTING = {"lasts": True, "passes": False, "unknown": None}
 # Whose words a row may be in; "" if that is not known.
@@ -2460,10 +2470,13 @@ class Ssh(NamedTuple):
     def defaults(self, programs: Programs, *, patient: bool) -> list[str]:
         """See ssh_defaults.  BatchMode is not asked for, since Debian's ssh would then say
         that probes are configured; to ask takes 8 ms."""
+        return ssh_defaults(self.configured(programs), patient=patient)
+
+    def configured(self, programs: Programs) -> str:
+        """All that ssh finds in its configuration and our options, as `ssh -G` says it."""
         command = [self.program, "-G", "-oCanonicalizeHostname=no", *self.own]
         command += [*self.user, "--", self.machine.destination]
-        configured = programs.output(command, self.environ, RETIRE_S)[1]
-        return ssh_defaults(configured, patient=patient)
+        return programs.output(command, self.environ, RETIRE_S)[1]
 
     def order(self, word: str, socket: str) -> list[str]:
         """The one that tells the master at that socket something, as `stop`."""
@@ -2767,6 +2780,7 @@ class Session:
         self.is_useful = False  # whether it has answered anything
         # How long a running build may take, and say nothing; 0 for any time.
         self.limits: tuple[int, int] = (0, 0)
+        self.margin_s = 0  # which the builder has to end it, beyond that
         self.is_silent = True  # whether the running build has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
         self.process = seat.start("nix-store", "--serve", "--write")
@@ -3022,7 +3036,7 @@ class Session:
             self.first + timeout if timeout else math.inf,
             self.last + silence if silence else math.inf,
         )
-        return min(ends) + MARGIN_S
+        return min(ends) + self.margin_s
 
     def ask_to_build(
         self, path: str, encoded: bytes, nix: Nix, then: bytes = b""
@@ -3048,6 +3062,11 @@ class Session:
         self.limits = nix.number("timeout"), nix.number("max-silent-time")
         self.first = self.last = time.monotonic()
         self.is_silent = True
+        if any(
+            self.limits
+        ):  # others than root mostly have a daemon build, see DAEMON_MARGIN_S
+            configured = self.seat.ssh.configured(self.seat.programs).splitlines()
+            self.margin_s = MARGIN_S if "user root" in configured else DAEMON_MARGIN_S
         try:
             return read_integer(self.read)
         finally:
@@ -4288,6 +4307,8 @@ class Attempt:
         message, quotes, _ = message[:TAIL_BYTES].partition(" log lines:")
         if quotes:
             message = message.rstrip(DIGITS + " ")[: -len("last")].rstrip(" ;\n")
+        if status == MISC:
+            status = self.status_told(message)
         message = message or "the log says why"
         kinds = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}
         what = f"build of '{self.wanted.path}' on '{self.machine.name}'"
@@ -4298,6 +4319,13 @@ class Attempt:
             message += f"; {self.machine.where} says that it can build this"
         may_move = status in (REJECTED, TRANSIENT, MISC)
         return NotHere(message, verdict) if may_move else verdict
+
+    def status_told(self, message: str) -> int:
+        """The status in the words of a daemon there, which loses it if we are untrusted."""
+        is_fixed = any(output.hash for output in self.wanted.derivation.outputs)
+        broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
+        told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
+        return told.get(heard(Error, message, "far").meaning, MISC)
 
     def reconnect(self) -> None:
         """Have a new session, whose inputs are kept alive again: the builder has ended

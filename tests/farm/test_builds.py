@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -420,3 +421,43 @@ def test_an_untrusted_user_is_told_of_an_unsigned_input(
         assert "input' because it lacks a" in outcome.log
         running.settle()
         assert running.locks() == []
+
+
+# What fails in a build by itself; a daemon there tells its client no status but 1.
+BROKEN = {
+    "fails": 'mk "fails" "echo run >> /tmp/runs; exit 7" {}',
+    "wrong": """mk "wrong" "echo run >> /tmp/runs; echo > $out" {
+      outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "%s";
+    }"""
+    % ("0" * 64),
+}
+
+
+@pytest.mark.parametrize("how", list(BROKEN))
+def test_what_fails_for_an_untrusted_user_is_not_built_again(
+    client_engine: str, pytestconfig: pytest.Config, how: str
+) -> None:
+    builder = other(pytestconfig, client_engine)
+    with distrustful(client_engine, builder) as running:
+        record_exits(running)
+        running.machines("nix@b1 - - 4\nssh://nix@b1:22 - - 4\n")
+        _, exits = build_recorded(running, BROKEN[how])
+        assert exits == [100]
+        assert running.builder.read("/tmp/runs").split() == ["run"]
+
+
+@pytest.mark.parametrize("trusted", ["root", "root nix"])
+@pytest.mark.parametrize("said", ["echo begun", ":"], ids=["spoken", "silent"])
+def test_a_daemon_that_is_not_told_of_the_limits_keeps_nobody_waiting(
+    client_engine: str, pytestconfig: pytest.Config, trusted: str, said: str
+) -> None:
+    builder = other(pytestconfig, client_engine)
+    conf = f"trusted-users = {trusted}\n"
+    with distrustful(client_engine, builder, conf) as running:
+        record_exits(running)
+        endless = f'mk "endless" "{said}; while :; do sleep 0.9; done" {{}}'
+        start = time.monotonic()
+        outcome, exits = build_recorded(running, endless, "--timeout", "2")
+        assert outcome.status and exits == [101]
+        assert time.monotonic() - start < 30  # not a minute
+        running.settle()

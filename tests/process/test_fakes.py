@@ -419,7 +419,7 @@ def limited(client: Client, timeout: int = 0, silence: int = 0) -> Client:
         client.arguments[1:] = [str(silence), "0", str(timeout)]
     client.settings["timeout"] = str(timeout)
     client.settings["max-silent-time"] = str(silence)
-    client.constants["MARGIN_S"] = 1
+    client.constants["DAEMON_MARGIN_S"] = 1
     return client
 
 
