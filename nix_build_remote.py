@@ -174,7 +174,7 @@ DAEMON_MARGIN_S = (
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
 SERVE_VERSION = 0x207  # 2.7; to less than 2.6, Nix 2.4 to 2.10 answer as to 2.6
-QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH = 1, 2, 3
+QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH, IMPORT_PATHS = 1, 2, 3, 4
 BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = (0, 1, 2, 13)  # built, substituted, already valid, resolves to already valid
@@ -3418,9 +3418,10 @@ class Relay:
 
     def welcome(self) -> None:
         """Answer its hello; our session has had its own.  After an error of its own, it may
-        connect once more, and say it a second time."""
+        connect once more, and say it a second time.  Nix 2.32 and newer speak to no builder
+        before 2.1, whose dialect we can translate."""
         self.read(8)  # its version
-        self.reply(integer(SERVE_REPLY) + integer(self.session.spoken))
+        self.reply(integer(SERVE_REPLY) + integer(max(self.session.spoken, 0x205)))
 
     # Sending
 
@@ -3457,11 +3458,11 @@ class Relay:
                 self.reply(strings(read_strings(read)))
         elif command == QUERY_PATH_INFOS:
             asked, infos = set(read_strings(self.read)), {}
-            if not asked <= self.lacking:
+            if not asked <= self.lacking and self.session.spoken >= 0x204:
                 read = self.ask(infos_question(asked))
                 infos = read_infos(read, self.session.spoken)
             self.reply_infos(infos)
-        else:  # such as ImportPaths, for builders before 2.1: the rest goes as it is
+        else:  # such as ImportPaths, of Nix 1.x: the rest goes as it is
             self.ask(integer(command))
             while self.exchange():
                 pass
@@ -3489,13 +3490,19 @@ class Relay:
         path = read_string(self.read)
         self.there.add(path)
         self.lacking.discard(path)
-        head = string(path) + string(read_string(self.read))
-        head += string(read_string(self.read))
-        head += strings(read_strings(self.read)) + self.read(8)
+        deriver = string(read_string(self.read))
+        digest = string(read_string(self.read))
+        references, when = strings(read_strings(self.read)), self.read(8)
         size = read_integer(self.read)
         tail = self.read(8) + strings(read_strings(self.read))
         tail += string(read_string(self.read))
-        self.session.write(integer(ADD_TO_STORE_NAR) + head + integer(size) + tail)
+        head = integer(ADD_TO_STORE_NAR) + string(path) + deriver + digest
+        head, tail = head + references + when + integer(size) + tail, b""
+        if self.session.spoken < 0x205:  # in the dialect of nix-store --export
+            head = integer(IMPORT_PATHS) + integer(1)
+            tail = integer(EXPORT_MAGIC) + string(path) + references + deriver
+            tail += integer(0) + integer(0)  # without a signature; no more paths
+        self.session.write(head)
         while size:
             self.step([self.copy.output])
             data = os.read(self.copy.output, min(size, MOVE_BYTES))
@@ -3504,6 +3511,7 @@ class Relay:
             self.session.write(data)
             size -= len(data)
             self.count(data)
+        self.session.write(tail)
         Answer(self.session, self.hear_of_copy, self.patience_s)
         self.reply(integer(1))
 
@@ -3635,13 +3643,16 @@ class Copier:
         if self.nix.store.remote:
             self.environ["NIX_REMOTE"] = self.nix.store.remote
         folder = stand_in(site.directory)
-        # 1.x has a Perl script of other ways, which connects by itself to send.
-        self.is_joined = folder is not None and site.copy_version >= (2,)
+        self.is_joined = folder is not None
+        # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
+        # hashes, which builders before 2.0 do not tell: nix-store --import does that.
+        tells = session.spoken >= 0x204 and site.copy_version >= (2,)
+        self.fetches_joined = self.is_joined and tells
         self.target = ssh.machine.destination
         if self.is_joined:
             # Any name would do, but some versions do not call ssh for localhost, and they
-            # want IPv6 bare (2.3) or in brackets (2.34).
-            self.target = "builder"
+            # want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
+            self.target = "builder" if site.copy_version >= (2,) else self.target
             self.environ["PATH"] = f"{folder}:{self.environ['PATH']}"
 
     def options(self) -> list[str]:
@@ -3741,9 +3752,9 @@ class Copier:
         if self.site.copy_version < (2, 29):
             environ["NIX_HELD_LOCKS"] = " ".join(paths)
         command = [self.store_program, "--import", *self.options()]
-        if self.is_joined:
+        if self.fetches_joined:
             command = [self.program, "--from", self.target, *self.options(), *paths]
-        return Copy(self.programs, command, environ, self.is_joined)
+        return Copy(self.programs, command, environ, self.fetches_joined)
 
     def prepare_to_fetch(self, outputs: list[str]) -> None:
         """Start it while they are built, if one can bring all: to start takes 20 ms."""

@@ -11,6 +11,7 @@ import pytest
 from lab import Host
 from scene import (
     INSTALLED,
+    TESTS,
     Outcome,
     Scene,
     distrustful,
@@ -344,6 +345,28 @@ def test_a_log_that_is_too_long_ends_the_build(running: Scene) -> None:
     endless = 'mk "long-log" "while :; do seq 1000; done" {}'
     outcome = running.build(endless, *limit, check=False, timeout=60)
     assert outcome.status and "more than 100000 bytes" in outcome.log
+
+
+# -- Builders with Nix 1.11 -----------------------------------------------------------
+
+
+def test_a_builder_with_nix_1_11_is_of_use(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    """No newer nix-copy-closure can speak with it: from 2.4 on they want to know hashes,
+    from 2.32 on they refuse serve protocol 2.2."""
+    with scene(client_engine, other(pytestconfig, client_engine)) as running:
+        record_exits(running)
+        running.builder.copy(TESTS / "old_serve.py", "/usr/local/bin/nix-store")
+        many = 'mk "many" "cat ${given} > $out; echo $out > $dev" { outputs = ["out" "dev"]; }'
+        given = 'let given = builtins.toFile "given" "text"; in'
+        built = running.build(f"{given} {many}").output
+        assert running.client.read(built) == "text" and valid(running.client, built)
+        built = running.build(GRAPH).output
+        assert running.client.read(built).split() == ["b1"] * 5
+        assert build_recorded(running, 'mk "bad" "exit 3" {}')[1] == [100]
+        running.settle()
+        assert verified(running.client) and running.locks() == []
 
 
 # -- Builders with opinions -----------------------------------------------------------

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple, TextIO
 
 import pytest
 from lab import FarmError, Host, Inside, poll
-from scene import DRIVER, INSTALLED, PRELUDE, TESTS, Scene, scene
+from scene import (
+    DRIVER,
+    HOOK,
+    INSTALLED,
+    PRELUDE,
+    TESTS,
+    Scene,
+    end_masters,
+    scene,
+    suitable,
+)
 
 MACHINES = "/etc/old/machines"
 SLOTS = "/run/slots"
@@ -270,6 +280,43 @@ def is_locked(path: Path, take: Callable[[TextIO, int], None]) -> bool:
         except OSError:
             return True
         return False
+
+
+PREFIX = "/opt/old"
+
+
+@pytest.fixture(scope="module")
+def perl(pytestconfig: pytest.Config) -> Iterator[OldNix]:
+    """With a nix-copy-closure as 1.x has it; the real nix-store must know held locks in
+    the way of 1.x."""
+    client = suitable(pytestconfig, "host", (2, 29).__gt__)
+    with scene(client, client) as running:
+        running.client.copy(TESTS / "old_copy.py", f"{PREFIX}/bin/nix-copy-closure")
+        running.client.run("ln", "-s", "/usr/bin/nix-store", f"{PREFIX}/bin/nix-store")
+        running.client.copy(HOOK, f"{PREFIX}/libexec/nix/build-remote")
+        nix = OldNix(running)
+        nix.machines("b1 x86_64-linux - 2\n")
+        yield nix
+        running.settle()
+
+
+@pytest.mark.parametrize("old_builder", [False, True], ids=["new", "1.11"])
+def test_its_own_program_sends_over_the_shared_connection(
+    perl: OldNix, old_builder: bool
+) -> None:
+    if old_builder:
+        perl.builder.copy(TESTS / "old_serve.py", "/usr/local/bin/nix-store")
+    end_masters(perl.scene)
+    perl.client.run("rm", "-rf", SLOTS)
+    perl.builder.write("/var/log/sshd.log", "")
+    perl.client.write("/tmp/source", f"source {old_builder}\n")
+    env = {**ENVIRON, "NIX_DEBUG_HOOK": "1"}
+    hook = ("--hook", f"{PREFIX}/libexec/nix/build-remote")
+    outcome = perl.build(GRAPH, *hook, env=env)
+    assert outcome.results == dict.fromkeys(["a", "b", "c", "top"], "built"), outcome
+    messages = "".join(hook.messages for hook in outcome.hooks)
+    assert "missing paths to ‘b1’" in messages and "--import" in messages
+    assert perl.builder.read("/var/log/sshd.log").count("Accepted publickey") == 1
 
 
 # -- How builds fail ------------------------------------------------------------------
