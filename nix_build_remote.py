@@ -115,6 +115,7 @@ START = time.monotonic()
 DRAIN_TIMEOUT_S = 10  # for Nix to read the end of the log, without any progress
 SAID_LIMIT = 1000  # messages remembered as said
 COMPLAINTS = 20  # about the machines file, at once
+SETTINGS_LIMIT_BYTES = 1 << 20  # of all that Nix says it is set to
 WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list that anybody may send us
 
 # Slots, lines and outages
@@ -536,6 +537,14 @@ def read_strings(read: Read) -> list[str]:
     return result
 
 
+def base32(sha256: bytes) -> str:
+    """A hash in the digits of Nix's own base 32."""
+    number = int.from_bytes(sha256, "little")
+    return "".join(
+        STORE_DIGITS[number >> 5 * place & 31] for place in reversed(range(52))
+    )
+
+
 class PathInfo(NamedTuple):
     """What a builder says of a path in its store.
 
@@ -694,6 +703,7 @@ class Nix:
         self.since_2_3 = "trace-function-calls" in settings
         self.since_2_4 = "experimental-features" in settings
         self.since_2_24 = "nix-shell-always-looks-for-shell-nix" in settings
+        self.is_lix = "repl-overlays" in settings
 
     def words(self, setting: str) -> list[str]:
         """The words of a setting that is a list."""
@@ -1007,9 +1017,9 @@ def unread_in(pipe: int) -> int:
 class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
-    where: file:line; text: as it was written; name: what Nix's own hook calls it; slots:
-    what the names of its slot files begin with, as that hook has them; destination: [user@]host;
-    port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
+    where: file:line; text: as it was written; name: what Nix's own hook calls it; slots,
+    uploads: what the names of its slot files and of its upload lock begin with, as that hook has
+    them; destination: [user@]host; port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
     host_key: a line such as "ssh-ed25519 AAAA...", or "".
     """
 
@@ -1017,6 +1027,7 @@ class Machine(NamedTuple):
     text: str
     name: str
     slots: str
+    uploads: str
     destination: str
     port: int
     systems: tuple[str, ...]
@@ -1039,12 +1050,14 @@ class Machine(NamedTuple):
                 raise ValueError(f"{text!r} has characters that cannot be printed")
             known = listed(systems) or (nix.settings.get("system", ""),)
             name = machine_name(uri, nix)
+            uploads = file_name(name, in_lix=nix.is_lix)
             pinned = host_key or parameters.get("base64-ssh-public-host-key", "")
             return cls(
                 where=where,
                 text=" ".join(text.split()),
                 name=name,
-                slots=file_name(f"{'+'.join(known)}-{name}" if nix.old else name),
+                slots=file_name(f"{'+'.join(known)}-{name}") if nix.old else uploads,
+                uploads=uploads,
                 destination=destination,
                 port=port,
                 systems=known,
@@ -1082,14 +1095,17 @@ def machine_name(uri: str, nix: Nix) -> str:
     return uri
 
 
-def file_name(text: str) -> str:
-    """The stock hook's way to make one; too long a name ends in its hash."""
+def file_name(text: str, *, in_lix: bool = False) -> str:
+    """The stock hook's way to make one; too long a name ends in its hash, and in Lix each."""
     name = text.replace("/", "_")
-    if len(encode(name)) <= NAME_LIMIT_BYTES:
+    if len(encode(name)) <= NAME_LIMIT_BYTES and not in_lix:
         return name
     import hashlib
 
-    return f"{name[:50]}-{hashlib.sha256(encode(text)).hexdigest()[:32]}"
+    sha256 = hashlib.sha256(encode(text)).digest()
+    if in_lix:
+        return f"{decode(encode(name)[:48])}-{base32(sha256)[:16]}"
+    return f"{name[:50]}-{sha256.hex()[:32]}"
 
 
 def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
@@ -3623,9 +3639,7 @@ def is_hash(text: str, sha256: bytes) -> bool:
     """Whether that is what is meant by Nix's text: base 16 or Nix's own base 32.  What
     is no such text, as with old builders, says nothing."""
     kind, _, digest = text.partition(":")
-    number = int.from_bytes(sha256, "little")
-    digits = (STORE_DIGITS[number >> 5 * place & 31] for place in reversed(range(52)))
-    return kind != "sha256" or digest in (sha256.hex(), "".join(digits))
+    return kind != "sha256" or digest in (sha256.hex(), base32(sha256))
 
 
 class Copier:
@@ -3933,7 +3947,7 @@ class UploadLock:
     """
 
     def __init__(self, slots: Slots, machine: Machine, paths: set[str]) -> None:
-        name = f"{file_name(machine.name)}.upload-lock"
+        name = f"{machine.uploads}.upload-lock"
         own = (f"{slots.own}/{name}.{number}" for number in range(1, SENDERS))
         self.files = [f"{slots.path}/{name}", *own]
         self.slots = slots
@@ -4776,6 +4790,51 @@ def run_hook(arguments: list[str]) -> int:
         return 130
 
 
+def settings_of(program: str, environ: dict[str, str]) -> str:
+    """What `nix show-config` says, which is `nix config show` from 2.20 on."""
+    more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
+    environ = {**environ, "NIX_CONFIG": more}
+    programs = Programs(Talk(Nix(True, {}, {})))
+    for words in (["config", "show"], ["show-config"]):
+        status, text, complaint = programs.output([program, *words], environ)
+        if status == 0:
+            return text
+    raise Error(f"'nix show-config' fails: {' '.join(complaint.split())}")
+
+
+def parse_settings(text: str) -> dict[str, str]:
+    """The settings in that, by name."""
+    pairs = (line.partition(" = ") for line in text.splitlines())
+    return {name: value.strip() for name, mark, value in pairs if mark}
+
+
+def kept_settings(nix: Nix) -> str:
+    """The same of the Nix that started us.  To ask takes 30 ms, so it is kept until another
+    Nix asks."""
+    slots, parent = Slots.find(nix), os.getppid()
+    slots.make()
+    path = f"{slots.own}/settings"
+    head = f"{parent} {start_time(parent)}\n"
+    text = read_private(path, SETTINGS_LIMIT_BYTES) or ""
+    if not text.startswith(head):
+        program = find_program("nix", nix_directories(nix.environ))
+        text = head + settings_of(program, nix.environ)
+        with suppress(OSError):  # a full disk
+            write_private(path, text, lasting=False)
+    return text
+
+
+def with_all_settings(nix: Nix, talk: Talk) -> Nix:
+    """The same Nix with the settings that it did not send: Lix 2.92 and 2.93 leave out what
+    stands in /etc/nix/nix.conf, and what is set nowhere."""
+    try:
+        settings = {**parse_settings(kept_settings(nix)), **nix.settings}
+    except Error as error:
+        talk.say(ERROR, f"no machines are known: {error}")
+        return nix
+    return Nix(False, settings, nix.environ, verbosity=nix.verbosity)
+
+
 def serve(arguments: list[str]) -> int:
     """The same, but for Stop and KeyboardInterrupt, which are raised."""
     prepare_descriptors()
@@ -4786,6 +4845,9 @@ def serve(arguments: list[str]) -> int:
     try:
         nix = (old_nix if is_old_call(arguments) else new_nix)(arguments, environ)
         talk = Talk(nix)
+        if "system" not in nix.settings:
+            nix = with_all_settings(nix, talk)
+            talk = Talk(nix)
         Hook(nix, talk).serve()
     except EOFError:
         return 1
@@ -4900,23 +4962,10 @@ def calling_nix(environ: dict[str, str], machines: str) -> Nix:
         if machines:
             environ = {**environ, "NIX_REMOTE_SYSTEMS": machines}
         return Nix(True, {"system": f"{machine}-{kind}"}, environ)
-    settings = settings_of(program, environ)
+    settings = parse_settings(settings_of(program, environ))
     if machines:
         settings["builders"] = f"@{machines}"
     return Nix(False, settings, environ)
-
-
-def settings_of(program: str, environ: dict[str, str]) -> dict[str, str]:
-    """What `nix show-config` says, which is `nix config show` from 2.20 on."""
-    more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
-    environ = {**environ, "NIX_CONFIG": more}
-    programs = Programs(Talk(Nix(True, {}, {})))
-    for words in (["config", "show"], ["show-config"]):
-        status, text, complaint = programs.output([program, *words], environ)
-        if status == 0:
-            pairs = (line.partition(" = ") for line in text.splitlines())
-            return {name: value.strip() for name, mark, value in pairs if mark}
-    raise Error(f"'nix show-config' fails: {' '.join(complaint.split())}")
 
 
 def where_machines_stand(nix: Nix) -> str:
