@@ -782,6 +782,8 @@ def is_old_call(arguments: list[str]) -> bool:
 def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     """The Nix 1.x that calls with these arguments."""
     system, max_silent_time, trace, timeout = [*arguments, "0"][:4]
+    if environ.get("NIX_REMOTE") == "daemon":  # which we work for: it holds the locks
+        environ = {**environ, "NIX_REMOTE": ""}
     limits = {"max-silent-time": max_silent_time, "timeout": timeout}
     # From 1.2 on it says what its nix.conf and its command line have set.
     options = environ.get("_NIX_OPTIONS", "").splitlines()
@@ -5366,8 +5368,12 @@ class Inspection:
 
 def hook_words(nix: Nix) -> list[str]:
     """What Nix here starts as its hook: a program, and arguments from 2.10 on."""
-    name = "NIX_BUILD_HOOK" if nix.old else "build-hook"
-    return (nix.environ if nix.old else nix.settings).get(name, "").split()
+    word = nix.environ.get("NIX_BUILD_HOOK", "")
+    if not nix.old or not word:
+        return [] if nix.old else nix.words("build-hook")
+    program = find_program("nix-store", nix_directories(nix.environ))
+    prefix = os.path.dirname(os.path.dirname(os.path.realpath(program)))
+    return [os.path.join(prefix, "libexec/nix", word)]
 
 
 def unused(nix: Nix) -> str:
@@ -5383,8 +5389,11 @@ def unused(nix: Nix) -> str:
         if len(words) == 1 or parse_version(said) >= (2, 10):
             return ""
     now = " ".join(words) or "not set"
-    text = f"Note: Nix here does not use this hook now (build-hook is {now}); to do: "
-    text += f"build-hook = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
+    name = "NIX_BUILD_HOOK" if nix.old else "build-hook"
+    text = f"Note: Nix here does not use this hook now ({name} is {now}); to do: "
+    if nix.old:
+        return f"{text}{name}={mine} in the environment of nix-build, or of nix-daemon."
+    text += f"{name} = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
     return f"{text}/root/.config/nix/nix.conf."
 
 
@@ -5400,7 +5409,7 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     note = unused(nix)
     for word in hook_words(nix):
         if word.startswith("/") and not os.path.exists(word):
-            complaints.append(f"build-hook names {word}, which is not there")
+            complaints.append(f"Nix is to start {word}, which is not there")
     inspections = inspect_all(machines, nix, screen)
     if options.json:
         found = [
