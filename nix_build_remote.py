@@ -4345,6 +4345,11 @@ class Attempt:
             message = " ".join(message.split())
             message += f"; {self.machine.where} says that it can build this"
         may_move = status in (REJECTED, TRANSIENT, MISC)
+        is_told = self.nix.enabled("keep-failed") and self.session.spoken >= 0x207
+        if is_told and not may_move:
+            self.talk.say(
+                WARN, f"its folder is kept on '{self.machine.name}', not here"
+            )
         return NotHere(message, verdict) if may_move else verdict
 
     def status_told(self, message: str) -> int:

@@ -347,6 +347,19 @@ def test_a_log_that_is_too_long_ends_the_build(running: Scene) -> None:
     assert outcome.status and "more than 100000 bytes" in outcome.log
 
 
+def test_what_is_left_of_a_failed_build_is_said_to_be_on_the_builder(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    """With -K; a builder before 2.4 cannot be told to keep it."""
+    builder = suitable(pytestconfig, other(pytestconfig, client_engine), (2, 4).__le__)
+    with scene(client_engine, builder) as running:
+        outcome = running.build('mk "left" "echo > rest; exit 1" {}', "-K", check=False)
+        assert outcome.status and "kept on 'ssh://b1', not here" in outcome.log
+        find = ("find", "/tmp", "/nix/var/nix/builds", "-name", "rest")
+        assert running.builder.run(*find, check=False).stdout
+        running.settle()
+
+
 # -- Builders with Nix 1.11 -----------------------------------------------------------
 
 
