@@ -115,6 +115,7 @@ START = time.monotonic()
 DRAIN_TIMEOUT_S = 10  # for Nix to read the end of the log, without any progress
 SAID_LIMIT = 1000  # messages remembered as said
 COMPLAINTS = 20  # about the machines file, at once
+SETTINGS_LIMIT_BYTES = 1 << 20  # of all that Nix says it is set to
 WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list that anybody may send us
 
 # Slots, lines and outages
@@ -169,12 +170,15 @@ MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
 AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
-MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
+MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it,
+DAEMON_MARGIN_S = (
+    5  # or later than that where a daemon is asked, which is not told them
+)
 
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
 SERVE_VERSION = 0x207  # 2.7; to less than 2.6, Nix 2.4 to 2.10 answer as to 2.6
-QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH = 1, 2, 3
+QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH, IMPORT_PATHS = 1, 2, 3, 4
 BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = (0, 1, 2, 13)  # built, substituted, already valid, resolves to already valid
@@ -425,6 +429,13 @@ unknown any SPOILT   is not valid
 unknown any SPOILT   bad archive
 unknown any SPOILT   Nix archive
 unknown any SPOILT   look like something created by
+unknown far OVERTIME timed out after
+unknown far BROKEN   builder for '
+unknown far BROKEN   builder failed
+unknown far FAILED   in fixed-output derivation
+unknown far FAILED   may not be deterministic
+unknown far FAILED   is not allowed to
+unknown far FAILED   bytes of log output
 """
 LASTING = {"lasts": True, "passes": False, "unknown": None}
 # Whose words a row may be in; "" if that is not known.
@@ -528,6 +539,14 @@ def read_strings(read: Read) -> list[str]:
         if size > WIRE_LIMIT_BYTES:
             raise Nonsense("a list of strings has no end")
     return result
+
+
+def base32(sha256: bytes) -> str:
+    """A hash in the digits of Nix's own base 32."""
+    number = int.from_bytes(sha256, "little")
+    return "".join(
+        STORE_DIGITS[number >> 5 * place & 31] for place in reversed(range(52))
+    )
 
 
 class PathInfo(NamedTuple):
@@ -688,6 +707,7 @@ class Nix:
         self.since_2_3 = "trace-function-calls" in settings
         self.since_2_4 = "experimental-features" in settings
         self.since_2_24 = "nix-shell-always-looks-for-shell-nix" in settings
+        self.is_lix = "repl-overlays" in settings
 
     def words(self, setting: str) -> list[str]:
         """The words of a setting that is a list."""
@@ -766,6 +786,8 @@ def is_old_call(arguments: list[str]) -> bool:
 def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     """The Nix 1.x that calls with these arguments."""
     system, max_silent_time, trace, timeout = [*arguments, "0"][:4]
+    if environ.get("NIX_REMOTE") == "daemon":  # which we work for: it holds the locks
+        environ = {**environ, "NIX_REMOTE": ""}
     limits = {"max-silent-time": max_silent_time, "timeout": timeout}
     # From 1.2 on it says what its nix.conf and its command line have set.
     options = environ.get("_NIX_OPTIONS", "").splitlines()
@@ -1001,9 +1023,9 @@ def unread_in(pipe: int) -> int:
 class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
-    where: file:line; text: as it was written; name: what Nix's own hook calls it; slots:
-    what the names of its slot files begin with, as that hook has them; destination: [user@]host;
-    port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
+    where: file:line; text: as it was written; name: what Nix's own hook calls it; slots,
+    uploads: what the names of its slot files and of its upload lock begin with, as that hook has
+    them; destination: [user@]host; port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
     host_key: a line such as "ssh-ed25519 AAAA...", or "".
     """
 
@@ -1011,6 +1033,7 @@ class Machine(NamedTuple):
     text: str
     name: str
     slots: str
+    uploads: str
     destination: str
     port: int
     systems: tuple[str, ...]
@@ -1033,12 +1056,14 @@ class Machine(NamedTuple):
                 raise ValueError(f"{text!r} has characters that cannot be printed")
             known = listed(systems) or (nix.settings.get("system", ""),)
             name = machine_name(uri, nix)
+            uploads = file_name(name, in_lix=nix.is_lix)
             pinned = host_key or parameters.get("base64-ssh-public-host-key", "")
             return cls(
                 where=where,
                 text=" ".join(text.split()),
                 name=name,
-                slots=file_name(f"{'+'.join(known)}-{name}" if nix.old else name),
+                slots=file_name(f"{'+'.join(known)}-{name}") if nix.old else uploads,
+                uploads=uploads,
                 destination=destination,
                 port=port,
                 systems=known,
@@ -1076,14 +1101,17 @@ def machine_name(uri: str, nix: Nix) -> str:
     return uri
 
 
-def file_name(text: str) -> str:
-    """The stock hook's way to make one; too long a name ends in its hash."""
+def file_name(text: str, *, in_lix: bool = False) -> str:
+    """The stock hook's way to make one; too long a name ends in its hash, and in Lix each."""
     name = text.replace("/", "_")
-    if len(encode(name)) <= NAME_LIMIT_BYTES:
+    if len(encode(name)) <= NAME_LIMIT_BYTES and not in_lix:
         return name
     import hashlib
 
-    return f"{name[:50]}-{hashlib.sha256(encode(text)).hexdigest()[:32]}"
+    sha256 = hashlib.sha256(encode(text)).digest()
+    if in_lix:
+        return f"{decode(encode(name)[:48])}-{base32(sha256)[:16]}"
+    return f"{name[:50]}-{sha256.hex()[:32]}"
 
 
 def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
@@ -2467,10 +2495,13 @@ class Ssh(NamedTuple):
     def defaults(self, programs: Programs, *, patient: bool) -> list[str]:
         """See ssh_defaults.  BatchMode is not asked for, since Debian's ssh would then say
         that probes are configured; to ask takes 8 ms."""
+        return ssh_defaults(self.configured(programs), patient=patient)
+
+    def configured(self, programs: Programs) -> str:
+        """All that ssh finds in its configuration and our options, as `ssh -G` says it."""
         command = [self.program, "-G", "-oCanonicalizeHostname=no", *self.own]
         command += [*self.user, "--", self.machine.destination]
-        configured = programs.output(command, self.environ, RETIRE_S)[1]
-        return ssh_defaults(configured, patient=patient)
+        return programs.output(command, self.environ, RETIRE_S)[1]
 
     def order(self, word: str, socket: str) -> list[str]:
         """The one that tells the master at that socket something, as `stop`."""
@@ -2918,6 +2949,7 @@ class Session:
         self.is_useful = False  # whether it has answered anything
         # How long a running build may take, and say nothing; 0 for any time.
         self.limits: tuple[int, int] = (0, 0)
+        self.margin_s = 0  # which the builder has to end it, beyond that
         self.is_silent = True  # whether the running build has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
         self.process = seat.session()
@@ -3187,7 +3219,7 @@ class Session:
             self.first + timeout if timeout else math.inf,
             self.last + silence if silence else math.inf,
         )
-        return min(ends) + MARGIN_S
+        return min(ends) + self.margin_s
 
     def ask_to_build(
         self, path: str, encoded: bytes, nix: Nix, then: bytes = b""
@@ -3213,6 +3245,11 @@ class Session:
         self.limits = nix.number("timeout"), nix.number("max-silent-time")
         self.first = self.last = time.monotonic()
         self.is_silent = True
+        if any(
+            self.limits
+        ):  # others than root mostly have a daemon build, see DAEMON_MARGIN_S
+            configured = self.seat.ssh.configured(self.seat.programs).splitlines()
+            self.margin_s = MARGIN_S if "user root" in configured else DAEMON_MARGIN_S
         try:
             return read_integer(self.read)
         finally:
@@ -3581,9 +3618,10 @@ class Relay:
 
     def welcome(self) -> None:
         """Answer its hello; our session has had its own.  After an error of its own, it may
-        connect once more, and say it a second time."""
+        connect once more, and say it a second time.  Nix 2.32 and newer speak to no builder
+        before 2.1, whose dialect we can translate."""
         self.read(8)  # its version
-        self.reply(integer(SERVE_REPLY) + integer(self.session.spoken))
+        self.reply(integer(SERVE_REPLY) + integer(max(self.session.spoken, 0x205)))
 
     # Sending
 
@@ -3620,11 +3658,11 @@ class Relay:
                 self.reply(strings(read_strings(read)))
         elif command == QUERY_PATH_INFOS:
             asked, infos = set(read_strings(self.read)), {}
-            if not asked <= self.lacking:
+            if not asked <= self.lacking and self.session.spoken >= 0x204:
                 read = self.ask(infos_question(asked))
                 infos = read_infos(read, self.session.spoken)
             self.reply_infos(infos)
-        else:  # such as ImportPaths, for builders before 2.1: the rest goes as it is
+        else:  # such as ImportPaths, of Nix 1.x: the rest goes as it is
             self.ask(integer(command))
             while self.exchange():
                 pass
@@ -3652,13 +3690,19 @@ class Relay:
         path = read_string(self.read)
         self.there.add(path)
         self.lacking.discard(path)
-        head = string(path) + string(read_string(self.read))
-        head += string(read_string(self.read))
-        head += strings(read_strings(self.read)) + self.read(8)
+        deriver = string(read_string(self.read))
+        digest = string(read_string(self.read))
+        references, when = strings(read_strings(self.read)), self.read(8)
         size = read_integer(self.read)
         tail = self.read(8) + strings(read_strings(self.read))
         tail += string(read_string(self.read))
-        self.session.write(integer(ADD_TO_STORE_NAR) + head + integer(size) + tail)
+        head = integer(ADD_TO_STORE_NAR) + string(path) + deriver + digest
+        head, tail = head + references + when + integer(size) + tail, b""
+        if self.session.spoken < 0x205:  # in the dialect of nix-store --export
+            head = integer(IMPORT_PATHS) + integer(1)
+            tail = integer(EXPORT_MAGIC) + string(path) + references + deriver
+            tail += integer(0) + integer(0)  # without a signature; no more paths
+        self.session.write(head)
         while size:
             self.step([self.copy.output])
             data = os.read(self.copy.output, min(size, MOVE_BYTES))
@@ -3667,6 +3711,7 @@ class Relay:
             self.session.write(data)
             size -= len(data)
             self.count(data)
+        self.session.write(tail)
         Answer(self.session, self.hear_of_copy, self.patience_s)
         self.reply(integer(1))
 
@@ -3782,9 +3827,7 @@ def is_hash(text: str, sha256: bytes) -> bool:
     """Whether that is what is meant by Nix's text: base 16 or Nix's own base 32.  What
     is no such text, as with old builders, says nothing."""
     kind, _, digest = text.partition(":")
-    number = int.from_bytes(sha256, "little")
-    digits = (STORE_DIGITS[number >> 5 * place & 31] for place in reversed(range(52)))
-    return kind != "sha256" or digest in (sha256.hex(), "".join(digits))
+    return kind != "sha256" or digest in (sha256.hex(), base32(sha256))
 
 
 class Copier:
@@ -3802,13 +3845,16 @@ class Copier:
         if self.nix.store.remote:
             self.environ["NIX_REMOTE"] = self.nix.store.remote
         folder = stand_in(site.directory)
-        # 1.x has a Perl script of other ways, which connects by itself to send.
-        self.is_joined = folder is not None and site.copy_version >= (2,)
+        self.is_joined = folder is not None
+        # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
+        # hashes, which builders before 2.0 do not tell: nix-store --import does that.
+        tells = session.spoken >= 0x204 and site.copy_version >= (2,)
+        self.fetches_joined = self.is_joined and tells
         self.target = ssh.machine.destination
         if self.is_joined:
             # Any name would do, but some versions do not call ssh for localhost, and they
-            # want IPv6 bare (2.3) or in brackets (2.34).
-            self.target = "builder"
+            # want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
+            self.target = "builder" if site.copy_version >= (2,) else self.target
             self.environ["PATH"] = f"{folder}:{self.environ['PATH']}"
 
     def options(self) -> list[str]:
@@ -3911,9 +3957,9 @@ class Copier:
         if self.site.copy_version < (2, 29):
             environ["NIX_HELD_LOCKS"] = " ".join(paths)
         command = [self.store_program, "--import", *self.options()]
-        if self.is_joined:
+        if self.fetches_joined:
             command = [self.program, "--from", self.target, *self.options(), *paths]
-        return Copy(self.programs, command, environ, self.is_joined)
+        return Copy(self.programs, command, environ, self.fetches_joined)
 
     def prepare_to_fetch(self, outputs: list[str]) -> None:
         """Start it while they are built, if one can bring all: to start takes 20 ms."""
@@ -4092,7 +4138,7 @@ class UploadLock:
     """
 
     def __init__(self, slots: Slots, machine: Machine, paths: set[str]) -> None:
-        name = f"{file_name(machine.name)}.upload-lock"
+        name = f"{machine.uploads}.upload-lock"
         own = (f"{slots.own}/{name}.{number}" for number in range(1, SENDERS))
         self.files = [f"{slots.path}/{name}", *own]
         self.slots = slots
@@ -4486,6 +4532,8 @@ class Attempt:
         message, quotes, _ = message[:TAIL_BYTES].partition(" log lines:")
         if quotes:
             message = message.rstrip(DIGITS + " ")[: -len("last")].rstrip(" ;\n")
+        if status == MISC:
+            status = self.status_told(message)
         message = message or "the log says why"
         kinds = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}
         what = f"build of '{self.wanted.path}' on '{self.machine.name}'"
@@ -4495,7 +4543,19 @@ class Attempt:
             message = " ".join(message.split())
             message += f"; {self.machine.where} says that it can build this"
         may_move = status in (REJECTED, TRANSIENT, MISC)
+        is_told = self.nix.enabled("keep-failed") and self.session.spoken >= 0x207
+        if is_told and not may_move:
+            self.talk.say(
+                WARN, f"its folder is kept on '{self.machine.name}', not here"
+            )
         return NotHere(message, verdict) if may_move else verdict
+
+    def status_told(self, message: str) -> int:
+        """The status in the words of a daemon there, which loses it if we are untrusted."""
+        is_fixed = any(output.hash for output in self.wanted.derivation.outputs)
+        broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
+        told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
+        return told.get(heard(Error, message, "far").meaning, MISC)
 
     def reconnect(self) -> None:
         """Have a new session, whose inputs are kept alive again, since the old one has ended
@@ -4938,6 +4998,51 @@ def run_hook(arguments: list[str]) -> int:
         return 130
 
 
+def settings_of(program: str, environ: dict[str, str]) -> str:
+    """What `nix show-config` says, which is `nix config show` from 2.20 on."""
+    more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
+    environ = {**environ, "NIX_CONFIG": more}
+    programs = Programs(Talk(Nix(True, {}, {})))
+    for words in (["config", "show"], ["show-config"]):
+        status, text, complaint = programs.output([program, *words], environ)
+        if status == 0:
+            return text
+    raise Error(f"'nix show-config' fails: {' '.join(complaint.split())}")
+
+
+def parse_settings(text: str) -> dict[str, str]:
+    """The settings in that, by name."""
+    pairs = (line.partition(" = ") for line in text.splitlines())
+    return {name: value.strip() for name, mark, value in pairs if mark}
+
+
+def kept_settings(nix: Nix) -> str:
+    """The same of the Nix that started us.  To ask takes 30 ms, so it is kept until another
+    Nix asks."""
+    slots, parent = Slots.find(nix), os.getppid()
+    slots.make()
+    path = f"{slots.own}/settings"
+    head = f"{parent} {start_time(parent)}\n"
+    text = read_private(path, SETTINGS_LIMIT_BYTES) or ""
+    if not text.startswith(head):
+        program = find_program("nix", nix_directories(nix.environ))
+        text = head + settings_of(program, nix.environ)
+        with suppress(OSError):  # a full disk
+            write_private(path, text, lasting=False)
+    return text
+
+
+def with_all_settings(nix: Nix, talk: Talk) -> Nix:
+    """The same Nix with the settings that it did not send: Lix 2.92 and 2.93 leave out what
+    stands in /etc/nix/nix.conf, and what is set nowhere."""
+    try:
+        settings = {**parse_settings(kept_settings(nix)), **nix.settings}
+    except Error as error:
+        talk.say(ERROR, f"no machines are known: {error}")
+        return nix
+    return Nix(False, settings, nix.environ, verbosity=nix.verbosity)
+
+
 def serve(arguments: list[str]) -> int:
     """The same, but for Stop and KeyboardInterrupt, which are raised."""
     prepare_descriptors()
@@ -4948,6 +5053,9 @@ def serve(arguments: list[str]) -> int:
     try:
         nix = (old_nix if is_old_call(arguments) else new_nix)(arguments, environ)
         talk = Talk(nix)
+        if "system" not in nix.settings:
+            nix = with_all_settings(nix, talk)
+            talk = Talk(nix)
         Hook(nix, talk).serve()
     except EOFError:
         return 1
@@ -5062,23 +5170,10 @@ def calling_nix(environ: dict[str, str], machines: str) -> Nix:
         if machines:
             environ = {**environ, "NIX_REMOTE_SYSTEMS": machines}
         return Nix(True, {"system": f"{machine}-{kind}"}, environ)
-    settings = settings_of(program, environ)
+    settings = parse_settings(settings_of(program, environ))
     if machines:
         settings["builders"] = f"@{machines}"
     return Nix(False, settings, environ)
-
-
-def settings_of(program: str, environ: dict[str, str]) -> dict[str, str]:
-    """What `nix show-config` says, which is `nix config show` from 2.20 on."""
-    more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
-    environ = {**environ, "NIX_CONFIG": more}
-    programs = Programs(Talk(Nix(True, {}, {})))
-    for words in (["config", "show"], ["show-config"]):
-        status, text, complaint = programs.output([program, *words], environ)
-        if status == 0:
-            pairs = (line.partition(" = ") for line in text.splitlines())
-            return {name: value.strip() for name, mark, value in pairs if mark}
-    raise Error(f"'nix show-config' fails: {' '.join(complaint.split())}")
 
 
 def where_machines_stand(nix: Nix) -> str:
@@ -5479,8 +5574,12 @@ class Inspection:
 
 def hook_words(nix: Nix) -> list[str]:
     """What Nix here starts as its hook: a program, and arguments from 2.10 on."""
-    name = "NIX_BUILD_HOOK" if nix.old else "build-hook"
-    return (nix.environ if nix.old else nix.settings).get(name, "").split()
+    word = nix.environ.get("NIX_BUILD_HOOK", "")
+    if not nix.old or not word:
+        return [] if nix.old else nix.words("build-hook")
+    program = find_program("nix-store", nix_directories(nix.environ))
+    prefix = os.path.dirname(os.path.dirname(os.path.realpath(program)))
+    return [os.path.join(prefix, "libexec/nix", word)]
 
 
 def unused(nix: Nix) -> str:
@@ -5496,8 +5595,11 @@ def unused(nix: Nix) -> str:
         if len(words) == 1 or parse_version(said) >= (2, 10):
             return ""
     now = " ".join(words) or "not set"
-    text = f"Note: Nix here does not use this hook now (build-hook is {now}); to do: "
-    text += f"build-hook = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
+    name = "NIX_BUILD_HOOK" if nix.old else "build-hook"
+    text = f"Note: Nix here does not use this hook now ({name} is {now}); to do: "
+    if nix.old:
+        return f"{text}{name}={mine} in the environment of nix-build, or of nix-daemon."
+    text += f"{name} = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
     return f"{text}/root/.config/nix/nix.conf."
 
 
@@ -5513,7 +5615,7 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     note = unused(nix)
     for word in hook_words(nix):
         if word.startswith("/") and not os.path.exists(word):
-            complaints.append(f"build-hook names {word}, which is not there")
+            complaints.append(f"Nix is to start {word}, which is not there")
     inspections = inspect_all(machines, nix, screen)
     if options.json:
         found = [

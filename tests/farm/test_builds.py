@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
 from lab import Host
 from scene import (
     INSTALLED,
+    TESTS,
     Outcome,
     Scene,
     distrustful,
@@ -345,6 +347,41 @@ def test_a_log_that_is_too_long_ends_the_build(running: Scene) -> None:
     assert outcome.status and "more than 100000 bytes" in outcome.log
 
 
+def test_what_is_left_of_a_failed_build_is_said_to_be_on_the_builder(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    """With -K; a builder before 2.4 cannot be told to keep it."""
+    builder = suitable(pytestconfig, other(pytestconfig, client_engine), (2, 4).__le__)
+    with scene(client_engine, builder) as running:
+        outcome = running.build('mk "left" "echo > rest; exit 1" {}', "-K", check=False)
+        assert outcome.status and "kept on 'ssh://b1', not here" in outcome.log
+        find = ("find", "/tmp", "/nix/var/nix/builds", "-name", "rest")
+        assert running.builder.run(*find, check=False).stdout
+        running.settle()
+
+
+# -- Builders with Nix 1.11 -----------------------------------------------------------
+
+
+def test_a_builder_with_nix_1_11_is_of_use(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    """No newer nix-copy-closure can speak with it: from 2.4 on they want to know hashes,
+    from 2.32 on they refuse serve protocol 2.2."""
+    with scene(client_engine, other(pytestconfig, client_engine)) as running:
+        record_exits(running)
+        running.builder.copy(TESTS / "old_serve.py", "/usr/local/bin/nix-store")
+        many = 'mk "many" "cat ${given} > $out; echo $out > $dev" { outputs = ["out" "dev"]; }'
+        given = 'let given = builtins.toFile "given" "text"; in'
+        built = running.build(f"{given} {many}").output
+        assert running.client.read(built) == "text" and valid(running.client, built)
+        built = running.build(GRAPH).output
+        assert running.client.read(built).split() == ["b1"] * 5
+        assert build_recorded(running, 'mk "bad" "exit 3" {}')[1] == [100]
+        running.settle()
+        assert verified(running.client) and running.locks() == []
+
+
 # -- Builders with opinions -----------------------------------------------------------
 
 
@@ -420,3 +457,43 @@ def test_an_untrusted_user_is_told_of_an_unsigned_input(
         assert "input' because it lacks a" in outcome.log
         running.settle()
         assert running.locks() == []
+
+
+# What fails in a build by itself; a daemon there tells its client no status but 1.
+BROKEN = {
+    "fails": 'mk "fails" "echo run >> /tmp/runs; exit 7" {}',
+    "wrong": """mk "wrong" "echo run >> /tmp/runs; echo > $out" {
+      outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "%s";
+    }"""
+    % ("0" * 64),
+}
+
+
+@pytest.mark.parametrize("how", list(BROKEN))
+def test_what_fails_for_an_untrusted_user_is_not_built_again(
+    client_engine: str, pytestconfig: pytest.Config, how: str
+) -> None:
+    builder = other(pytestconfig, client_engine)
+    with distrustful(client_engine, builder) as running:
+        record_exits(running)
+        running.machines("nix@b1 - - 4\nssh://nix@b1:22 - - 4\n")
+        _, exits = build_recorded(running, BROKEN[how])
+        assert exits == [100]
+        assert running.builder.read("/tmp/runs").split() == ["run"]
+
+
+@pytest.mark.parametrize("trusted", ["root", "root nix"])
+@pytest.mark.parametrize("said", ["echo begun", ":"], ids=["spoken", "silent"])
+def test_a_daemon_that_is_not_told_of_the_limits_keeps_nobody_waiting(
+    client_engine: str, pytestconfig: pytest.Config, trusted: str, said: str
+) -> None:
+    builder = other(pytestconfig, client_engine)
+    conf = f"trusted-users = {trusted}\n"
+    with distrustful(client_engine, builder, conf) as running:
+        record_exits(running)
+        endless = f'mk "endless" "{said}; while :; do sleep 0.9; done" {{}}'
+        start = time.monotonic()
+        outcome, exits = build_recorded(running, endless, "--timeout", "2")
+        assert outcome.status and exits == [101]
+        assert time.monotonic() - start < 30  # not a minute
+        running.settle()

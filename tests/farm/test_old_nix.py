@@ -16,7 +16,17 @@ from typing import Any, NamedTuple, TextIO
 
 import pytest
 from lab import FarmError, Host, Inside, poll
-from scene import DRIVER, INSTALLED, PRELUDE, TESTS, Scene, scene
+from scene import (
+    DRIVER,
+    HOOK,
+    INSTALLED,
+    PRELUDE,
+    TESTS,
+    Scene,
+    end_masters,
+    scene,
+    suitable,
+)
 
 MACHINES = "/etc/old/machines"
 SLOTS = "/run/slots"
@@ -272,6 +282,57 @@ def is_locked(path: Path, take: Callable[[TextIO, int], None]) -> bool:
         return False
 
 
+PREFIX = "/opt/old"
+
+
+@pytest.fixture(scope="module")
+def perl(pytestconfig: pytest.Config) -> Iterator[OldNix]:
+    """With a nix-copy-closure as 1.x has it; the real nix-store must know held locks in
+    the way of 1.x."""
+    client = suitable(pytestconfig, "host", (2, 29).__gt__)
+    with scene(client, client) as running:
+        running.client.copy(TESTS / "old_copy.py", f"{PREFIX}/bin/nix-copy-closure")
+        running.client.run("ln", "-s", "/usr/bin/nix-store", f"{PREFIX}/bin/nix-store")
+        running.client.copy(HOOK, f"{PREFIX}/libexec/nix/build-remote")
+        nix = OldNix(running)
+        nix.machines("b1 x86_64-linux - 2\n")
+        yield nix
+        running.settle()
+
+
+@pytest.mark.parametrize("old_builder", [False, True], ids=["new", "1.11"])
+def test_its_own_program_sends_over_the_shared_connection(
+    perl: OldNix, old_builder: bool
+) -> None:
+    if old_builder:
+        perl.builder.copy(TESTS / "old_serve.py", "/usr/local/bin/nix-store")
+    end_masters(perl.scene)
+    perl.client.run("rm", "-rf", SLOTS)
+    perl.builder.write("/var/log/sshd.log", "")
+    perl.client.write("/tmp/source", f"source {old_builder}\n")
+    env = {**ENVIRON, "NIX_DEBUG_HOOK": "1"}
+    hook = ("--hook", f"{PREFIX}/libexec/nix/build-remote")
+    outcome = perl.build(GRAPH, *hook, env=env)
+    assert outcome.results == dict.fromkeys(["a", "b", "c", "top"], "built"), outcome
+    messages = "".join(hook.messages for hook in outcome.hooks)
+    assert "missing paths to ‘b1’" in messages and "--import" in messages
+    assert perl.builder.read("/var/log/sshd.log").count("Accepted publickey") == 1
+
+
+def test_a_daemons_hook_does_not_ask_the_daemon(client_engine: str) -> None:
+    """That may have NIX_REMOTE=daemon in its own environment. To import through it
+    would wait for the lock that it holds itself, for ever."""
+    environ = {**ENVIRON, "NIX_REMOTE": "daemon", "NIX_DEBUG_HOOK": "1"}
+    with scene(client_engine, client_engine) as running:
+        nix = OldNix(running)
+        nix.machines("b1 x86_64-linux - 2\n")
+        nix.client.start_daemon()
+        outcome = nix.build('mk "own" "hostname > $out" {}', env=environ)
+        running.settle()
+    assert outcome.result == "built", outcome
+    assert "NIX_REMOTE=daemon" not in outcome.hook.messages
+
+
 # -- How builds fail ------------------------------------------------------------------
 
 
@@ -518,3 +579,37 @@ def test_the_users_ssh_config_is_honoured(nix: OldNix) -> None:
     nix.client.run("rm", "/root/.ssh/config")
     assert nix.client.read(outcome.output) == "b1\n"
     assert nix.client.read("/tmp/proxied")
+
+
+# -- check ----------------------------------------------------------------------------
+
+# As Nix 1.x has its programs: `nix` is not among them.
+WITHOUT_NIX = """
+cd /usr/bin
+for program in nix-*; do ln -f nix $program; done
+rm nix
+"""
+
+
+@pytest.fixture(scope="module")
+def plain(client_engine: str) -> Iterator[Scene]:
+    with scene(client_engine, client_engine) as running:
+        running.client.run("sh", "-ec", WITHOUT_NIX)
+        running.client.copy(HOOK, "/usr/libexec/nix/ours")
+        yield running
+
+
+def note_of_check(plain: Scene, **env: str) -> str:
+    command = (INSTALLED, "check", "--json")
+    done = plain.client.run(*command, env=env, check=False)  # it may want to build
+    return str(json.loads(done.stdout)["note"])
+
+
+def test_check_advises_the_variable(plain: Scene) -> None:
+    note = note_of_check(plain)
+    assert f"NIX_BUILD_HOOK={INSTALLED}" in note and "nix.conf" not in note
+
+
+@pytest.mark.parametrize("hook", [INSTALLED, "ours"], ids=["absolute", "in libexec"])
+def test_check_finds_the_hook_where_nix_does(plain: Scene, hook: str) -> None:
+    assert note_of_check(plain, NIX_BUILD_HOOK=hook) == ""

@@ -346,3 +346,70 @@ def remove(running: Scene, program: str) -> None:
     for directory in running.client.engine.path.split(":"):
         file = Path(f"/proc/{running.client.pid}/root{directory}/{program}")
         file.unlink(missing_ok=True)
+
+
+# -- A Nix that sends few of its settings ---------------------------------------------
+
+# Stands between Nix and the hook, and lets pass what Lix 2.92 and 2.93 would send: not
+# what /etc/nix/nix.conf sets, nor what is set nowhere.
+FEW = f"""#!/usr/bin/python3 -IS
+import os, struct, sys
+
+def number():
+    return struct.unpack("<Q", sys.stdin.buffer.read(8))[0]
+
+def string():
+    length = number()
+    return sys.stdin.buffer.read(length + -length % 8)[:length]
+
+def packed(text):
+    return struct.pack("<Q", len(text)) + text + bytes(-len(text) % 8)
+
+few = b""
+while number():
+    name, value = string(), string()
+    if name in (b"build-hook", b"max-jobs", b"keep-going"):
+        few += struct.pack("<Q", 1) + packed(name) + packed(value)
+reads, writes = os.pipe()
+if os.fork():
+    os.dup2(reads, 0)
+    os.close(writes)
+    os.execv("{INSTALLED}", ["{INSTALLED}", *sys.argv[1:]])
+for number in (1, 2, 4, 5, reads):
+    os.close(number)
+os.write(writes, few + bytes(8))
+while data := sys.stdin.buffer.read1():
+    os.write(writes, data)
+"""
+FEW_HOOK = "/usr/local/bin/few"
+
+
+@pytest.fixture
+def terse(pytestconfig: pytest.Config, client_engine: str) -> Iterator[Scene]:
+    engine = suitable(pytestconfig, client_engine, lambda v: not (2, 25) <= v < (2, 34))
+    with scene(engine, engine) as running:
+        running.client.write(FEW_HOOK, FEW, 0o755)
+        yield running._replace(hook=("--option", "build-hook", FEW_HOOK))
+        running.settle()
+
+
+ONE = 'mk "one" "hostname > $out" {}'
+
+
+def test_a_nix_that_sends_few_settings_finds_the_machines_file(terse: Scene) -> None:
+    assert terse.client.read(terse.build(ONE).output) == "b1\n"
+
+
+def test_its_daemon_finds_what_nix_conf_says(terse: Scene) -> None:
+    terse.machines("b77 - - 1\n")
+    conf = f"build-hook = {FEW_HOOK}\nbuilders = b1 x86_64-linux - 2\n"
+    with terse.client.path("/etc/nix/nix.conf").open("a") as file:
+        file.write(conf)
+    terse.client.add_user("alice")
+    terse.client.start_daemon()
+    named = terse._replace(hook=())
+    outcome = named.build(ONE, env={"NIX_REMOTE": "daemon"}, user="alice")
+    assert terse.client.read(outcome.output) == "b1\n"
+    command = [INSTALLED, "check", "--json"]
+    found = terse.client.run(*command, env={"NIX_REMOTE": "daemon"}, check=False)
+    assert '"ssh://b1"' in found.stdout and "b77" not in found.stdout

@@ -419,7 +419,7 @@ def limited(client: Client, timeout: int = 0, silence: int = 0) -> Client:
         client.arguments[1:] = [str(silence), "0", str(timeout)]
     client.settings["timeout"] = str(timeout)
     client.settings["max-silent-time"] = str(silence)
-    client.constants["MARGIN_S"] = 1
+    client.constants["DAEMON_MARGIN_S"] = 1
     return client
 
 
@@ -718,6 +718,56 @@ def test_nix_debug_hook_shows_each_command_line_to_be_pasted(client: Client) -> 
     unnoted = (["--version"], ["-G"])  # by the fakes
     shown = [words[1:] for words in pasted if words[1:2] not in unnoted]
     assert shown == [words[1:] for words in made]
+
+
+# -- A Nix that sends few of its settings ---------------------------------------------
+
+SHOW_CONFIG = """
+import os, sys
+
+with open({journal!r}, "a") as journal:
+    print(repr(("nix", sys.argv[1:], "", "")), file=journal)
+if sys.argv[1:] != ["show-config"]:
+    sys.exit("error: no such command")
+print(os.environ["SETTINGS"])
+"""
+
+
+@pytest.fixture
+def lix(new: Client) -> Client:
+    """As Lix 2.92 and 2.93: what nix.conf says, their hook has to read for itself."""
+    new.program("bin/nix", SHOW_CONFIG)
+    told = {**new.settings, "system": "riscv64-linux", "max-jobs": "0"}
+    told["repl-overlays"] = ""
+    new.environ["SETTINGS"] = "\n".join(f"{n} = {text}" for n, text in told.items())
+    new.settings = {n: new.settings[n] for n in ("store", "max-jobs")}
+    new.settings["builders-use-substitutes"] = "true"
+    return new
+
+
+def test_what_was_not_sent_is_asked_for(lix: Client) -> None:
+    answer = lix.build()
+    assert (answer.status, answer.replies[0]) == (0, "accept"), answer
+    assert list(lix.slots.glob("ssh:__root@b1-????????????????-0"))
+
+
+def test_it_is_asked_for_once_by_all_hooks_of_a_nix(lix: Client) -> None:
+    for _ in range(3):
+        assert lix.build().status == 0
+    asked = [call.arguments for call in lix.calls() if call.program == "nix"]
+    assert asked == [["config", "show"], ["show-config"]]
+
+
+def test_what_was_sent_counts_more(lix: Client) -> None:
+    lix.settings["builders"] = ""
+    assert lix.build().replies == ["decline-permanently"]
+
+
+def test_a_nix_that_does_not_tell_builds_by_itself(lix: Client) -> None:
+    (lix.prefix / "bin/nix").write_text("#!/bin/false\n", encoding="utf-8")
+    answer = lix.build()
+    assert answer.replies == ["decline-permanently"]
+    assert "no machines are known" in answer.messages
 
 
 # -- Programs -------------------------------------------------------------------------

@@ -23,6 +23,7 @@ NIX_2_24 = Nix(
     {"experimental-features": "", "nix-shell-always-looks-for-shell-nix": "true"},
     {},
 )
+LIX = Nix(False, {"experimental-features": "", "repl-overlays": ""}, {})
 
 KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE6kaVyB root@b1"
 KEY = base64.b64encode(KEY_LINE.encode()).decode()
@@ -399,6 +400,8 @@ class TestASlip:
             "ssh:__b1?compress=true&ssh-key=_root_.ssh_id",
         ),
         (NIX_2_24, "ssh://b1?priority=%2b1", "ssh:__b1?priority=%2B1"),
+        (LIX, "b1", "ssh:__b1-1k0ypn568k8hki3p"),
+        (LIX, f"ssh://{'b' * 60}", f"ssh:__{'b' * 42}-1vk6fiagcvi6xbh1"),
     ],
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -> None:
@@ -415,7 +418,7 @@ def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -
     ids=["1.x", "2.3", "2.24"],
 )
 def test_upload_locks_have_the_stock_hooks_names(nix: Nix, name: str) -> None:
-    assert file_name(parse("nix@b1 i686-linux", nix).name) == name
+    assert parse("nix@b1 i686-linux", nix).uploads == name
 
 
 LONG = [
