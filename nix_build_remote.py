@@ -1926,13 +1926,15 @@ class Need(NamedTuple):
     """A build that needs a slot.
 
     path: its derivation's; kind: its system and features; digests: of what it reads, see
-    Derivation.digests; since: when it began to wait, in seconds since 1970.
+    Derivation.digests; since: when it began to wait, in seconds since 1970; shunned: the
+    machine that it should go to only if no other has a free slot, or None.
     """
 
     path: str
     kind: str
     digests: frozenset[str]
     since: float
+    shunned: Machine | None = None
 
 
 class Line:
@@ -1982,7 +1984,10 @@ class Line:
         self.all_away = len(away) == len(self.machines)
         reserved = self.reserved()
         free = [m for m in self.machines if m not in away and m.slots not in reserved]
-        slot, loads = self.slots.choose(free, self.need.digests)
+        others = [machine for machine in free if machine != self.need.shunned]
+        slot, loads = self.slots.choose(others, self.need.digests)
+        if not slot and others != free:
+            slot, loads = self.slots.choose(free, self.need.digests)
         if slot or not self.has_told:
             self.has_told = True
             self.tell(away, loads)
@@ -4012,7 +4017,8 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
 class Failure(NamedTuple):
     """An attempt that failed: when (monotonic), where and why, and how far it came.
 
-    greeted: the builder's nix-store had answered; begun: it was asked to build, too.
+    greeted: the builder's nix-store had answered; begun: it was asked to build, too; built:
+    it has the outputs.
     """
 
     when: float
@@ -4020,17 +4026,19 @@ class Failure(NamedTuple):
     error: Error
     greeted: bool = False
     begun: bool = False
+    built: bool = False
 
 
 class Turn(NamedTuple):
     """Where a build goes on after a failure.
 
-    machines: any of them will do; impatient: not to wait if they are away; pause_s: to
-    wait before; outage: all hooks are to leave the failed machine alone; renew: its
-    connection may be the trouble, and should be a new one.
+    machines: any of them will do; shunned: see Need; impatient: not to wait if they are
+    away; pause_s: to wait before; outage: all hooks are to leave the failed machine alone;
+    renew: its connection may be the trouble, and should be a new one.
     """
 
     machines: list[Machine]
+    shunned: Machine | None
     impatient: bool
     pause_s: float
     outage: bool
@@ -4041,8 +4049,9 @@ class Retries:
     """Says where a build goes on after each failure, or that it does not.
 
     If a session was lost: first on the same machine, whose connection may have been an
-    old one, and which may have the outputs already.  After that, and if it could not do
-    the build, on any other; if all have failed, on any, after a pause.
+    old one, and which may have the outputs already.  If it has not, another that is free
+    comes first: the lost session may live on there, and hold locks.  After that, and if it
+    could not do the build, on any other; if all have failed, on any, after a pause.
     """
 
     def __init__(self, fit: list[Machine]) -> None:
@@ -4068,14 +4077,16 @@ class Retries:
             self.avoided.append(machine)
         pause_s, machines = 0.0, [m for m in self.fit if m not in self.avoided]
         once_more = isinstance(error, SessionLost) and not again
+        shunned = machine if failure.greeted and not failure.built else None
         if once_more:
-            machines = [machine]
+            machines = [*machines, machine] if shunned else [machine]
         elif not machines:
             pause_s, machines = self.start_over(error), self.fit
         unknown = not failure.greeted and not isinstance(error, Away)
         outage = isinstance(error, Unreachable) or (unknown and again)
         impatient = once_more or self.verdict is not None
-        return Turn(machines, impatient, pause_s, outage, unknown and not outage)
+        renew = unknown and not outage
+        return Turn(machines, shunned, impatient, pause_s, outage, renew)
 
     def verdict_of(self, error: NotHere, machine: Machine) -> Error:
         """What to end with if no other can do it; raises that if none is left.  One other
@@ -4137,7 +4148,7 @@ class Attempt:
         self.trusted = True  # whether we may build a bare derivation, as far as we know
         self.built: Answer | None = None  # to the question to build, if it was asked
         self.infos: Answer | None = None  # what the builder says of the outputs
-        self.greeted = self.begun = False  # see Failure
+        self.greeted = self.begun = self.has_built = False  # see Failure
 
     def perform(self, session: Session | None) -> None:
         """Do all of it; session: one that was opened for it already."""
@@ -4159,6 +4170,7 @@ class Attempt:
             self.begun = True
             self.begin("building", "build", "on")
             infos = self.build()
+            self.has_built = True
             self.begin("fetching", "fetch the outputs of", "from")
             self.leave_slot()
             self.fetch(infos)
@@ -4413,7 +4425,8 @@ class Build:
             raise self.final(attempt, error)
         attempt.slot.free()
         machine, now = attempt.machine, time.monotonic()
-        failure = Failure(now, machine, error, attempt.greeted, attempt.begun)
+        progress = attempt.greeted, attempt.begun, attempt.has_built
+        failure = Failure(now, machine, error, *progress)
         try:
             turn = self.retries.after(failure)
         except Error as last:
@@ -4430,8 +4443,9 @@ class Build:
             if despair := self.site.outages.despair(self.fit):
                 raise self.final(attempt, despair)
             wait_readable([], turn.pause_s)
+        need = self.need._replace(shunned=turn.shunned)
         outages, impatient = self.site.outages, turn.impatient
-        line = Line(outages, self.talk, turn.machines, self.need, impatient=impatient)
+        line = Line(outages, self.talk, turn.machines, need, impatient=impatient)
         line.join()
         return line
 
