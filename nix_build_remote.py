@@ -307,6 +307,10 @@ class Late(SessionLost):
     lasting = False
 
 
+class Stuck(Late):
+    """A builder waits for a lock that somebody holds there, and another would not."""
+
+
 class Nonsense(SessionLost):
     """What was read is not in the protocol, or is too much."""
 
@@ -814,7 +818,8 @@ def read_lists(nix: Nix) -> tuple[list[str], list[str]]:
 # ---- Talking ------------------------------------------------------------------------
 
 ERROR, WARN, INFO, TALKATIVE, DEBUG = range(5)
-COPY_PATH, PROGRESS = 100, 105  # Nix's types of an activity, and of news of one
+COPY_PATH, WAITING = 100, 111  # Nix's types of an activity, and of news of one:
+LOG_LINE, PHASE, PROGRESS = 101, 104, 105
 
 
 def printable(text: str) -> str:
@@ -2544,6 +2549,7 @@ class Connection:
     NAME-N.slow    is there if it took long to log in
     NAME-N.S       the lock of seat S
     NAME.seats     how many sessions sshd allows it, if that was fewer than SEATS
+    NAME.tells     whether nix-store there takes --log-format: "1", "0" if it does not
     """
 
     def __init__(self, ssh: Ssh, programs: Programs, socket: str) -> None:
@@ -2707,6 +2713,16 @@ class Seat:
             with suppress(OSError):  # a full disk
                 write_private(f"{self.base}.seats", str(self.number))
 
+    def tells(self) -> bool:
+        """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
+        return not self.programs.talk.old and read_private(f"{self.base}.tells") == "1"
+
+    def note_tells(self, tells: bool) -> None:
+        """Note that; once it did not, for good."""
+        with suppress(OSError):  # a full disk
+            if not tells or not os.path.lexists(f"{self.base}.tells"):
+                write_private(f"{self.base}.tells", str(int(tells)), lasting=False)
+
     def connect(self, patience_s: float) -> None:
         """Wait for the connection; an ssh that shares nothing is used without one."""
         if not self.connection.connect(patience_s):
@@ -2752,6 +2768,82 @@ class Answer:
         return self.value
 
 
+class Awaited(NamedTuple):
+    """A lock that a builder's Nix waits for, in its words; "" if there is none.
+
+    activity: its number; since: in monotonic time.
+    """
+
+    activity: int = -1
+    words: str = ""
+    since: float = 0.0
+    is_told: bool = False
+
+
+class Activities:
+    """What nix-store tells of its activities if it is to (--log-format internal-json): a
+    line of JSON for each event, among them each line of a build's log.
+
+    Besides there are ssh's words, and the log itself where a login allows no options.
+    """
+
+    # How nearly all lines begin and end (JSONLogger in Nix's logging.cc).
+    HEAD, ID, TAIL = (
+        b'@nix {"action":"result","fields":["',
+        b'"],"id":',
+        b',"type":101}',
+    )
+    LIMIT_BYTES = 16 << 20  # of a line; what is longer is passed on as it is
+
+    def __init__(self) -> None:
+        self.begun = b""  # a line that has not ended yet
+        self.lock = Awaited()
+
+    def plain(self, data: bytes) -> bytes:
+        """What a log says in place of that; no data means the end."""
+        lines = (self.begun + data).split(b"\n")
+        self.begun = lines.pop() if len(lines[-1]) < self.LIMIT_BYTES else b""
+        if not data and self.begun:
+            lines, self.begun = [self.begun], b""
+        return b"".join(map(self.plain_line, lines))
+
+    def plain_line(self, line: bytes) -> bytes:
+        """The same of one line."""
+        text, _, rest = line.partition(self.ID)
+        quick = text.startswith(self.HEAD) and rest.endswith(self.TAIL)
+        if quick and b"\\" not in text:
+            return text[len(self.HEAD) :] + b"\n"
+        if not line.startswith(b"@nix {"):
+            return line + b"\n"
+        import json
+
+        try:
+            said = self.hear(json.loads(line[5:]))
+        except (LookupError, RecursionError, TypeError, ValueError):
+            return line + b"\n"
+        return b"" if said is None else said.encode("utf-8", "replace") + b"\n"
+
+    def hear(self, event: dict[str, Any]) -> str | None:
+        """Take note of an event; returns the line that it would have been without that
+        option, or for the Nix here to read a phase from."""
+        action, kind = event["action"], event.get("type")
+        if action == "msg":
+            return str(event["msg"])
+        if action == "result" and kind == LOG_LINE:
+            return str(event["fields"][0])
+        if action == "result" and kind == PHASE:
+            phase = quoted(str(event["fields"][0]))
+            return f'@nix {{"action":"setPhase","phase":{phase}}}'
+        if action == "start" and kind == COPY_PATH:
+            return f"{event['text']}..."
+        if action == "start" and kind == WAITING and " lock on " in event["text"]:
+            words = printable(event["text"])
+            self.lock = Awaited(event["id"], words, time.monotonic())
+        elif action == "stop" and event["id"] == self.lock.activity:
+            self.lock = Awaited()
+        return None
+
+
 class Session:
     """One `nix-store --serve --write` on a builder.
 
@@ -2768,13 +2860,16 @@ class Session:
         self.version: int | None = None  # of the protocol, once it has greeted
         self.awaited: list[Answer] = []  # in the order in which they will come
         self.tail = b""  # of stderr
+        self.activities = Activities() if seat.tells() else None  # in stderr
+        self.is_bounded = False  # whether it may wait only so long for a lock there
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
         # How long a running build may take, and say nothing; 0 for any time.
         self.limits: tuple[int, int] = (0, 0)
         self.is_silent = True  # whether the running build has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
-        self.process = seat.start("nix-store", "--serve", "--write")
+        more = ("--log-format", "internal-json") if self.activities else ()
+        self.process = seat.start("nix-store", *more, "--serve", "--write")
         pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         numbers = [pipe.fileno() for pipe in pipes if pipe]
         self.stdin: int | None = numbers[0]  # None: it will be asked no more
@@ -2818,6 +2913,8 @@ class Session:
         with suppress(SessionLost):
             while b"\n" not in begin and len(begin) < OUTAGE_LIMIT:
                 begin += self.read(1, time.monotonic() + QUIET_S / 2)
+        if self.activities:
+            self.seat.note_tells(False)
         line = printable(decode(begin)).strip()
         error = SessionLost(f"it says {line!r} before nix-store's own words")
         remedy = (
@@ -2854,6 +2951,10 @@ class Session:
         """Pass some of its stderr on to Nix; no data means its end."""
         if not data:
             self.stderr = None
+        if self.activities:
+            data = self.activities.plain(data)
+        if not data:
+            pass
         elif self.version and self.is_silent and means(decode(data), "LIMITED"):
             pass  # we go on in another way, and say so
         elif self.version:
@@ -2862,6 +2963,21 @@ class Session:
             self.first = self.last if self.is_silent else self.first
             self.is_silent = False
         self.tail = (self.tail + data)[-TAIL_BYTES:]
+
+    def next_look(self, now: float) -> float:
+        """When to look next whether it waits too long for a lock there, which is told after
+        a minute; Stuck if another machine might do."""
+        lock = self.activities.lock if self.activities else Awaited()
+        if not self.activities or not lock.words:
+            return math.inf
+        told_at, end_at = lock.since + STILL_S, lock.since + STALLED_S
+        if now >= end_at and self.is_bounded:
+            raise Stuck(f"it has been {lock.words} for {STALLED_S} s")
+        if now >= told_at and not lock.is_told:
+            self.activities.lock = lock._replace(is_told=True)
+            who = self.seat.ssh.machine.name
+            self.seat.programs.talk.say(WARN, f"'{who}' is {lock.words}")
+        return min((t for t in (told_at, end_at) if t > now), default=math.inf)
 
     def read(self, count: int, deadline: float = math.inf) -> bytes:
         """So much of what it says; Late if it does not come in time, BuildTimedOut if the
@@ -2873,7 +2989,8 @@ class Session:
                 raise BuildTimedOut(f"{limits}, and the builder let it")
             if now >= deadline:
                 raise Late("no answer within the time for it")
-            self.pump(wait_readable(self.pipes(), min(deadline, limit) - now))
+            until = min(deadline, limit, self.next_look(now))
+            self.pump(wait_readable(self.pipes(), until - now))
         return self.from_inbox(count)
 
     def from_inbox(self, limit: int) -> bytes:
@@ -2948,6 +3065,8 @@ class Session:
         began = "the connection was lost: " if self.version and status == 255 else ""
         text = f"{began}{words or 'the session ended'} (ssh's exit status {status})"
         fresh = not self.is_useful and 0 <= status <= 128
+        if fresh and self.activities:
+            self.seat.note_tells(False)
         error = heard(
             SessionLost, text, "ssh" if status == 255 else "far" if fresh else ""
         )
@@ -3977,10 +4096,14 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
         if session.first_answer(answer):
             make_sure_of_another_store(site, session)
         seat.connection.prove(session.spoken)
+        if session.spoken >= 0x207:  # from Nix 2.4 on
+            seat.note_tells(True)
         return session
     except BaseException as error:
         if session:
             session.cancel()
+        if session and session.activities and not seat.tells():  # it was refused that
+            return open_session(site, seat, path, left)
         if isinstance(error, SessionLost):
             raise error.become(Unreachable) from None
         raise
@@ -4077,6 +4200,7 @@ class Retries:
             self.avoided.append(machine)
         pause_s, machines = 0.0, [m for m in self.fit if m not in self.avoided]
         once_more = isinstance(error, SessionLost) and not again
+        once_more = once_more and not isinstance(error, Stuck)
         shunned = machine if failure.greeted and not failure.built else None
         if once_more:
             machines = [*machines, machine] if shunned else [machine]
@@ -4104,7 +4228,8 @@ class Retries:
         # What is in a log may be anything, so that of a running build says nothing.
         self.may_pass |= error.lasting is not True or failure.begun
         blamed = failure.begun or error.lasting is not False
-        self.losses += 1 if isinstance(error, SessionLost) and blamed else 0
+        lost = isinstance(error, SessionLost) and not isinstance(error, Stuck)
+        self.losses += 1 if lost and blamed else 0
         if self.since is None or failure.begun:
             self.since = failure.when
         if self.losses > LOSSES or failure.when > self.since + AWAY_TIMEOUT_S:
@@ -4138,9 +4263,16 @@ class Attempt:
     """One try of a build on the machine of a slot, from connecting to the outputs."""
 
     def __init__(
-        self, site: Site, wanted: Wanted, locks: OutputLocks, slot: Slot
+        self,
+        site: Site,
+        wanted: Wanted,
+        locks: OutputLocks,
+        slot: Slot,
+        *,
+        has_rivals: bool = False,
     ) -> None:
         self.site, self.wanted, self.locks, self.slot = site, wanted, locks, slot
+        self.has_rivals = has_rivals  # whether another machine might do
         self.nix, self.talk, self.machine = site.nix, site.talk, slot.machine
         self.seat: Seat | None = None  # once we have one
         self.substitute = self.nix.enabled("builders-use-substitutes")
@@ -4158,6 +4290,7 @@ class Attempt:
         self.seat = seat = self.site.seat(self.machine)
         self.session = session or open_session(self.site, seat, path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
+        self.session.is_bounded = self.has_rivals
         self.copier = Copier(self.site, self.session)
         try:
             there = self.ask_for_inputs()
@@ -4320,6 +4453,7 @@ class Attempt:
         seat.connection.distrust()
         self.session.cancel()
         self.session = self.copier.session = Session(seat, GREETING_TIMEOUT_S)
+        self.session.is_bounded = self.has_rivals
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
         self.send_inputs(answer.get())
@@ -4389,7 +4523,8 @@ class Build:
             attempt: Attempt | None = None
             try:
                 slot = self.wait(place) if isinstance(place, Line) else place
-                attempt = last = Attempt(self.site, self.wanted, self.locks, slot)
+                given = self.site, self.wanted, self.locks, slot
+                attempt = last = Attempt(*given, has_rivals=len(self.fit) > 1)
                 attempt.perform(session)
                 return
             except (Unreachable, SessionLost, NotHere, Away) as error:

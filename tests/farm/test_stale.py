@@ -82,3 +82,39 @@ def test_after_a_lost_session_a_build_goes_to_another_machine_that_is_free(
         outcome = run.end()
     assert nix.client.read(outcome.output) == "b2\n"
     assert valid(nix.client, outcome.output)
+
+
+def meet(nix: Scene) -> None:
+    """Let the hook learn that b1 tells what it waits for, as every Nix but 2.3 does."""
+    nix.build(f'mk "first-{next(numbers)}" "echo > $out" {{}}')
+
+
+def test_a_lock_on_the_only_machine_is_told_of_and_waited_for(nix: Scene) -> None:
+    change_hook(nix, STILL_S=1, STALLED_S=2)
+    nix.machines("b1\n")
+    meet(nix)
+    expression = noisy()
+    with hold(nix, nix.output(expression)):
+        run = nix.start(expression)
+        run.says("is waiting for lock on")
+        nix.builder.run("sleep", "2")
+    at_work(nix, run, 1)
+    nix.builder.write("/tmp/go", "")
+    assert run.end().status == 0
+    assert "cannot build" not in run.log
+
+
+def test_a_lock_on_the_builder_is_told_of_and_waited_for_only_so_long(
+    nix: Scene,
+) -> None:
+    change_hook(nix, STILL_S=1, STALLED_S=3)
+    meet(nix)
+    expression = noisy()
+    with hold(nix, nix.output(expression)):
+        run = nix.start(expression)
+        run.says("is waiting for lock on")
+        at_work(nix, run, 2)
+        nix.builders[1].write("/tmp/go", "")
+        outcome = run.end()
+    assert nix.client.read(outcome.output) == "b2\n"
+    assert "cannot build" in outcome.log
