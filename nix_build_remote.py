@@ -122,6 +122,7 @@ WAIT_S = 0.02  # between two looks for a free slot
 PATIENCE_S = 1.0  # a request waits so long for a slot, before Nix shall ask again,
 IMPATIENCE_S = 4.0  # after which for so long none waits
 LINE_LIMIT = 64  # hooks that wait for one set of machines
+PASSES = 3  # of who stands first in a line, by lines of fewer machines
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
@@ -1942,6 +1943,16 @@ class Need(NamedTuple):
     shunned: Machine | None = None
 
 
+OVERDUE = "overdue"  # what is said of one that was passed too often
+
+
+def turn(who: str, names: list[str]) -> tuple[bool, int, list[str]]:
+    """Sorts those who stand first in lines, given what their files say of them: first who
+    was passed too often, by time; then who has fewer machines to wait for."""
+    words = who.split()[2:]
+    return (False, 0, words) if OVERDUE in words else (True, len(names), [])
+
+
 class Line:
     """Where hooks wait for a slot on one of some machines: places, which are locks.
 
@@ -1949,8 +1960,9 @@ class Line:
     the first looks for a free slot, so that waiting costs nothing and nobody is passed
     (but who finds no place, as the line is full, looks for a slot, too).
     A place's file says who stands there, and names the machines: lines of more machines
-    leave those alone that somebody waits for in first place.  Machines that are away
-    are waited for, unless the line is `impatient`.
+    leave those alone that somebody waits for in first place.  But who stands first and was
+    passed by PASSES of these comes before them all.  Machines that are away are waited for,
+    unless the line is `impatient`.
     """
 
     def __init__(
@@ -1971,6 +1983,8 @@ class Line:
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.place = 0  # ours, if we have its lock
         self.lock: Lock | None = None
+        self.who = ""  # what we have said there of ourselves
+        self.ahead: set[str] = set()  # processes that have come before us
 
     def place_file(self, number: int) -> str:
         """The lock's file of that place, the first being 0."""
@@ -1988,6 +2002,7 @@ class Line:
             away = self.outages.away(self.machines)
         self.all_away = len(away) == len(self.machines)
         reserved = self.reserved()
+        self.note_passes({*reserved.values()})
         free = [m for m in self.machines if m not in away and m.slots not in reserved]
         others = [machine for machine in free if machine != self.need.shunned]
         slot, loads = self.slots.choose(others, self.need.digests)
@@ -2009,16 +2024,26 @@ class Line:
                 why = f"has {taken}, at speed {machine.speed:g}"
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
-    def reserved(self) -> set[str]:
-        """The slots' names of machines whose next free slot is for a line of fewer."""
-        reserved: set[str] = set()
+    def reserved(self) -> dict[str, str]:
+        """The slots' names of machines whose next free slot is for another line, and what
+        tells the process that stands first there from others."""
+        reserved: dict[str, str] = {}
+        ours = self.names.split("\n")
         for entry in os.listdir(self.slots.own):
             if entry.startswith("line-") and entry.endswith(".0"):
                 said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
-                names = said.split("\n")[1:]  # none, if they are not written down yet
-                if len(names) < len(self.machines):
-                    reserved.update(names)
+                who, *names = said.split("\n")  # no names, if these are not written yet
+                if names and turn(who, names) < turn(self.who, ours):
+                    process = " ".join(who.split()[:2])
+                    reserved.update((name, process) for name in names if name in ours)
         return reserved
+
+    def note_passes(self, ahead: set[str]) -> None:
+        """Take note of who comes before us now, and say so if we were passed too often."""
+        self.ahead |= ahead
+        overdue = len(self.ahead - ahead) >= PASSES
+        if overdue and self.lock and not self.place and OVERDUE not in self.who:
+            self.write(self.lock, OVERDUE)
 
     def is_empty(self) -> bool:
         """Whether nobody waits in this line."""
@@ -2038,7 +2063,12 @@ class Line:
         """Have that place, and no other any more."""
         self.leave()
         self.place, self.lock = number, lock
-        lock.write(holder("waiting", self.need.path, self.need.since) + self.names)
+        self.write(lock, "waiting")
+
+    def write(self, lock: Lock, phase: str) -> None:
+        """Say in that file who stands there."""
+        self.who = holder(phase, self.need.path, self.need.since)
+        lock.write(self.who + self.names)
 
     def leave(self) -> None:
         """Have no place any more."""
