@@ -819,7 +819,8 @@ def read_lists(nix: Nix) -> tuple[list[str], list[str]]:
 # ---- Talking ------------------------------------------------------------------------
 
 ERROR, WARN, INFO, TALKATIVE, DEBUG = range(5)
-COPY_PATH, WAITING = 100, 111  # Nix's types of an activity, and of news of one:
+# Nix's types of an activity, and of news of one:
+COPY_PATH, COPY_PATHS, WAITING = 100, 103, 111
 LOG_LINE, PHASE, PROGRESS = 101, 104, 105
 
 
@@ -861,8 +862,10 @@ class Talk:
             self.levels = (0, 1, 2, 3, 5)
         self.started = 0  # how many activities have been
         self.running: list[int] = []  # their numbers; each is a part of the one before
-        self.moved = 0  # bytes, since one has begun or ended
-        self.told = 0.0  # when that was told, last
+        # Of the path that is copied now: bytes so far, and in all; when that was told, last.
+        self.moved = self.size = 0
+        self.told = 0.0
+        self.paths = self.expected = 0  # that are copied, so far and in all
 
     def write(self, line: str) -> None:
         """A line to Nix; NixGone if it has ended."""
@@ -889,8 +892,8 @@ class Talk:
     ) -> None:
         """Begin an activity, something that takes time, for the progress bar of 2.x.
 
-        depth: 0 for a step of the build, 1 for a path that is copied in it.  What runs at
-        that depth, and deeper, is over.
+        depth: 0 for a step of the build, 1 for paths that are copied in it, 2 for each of
+        them.  What runs at that depth, and deeper, is over.
         """
         self.end(depth)
         if not self.old:
@@ -901,18 +904,36 @@ class Talk:
             tail = f'"text":{quoted(text)},"parent":0,"fields":[{values}]'
             self.write(f'@nix {{"action":"start",{head},{tail}}}')
 
+    def begin_paths(self, count: int) -> None:
+        """Begin to copy so many paths."""
+        self.paths, self.expected = 0, count
+        self.begin(1, f"copying {count} paths", INFO, COPY_PATHS)
+
+    def begin_path(self, size: int, text: str, *fields: str) -> None:
+        """Begin to copy one, of so many bytes."""
+        self.moved, self.size = 0, size
+        self.begin(2, text, INFO, COPY_PATH, *fields)
+
     def progress(self, more: int) -> None:
-        """Tell, at most ten times a second, how far the innermost activity is: so many
-        bytes more."""
-        self.moved += more
-        if self.running and time.monotonic() > self.told + 0.1:
+        """Tell that so many bytes more of a path were copied, at most ten times a second,
+        and when it is whole."""
+        self.moved = min(self.moved + more, self.size)
+        is_whole = self.moved == self.size
+        if self.running[2:] and (is_whole or time.monotonic() > self.told + 0.1):
             self.told = time.monotonic()
-            head = f'"action":"result","id":{self.running[-1]},"type":{PROGRESS}'
-            self.write(f'@nix {{{head},"fields":[{self.moved},0,0,0]}}')
+            self.tell_progress(2, self.moved, self.size)
+            if is_whole:
+                self.end(2)
+                self.paths += 1
+                self.tell_progress(1, self.paths, max(self.paths, self.expected))
+
+    def tell_progress(self, depth: int, done: int, expected: int) -> None:
+        """Tell how far the activity at that depth is."""
+        head = f'"action":"result","id":{self.running[depth]},"type":{PROGRESS}'
+        self.write(f'@nix {{{head},"fields":[{done},{expected},0,0]}}')
 
     def end(self, depth: int = 0) -> None:
         """End the activities at that depth and deeper."""
-        self.moved = 0
         while len(self.running) > depth:
             self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
 
@@ -3437,10 +3458,14 @@ class Relay:
         session: Session,
         copy: Copy,
         tell: Callable[[bytes], None],
+        begin: Callable[[str, int], None],
         progress: Callable[[int], None],
     ) -> None:
         self.session, self.copy = session, copy
         self.tell = tell  # is given each line of the program's stderr,
+        self.begin = (
+            begin  # each path that is copied next, with the size of its archive,
+        )
         self.progress = progress  # and how many bytes more have been copied
         self.rest = b""  # of its stderr: the begun line
         self.patience_s: float = COPY_TIMEOUT_S
@@ -3628,6 +3653,7 @@ class Relay:
         head += string(read_string(self.read))
         head += strings(read_strings(self.read)) + self.read(8)
         size = read_integer(self.read)
+        self.begin(path, size)
         tail = self.read(8) + strings(read_strings(self.read))
         tail += string(read_string(self.read))
         self.session.write(integer(ADD_TO_STORE_NAR) + head + integer(size) + tail)
@@ -3694,8 +3720,10 @@ class Relay:
             path = read_string(self.read)
             if path not in infos:
                 raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
+            self.begin(path, infos[path].size)
             if path in self.ahead:
                 self.reply(self.ahead.pop(path))
+                self.progress(infos[path].size)
             else:
                 self.ask_for_archive(path)
                 self.pass_on(infos[path].size)
@@ -3717,6 +3745,7 @@ class Relay:
         """Write these as nix-store --export would, each behind those it refers to."""
         for info in infos.values():
             self.ask_for_archive(info.path)
+            self.begin(info.path, info.size)
             self.reply(integer(1))
             if not is_hash(info.hash, self.pass_archive()):
                 raise Spoilt(f"hash mismatch importing '{info.path}'")
@@ -3795,7 +3824,8 @@ class Copier:
         for batch in batches(sorted(paths)):
             copy = Copy(self.programs, [*command, *batch], self.environ, self.is_joined)
             try:
-                problem = self.run(copy, lambda relay: relay.send(there, lacking))
+                join: Callable[[Relay], None] = lambda r: r.send(there, lacking)
+                problem = self.run(copy, "to", len(batch), join)
             except SessionLost as error:
                 if not self.lost_session():
                     raise
@@ -3867,7 +3897,8 @@ class Copier:
         copy = self.early
         if not copy or copy.process.poll() is not None:
             copy = self.start_to_fetch([*infos])
-        if problem := self.run(copy, lambda relay: relay.bring(infos, last)):
+        join: Callable[[Relay], None] = lambda relay: relay.bring(infos, last)
+        if problem := self.run(copy, "from", len(infos), join):
             raise self.blame_for_fetching(problem)
 
     def start_to_fetch(self, paths: list[str]) -> Copy:
@@ -3932,11 +3963,24 @@ class Copier:
 
     # Both
 
-    def run(self, copy: Copy, join: Callable[[Relay], None]) -> str:
-        """Have it run to its end; returns what went wrong, or ""."""
+    def run(
+        self, copy: Copy, way: str, count: int, join: Callable[[Relay], None]
+    ) -> str:
+        """Have it copy so many paths, "to" the builder or "from" it; returns what went
+        wrong, or ""."""
+
+        def begin(path: str, size: int) -> None:
+            machine, here = self.session.seat.ssh.machine.name, self.nix.store.remote
+            line = f"copying path '{path}' {way} '{machine}'"
+            ends = (here or "local", machine)
+            if self.nix.old:
+                self.talk.say(INFO, line)
+            self.talk.begin_path(size, line, path, *ends[:: 1 if way == "to" else -1])
+
         self.problem = ""
+        self.talk.begin_paths(count)
         try:
-            join(Relay(self.session, copy, self.tell, self.talk.progress))
+            join(Relay(self.session, copy, self.tell, begin, self.talk.progress))
             status = copy.process.wait()
         finally:
             copy.end()
@@ -3954,22 +3998,8 @@ class Copier:
         wrong = line.startswith("error:") and "(ignored)" not in line
         if self.problem or wrong:  # it goes into our own message
             self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
-        elif line:
-            self.tell_line(line)
-
-    def tell_line(self, line: str) -> None:
-        """Of `copying path 'P' to 'ssh://b1'...` as Nix itself would, to its own."""
-        if not line.startswith("copying path '"):
-            self.talk.say(INFO, line)
-            return
-        path, way = f"{line}' '".split("'")[1:3]  # without the quotes
-        machine = self.session.seat.ssh.machine.name
-        here = self.nix.store.remote or "local"
-        line = f"copying path '{path}'{way}'{machine}'"
-        ends = (machine, here) if "from" in way else (here, machine)
-        if self.nix.old:
-            self.talk.say(INFO, line)
-        self.talk.begin(1, line, INFO, COPY_PATH, path, *ends)
+        elif line and not (self.is_joined and line.startswith("copying ")):
+            self.talk.say(INFO, line)  # else it is what the relay tells
 
 
 def in_order(infos: dict[str, PathInfo]) -> list[str]:
