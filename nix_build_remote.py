@@ -689,6 +689,8 @@ class Nix:
         self.since_2_3 = "trace-function-calls" in settings
         self.since_2_4 = "experimental-features" in settings
         self.since_2_24 = "nix-shell-always-looks-for-shell-nix" in settings
+        lint = "short-path-literals"  # warn-... at first, and lint-... from 2.36 on
+        self.since_2_31 = any(name.endswith(lint) for name in settings)
 
     def words(self, setting: str) -> list[str]:
         """The words of a setting that is a list."""
@@ -1093,7 +1095,15 @@ def machine_name(uri: str, nix: Nix) -> str:
         return uri
     uri = uri if "://" in uri else f"ssh://{uri}"
     base, parameters = split_parameters(uri)
-    if parameters and nix.since_2_24:  # it parses and renders them anew
+    if nix.since_2_31:  # it parses and renders addresses anew,
+        begin, slash, authority = base.rpartition("//")
+        user, at, host = authority.rpartition("@")
+        host = unquote(host.strip("[]"))
+        if is_address(host):
+            base = f"{begin}{slash}{user}{at}[{host.replace('%', '%25')}]"
+    if not parameters:
+        return base
+    if nix.since_2_24:  # and parameters
         pairs = (f"{quote(k)}={quote(v)}" for k, v in sorted(parameters.items()))
         return f"{base}?{'&'.join(pairs)}"
     return uri
