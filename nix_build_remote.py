@@ -381,6 +381,7 @@ lasts   ssh -        Too many authentication failures = name one key in the mach
 lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
 lasts   far -        command not found = link nix-store into a directory like /usr/bin there
 lasts   far -        nix-store: not found = link nix-store into a directory like /usr/bin there
+lasts   far -        is not in the Nix store = its store is in another directory than the one here: no build of yours can run there
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
 lasts   FAR -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
@@ -938,6 +939,15 @@ class Talk:
         """End the activities at that depth and deeper."""
         while len(self.running) > depth:
             self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
+
+    def say_failure(self, error: Error) -> None:
+        """Show what we end with, as Nix does its own errors."""
+        if self.old:
+            self.say(ERROR, f"error: {error}")
+        else:
+            text = quoted(f" {error}")[1:]
+            text = f'"\\u001b[31;1merror:\\u001b[0m{text}'
+            self.write(f'@nix {{"action":"msg","level":0,"msg":{text}}}')
 
     def say_bug(self) -> None:
         """Show the traceback of what must not happen."""
@@ -4494,8 +4504,15 @@ class Attempt:
         self.trace("build-remote-done")
         if status:
             self.session.finish()
+            self.tell_what_is_kept()
             raise self.verdict(status, message)
         return dict(self.infos.get()) if self.infos else {}
+
+    def tell_what_is_kept(self) -> None:
+        """In the words of the stock hook, for which Nix's own tests look."""
+        if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
+            text = "The failed build directory was kept on the remote builder due to"
+            self.talk.say(WARN, f"{text} `--keep-failed`.")
 
     def verdict(self, status: int, message: str) -> Error:
         """What a build that failed with that status has come to."""
@@ -4972,7 +4989,7 @@ def serve(arguments: list[str]) -> int:
     except Stop:
         raise
     except Error as error:
-        talk.say(ERROR, str(error))
+        talk.say_failure(error)
         status = error.status
     except Exception:  # noqa: BLE001  (2.x would drop a plain traceback)
         talk.say_bug()
@@ -5477,7 +5494,7 @@ class Inspection:
             )
             text = "\n".join(lines[next(told, -3) :])
             text = text.partition("\nerror:")[0]  # Nix's own comes last
-            error = heard(Error, " ".join(text.split()))
+            error = heard(Error, " ".join(text.removeprefix("error: ").split()))
             remedy = error.remedy_for(self.machine.destination)
             text = f"a tiny build failed: {error}"
             return self.add("build", WRONG, "FAILED", text, remedy)
