@@ -123,6 +123,7 @@ WAIT_S = 0.02  # between two looks for a free slot
 PATIENCE_S = 1.0  # a request waits so long for a slot, before Nix shall ask again,
 IMPATIENCE_S = 4.0  # after which for so long none waits
 LINE_LIMIT = 64  # hooks that wait for one set of machines
+PASSES = 3  # of who stands first in a line, by lines of fewer machines
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
@@ -315,6 +316,10 @@ class Late(SessionLost):
     lasting = False
 
 
+class Stuck(Late):
+    """A builder waits for a lock that somebody holds there, and another would not."""
+
+
 class Nonsense(SessionLost):
     """What was read is not in the protocol, or is too much."""
 
@@ -384,6 +389,7 @@ lasts   ssh -        Too many authentication failures = name one key in the mach
 lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
 lasts   far -        command not found = link nix-store into a directory like /usr/bin there
 lasts   far -        nix-store: not found = link nix-store into a directory like /usr/bin there
+lasts   far -        is not in the Nix store = its store is in another directory than the one here: no build of yours can run there
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
 lasts   FAR -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
@@ -708,6 +714,8 @@ class Nix:
         self.since_2_4 = "experimental-features" in settings
         self.since_2_24 = "nix-shell-always-looks-for-shell-nix" in settings
         self.is_lix = "repl-overlays" in settings
+        lint = "short-path-literals"  # warn-... at first, and lint-... from 2.36 on
+        self.since_2_31 = any(name.endswith(lint) for name in settings)
 
     def words(self, setting: str) -> list[str]:
         """The words of a setting that is a list."""
@@ -840,7 +848,9 @@ def read_lists(nix: Nix) -> tuple[list[str], list[str]]:
 # ---- Talking ------------------------------------------------------------------------
 
 ERROR, WARN, INFO, TALKATIVE, DEBUG = range(5)
-COPY_PATH, PROGRESS = 100, 105  # Nix's types of an activity, and of news of one
+# Nix's types of an activity, and of news of one:
+COPY_PATH, COPY_PATHS, WAITING = 100, 103, 111
+LOG_LINE, PHASE, PROGRESS = 101, 104, 105
 
 
 def printable(text: str) -> str:
@@ -881,8 +891,10 @@ class Talk:
             self.levels = (0, 1, 2, 3, 5)
         self.started = 0  # how many activities have been
         self.running: list[int] = []  # their numbers; each is a part of the one before
-        self.moved = 0  # bytes, since one has begun or ended
-        self.told = 0.0  # when that was told, last
+        # Of the path that is copied now: bytes so far, and in all; when that was told, last.
+        self.moved = self.size = 0
+        self.told = 0.0
+        self.paths = self.expected = 0  # that are copied, so far and in all
 
     def write(self, line: str) -> None:
         """A line to Nix; NixGone if it has ended."""
@@ -909,8 +921,8 @@ class Talk:
     ) -> None:
         """Begin an activity, something that takes time, for the progress bar of 2.x.
 
-        depth: 0 for a step of the build, 1 for a path that is copied in it.  What runs at
-        that depth, and deeper, is over.
+        depth: 0 for a step of the build, 1 for paths that are copied in it, 2 for each of
+        them.  What runs at that depth, and deeper, is over.
         """
         self.end(depth)
         if not self.old:
@@ -921,20 +933,47 @@ class Talk:
             tail = f'"text":{quoted(text)},"parent":0,"fields":[{values}]'
             self.write(f'@nix {{"action":"start",{head},{tail}}}')
 
+    def begin_paths(self, count: int) -> None:
+        """Begin to copy so many paths."""
+        self.paths, self.expected = 0, count
+        self.begin(1, f"copying {count} paths", INFO, COPY_PATHS)
+
+    def begin_path(self, size: int, text: str, *fields: str) -> None:
+        """Begin to copy one, of so many bytes."""
+        self.moved, self.size = 0, size
+        self.begin(2, text, INFO, COPY_PATH, *fields)
+
     def progress(self, more: int) -> None:
-        """Tell, at most ten times a second, how far the innermost activity is: so many
-        bytes more."""
-        self.moved += more
-        if self.running and time.monotonic() > self.told + 0.1:
+        """Tell that so many bytes more of a path were copied, at most ten times a second,
+        and when it is whole."""
+        self.moved = min(self.moved + more, self.size)
+        is_whole = self.moved == self.size
+        if self.running[2:] and (is_whole or time.monotonic() > self.told + 0.1):
             self.told = time.monotonic()
-            head = f'"action":"result","id":{self.running[-1]},"type":{PROGRESS}'
-            self.write(f'@nix {{{head},"fields":[{self.moved},0,0,0]}}')
+            self.tell_progress(2, self.moved, self.size)
+            if is_whole:
+                self.end(2)
+                self.paths += 1
+                self.tell_progress(1, self.paths, max(self.paths, self.expected))
+
+    def tell_progress(self, depth: int, done: int, expected: int) -> None:
+        """Tell how far the activity at that depth is."""
+        head = f'"action":"result","id":{self.running[depth]},"type":{PROGRESS}'
+        self.write(f'@nix {{{head},"fields":[{done},{expected},0,0]}}')
 
     def end(self, depth: int = 0) -> None:
         """End the activities at that depth and deeper."""
-        self.moved = 0
         while len(self.running) > depth:
             self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
+
+    def say_failure(self, error: Error) -> None:
+        """Show what we end with, as Nix does its own errors."""
+        if self.old:
+            self.say(ERROR, f"error: {error}")
+        else:
+            text = quoted(f" {error}")[1:]
+            text = f'"\\u001b[31;1merror:\\u001b[0m{text}'
+            self.write(f'@nix {{"action":"msg","level":0,"msg":{text}}}')
 
     def say_bug(self) -> None:
         """Show the traceback of what must not happen."""
@@ -1095,7 +1134,15 @@ def machine_name(uri: str, nix: Nix) -> str:
         return uri
     uri = uri if "://" in uri else f"ssh://{uri}"
     base, parameters = split_parameters(uri)
-    if parameters and nix.since_2_24:  # it parses and renders them anew
+    if nix.since_2_31:  # it parses and renders addresses anew,
+        begin, slash, authority = base.rpartition("//")
+        user, at, host = authority.rpartition("@")
+        host = unquote(host.strip("[]"))
+        if is_address(host):
+            base = f"{begin}{slash}{user}{at}[{host.replace('%', '%25')}]"
+    if not parameters:
+        return base
+    if nix.since_2_24:  # and parameters
         pairs = (f"{quote(k)}={quote(v)}" for k, v in sorted(parameters.items()))
         return f"{base}?{'&'.join(pairs)}"
     return uri
@@ -1959,13 +2006,25 @@ class Need(NamedTuple):
     """A build that needs a slot.
 
     path: its derivation's; kind: its system and features; digests: of what it reads, see
-    Derivation.digests; since: when it began to wait, in seconds since 1970.
+    Derivation.digests; since: when it began to wait, in seconds since 1970; shunned: the
+    machine that it should go to only if no other has a free slot, or None.
     """
 
     path: str
     kind: str
     digests: frozenset[str]
     since: float
+    shunned: Machine | None = None
+
+
+OVERDUE = "overdue"  # what is said of one that was passed too often
+
+
+def turn(who: str, names: list[str]) -> tuple[bool, int, list[str]]:
+    """Sorts those who stand first in lines, given what their files say of them: first who
+    was passed too often, by time; then who has fewer machines to wait for."""
+    words = who.split()[2:]
+    return (False, 0, words) if OVERDUE in words else (True, len(names), [])
 
 
 class Line:
@@ -1975,8 +2034,9 @@ class Line:
     the first looks for a free slot, so that waiting costs nothing and nobody is passed
     (but who finds no place, as the line is full, looks for a slot, too).
     A place's file says who stands there, and names the machines: lines of more machines
-    leave those alone that somebody waits for in first place.  Machines that are away
-    are waited for, unless the line is `impatient`.
+    leave those alone that somebody waits for in first place.  But who stands first and was
+    passed by PASSES of these comes before them all.  Machines that are away are waited for,
+    unless the line is `impatient`.
     """
 
     def __init__(
@@ -1997,6 +2057,8 @@ class Line:
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.place = 0  # ours, if we have its lock
         self.lock: Lock | None = None
+        self.who = ""  # what we have said there of ourselves
+        self.ahead: set[str] = set()  # processes that have come before us
 
     def place_file(self, number: int) -> str:
         """The lock's file of that place, the first being 0."""
@@ -2014,8 +2076,12 @@ class Line:
             away = self.outages.away(self.machines)
         self.all_away = len(away) == len(self.machines)
         reserved = self.reserved()
+        self.note_passes({*reserved.values()})
         free = [m for m in self.machines if m not in away and m.slots not in reserved]
-        slot, loads = self.slots.choose(free, self.need.digests)
+        others = [machine for machine in free if machine != self.need.shunned]
+        slot, loads = self.slots.choose(others, self.need.digests)
+        if not slot and others != free:
+            slot, loads = self.slots.choose(free, self.need.digests)
         if slot or not self.has_told:
             self.has_told = True
             self.tell(away, loads)
@@ -2032,16 +2098,26 @@ class Line:
                 why = f"has {taken}, at speed {machine.speed:g}"
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
-    def reserved(self) -> set[str]:
-        """The slots' names of machines whose next free slot is for a line of fewer."""
-        reserved: set[str] = set()
+    def reserved(self) -> dict[str, str]:
+        """The slots' names of machines whose next free slot is for another line, and what
+        tells the process that stands first there from others."""
+        reserved: dict[str, str] = {}
+        ours = self.names.split("\n")
         for entry in os.listdir(self.slots.own):
             if entry.startswith("line-") and entry.endswith(".0"):
                 said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
-                names = said.split("\n")[1:]  # none, if they are not written down yet
-                if len(names) < len(self.machines):
-                    reserved.update(names)
+                who, *names = said.split("\n")  # no names, if these are not written yet
+                if names and turn(who, names) < turn(self.who, ours):
+                    process = " ".join(who.split()[:2])
+                    reserved.update((name, process) for name in names if name in ours)
         return reserved
+
+    def note_passes(self, ahead: set[str]) -> None:
+        """Take note of who comes before us now, and say so if we were passed too often."""
+        self.ahead |= ahead
+        overdue = len(self.ahead - ahead) >= PASSES
+        if overdue and self.lock and not self.place and OVERDUE not in self.who:
+            self.write(self.lock, OVERDUE)
 
     def is_empty(self) -> bool:
         """Whether nobody waits in this line."""
@@ -2061,7 +2137,12 @@ class Line:
         """Have that place, and no other any more."""
         self.leave()
         self.place, self.lock = number, lock
-        lock.write(holder("waiting", self.need.path, self.need.since) + self.names)
+        self.write(lock, "waiting")
+
+    def write(self, lock: Lock, phase: str) -> None:
+        """Say in that file who stands there."""
+        self.who = holder(phase, self.need.path, self.need.since)
+        lock.write(self.who + self.names)
 
     def leave(self) -> None:
         """Have no place any more."""
@@ -2579,6 +2660,7 @@ class Connection:
     NAME-N.slow    is there if it took long to log in
     NAME-N.S       the lock of seat S; behind that name .spare, .in, .out, .err: see Spare
     NAME.seats     how many sessions sshd allows it, if that was fewer than SEATS
+    NAME.tells     whether nix-store there takes --log-format: "1", "0" if it does not
     """
 
     def __init__(self, ssh: Ssh, programs: Programs, socket: str) -> None:
@@ -2858,6 +2940,16 @@ class Seat:
             with suppress(OSError):  # a full disk
                 write_private(f"{self.base}.seats", str(self.number))
 
+    def tells(self) -> bool:
+        """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
+        return not self.programs.talk.old and read_private(f"{self.base}.tells") == "1"
+
+    def note_tells(self, tells: bool) -> None:
+        """Note that; once it did not, for good."""
+        with suppress(OSError):  # a full disk
+            if not tells or not os.path.lexists(f"{self.base}.tells"):
+                write_private(f"{self.base}.tells", str(int(tells)), lasting=False)
+
     def connect(self, patience_s: float) -> None:
         """Wait for the connection; an ssh that shares nothing is used without one."""
         if not self.connection.connect(patience_s):
@@ -2884,8 +2976,9 @@ class Seat:
         return spare or self.serve()
 
     def serve(self, **options: Any) -> subprocess.Popen[bytes]:
-        """Start nix-store on the machine."""
-        return self.start("nix-store", "--serve", "--write", **options)
+        """Start nix-store on the machine, which is to tell of its activities if it can."""
+        more = ("--log-format", "internal-json") if self.tells() else ()
+        return self.start("nix-store", *more, "--serve", "--write", **options)
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the machine, with pipes, but for what the options say."""
@@ -2927,6 +3020,90 @@ class Answer:
         return self.value
 
 
+class Awaited(NamedTuple):
+    """A lock that a builder's Nix waits for, in its words; "" if there is none.
+
+    activity: its number; since: in monotonic time.
+    """
+
+    activity: int = -1
+    words: str = ""
+    since: float = 0.0
+    is_told: bool = False
+
+
+class Activities:
+    """What nix-store tells of its activities if it is to (--log-format internal-json): a
+    line of JSON for each event, among them each line of a build's log.
+
+    Besides there are ssh's words, and the log itself where a login allows no options.
+    """
+
+    # How nearly all lines begin and end (JSONLogger in Nix's logging.cc).
+    HEAD, ID, TAIL = (
+        b'@nix {"action":"result","fields":["',
+        b'"],"id":',
+        b',"type":101}',
+    )
+    LIMIT_BYTES = 16 << 20  # of a line; what is longer is passed on as it is
+
+    def __init__(self) -> None:
+        self.begun = b""  # a line that has not ended yet
+        self.lock = Awaited()
+        self.absent: tuple[str, ...] = ()  # what may be missing, see dump_question
+
+    def plain(self, data: bytes) -> bytes:
+        """What a log says in place of that; no data means the end."""
+        lines = (self.begun + data).split(b"\n")
+        self.begun = lines.pop() if len(lines[-1]) < self.LIMIT_BYTES else b""
+        if not data and self.begun:
+            lines, self.begun = [self.begun], b""
+        return b"".join(map(self.plain_line, lines))
+
+    def plain_line(self, line: bytes) -> bytes:
+        """The same of one line."""
+        text, _, rest = line.partition(self.ID)
+        quick = text.startswith(self.HEAD) and rest.endswith(self.TAIL)
+        if quick and b"\\" not in text:
+            return text[len(self.HEAD) :] + b"\n"
+        if not line.startswith(b"@nix {"):
+            return b"" if self.is_excuse(line) else line + b"\n"
+        import json
+
+        try:
+            said = self.hear(json.loads(line[5:]))
+        except (LookupError, RecursionError, TypeError, ValueError):
+            return line + b"\n"
+        return b"" if said is None else said.encode("utf-8", "replace") + b"\n"
+
+    def hear(self, event: dict[str, Any]) -> str | None:
+        """Take note of an event; returns the line that it would have been without that
+        option, or for the Nix here to read a phase from."""
+        action, kind = event["action"], event.get("type")
+        if action == "msg":
+            words = str(event["msg"])
+            return None if self.is_excuse(words.encode()) else words
+        if action == "result" and kind == LOG_LINE:
+            return str(event["fields"][0])
+        if action == "result" and kind == PHASE:
+            phase = quoted(str(event["fields"][0]))
+            return f'@nix {{"action":"setPhase","phase":{phase}}}'
+        if action == "start" and kind == COPY_PATH:
+            return f"{event['text']}..."
+        if action == "start" and kind == WAITING and " lock on " in event["text"]:
+            words = printable(event["text"])
+            self.lock = Awaited(event["id"], words, time.monotonic())
+        elif action == "stop" and event["id"] == self.lock.activity:
+            self.lock = Awaited()
+        return None
+
+    def is_excuse(self, words: bytes) -> bool:
+        """Whether that says that what may be missing `is not valid`, or `not a valid store
+        path`."""
+        about = any(path.encode() in words for path in self.absent)
+        return about and b"error:" in words and b" is not " in words
+
+
 class Session:
     """One `nix-store --serve --write` on a builder.
 
@@ -2943,8 +3120,10 @@ class Session:
         self.version: int | None = None  # of the protocol, once it has greeted
         self.awaited: list[Answer] = []  # in the order in which they will come
         self.tail = b""  # of stderr
+        self.activities = Activities()  # in stderr, if
+        self.tells = seat.tells()  # it is to tell of them
         self.dumped = ""  # the path whose archive comes behind the running build
-        self.held = b""  # the end of the log, if it may be an excuse
+        self.is_bounded = False  # whether it may wait only so long for a lock there
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
         # How long a running build may take, and say nothing; 0 for any time.
@@ -2996,6 +3175,8 @@ class Session:
         with suppress(SessionLost):
             while b"\n" not in begin and len(begin) < OUTAGE_LIMIT:
                 begin += self.read(1, time.monotonic() + QUIET_S / 2)
+        if self.tells:
+            self.seat.note_tells(False)
         line = printable(decode(begin)).strip()
         error = SessionLost(f"it says {line!r} before nix-store's own words")
         remedy = (
@@ -3032,27 +3213,32 @@ class Session:
         """Pass some of its stderr on to Nix; no data means its end."""
         if not data:
             self.stderr = None
+        data = self.activities.plain(data)
+        if not data:
+            pass
         elif self.version and self.is_silent and means(decode(data), "LIMITED"):
             pass  # we go on in another way, and say so
         elif self.version:
-            write_all(LOG, self.without_excuses(data) if self.dumped else data)
+            write_all(LOG, data)
             self.last = time.monotonic()
             self.first = self.last if self.is_silent else self.first
             self.is_silent = False
         self.tail = (self.tail + data)[-TAIL_BYTES:]
 
-    def without_excuses(self, log: bytes) -> bytes:
-        """The log without nix-store's lines that what it was asked for, see dump_question, is
-        not valid, or not a valid store path."""
-        paths = (self.dumped, no_path(self.dumped))
-        excuses = [f"error: path '{path}' is not ".encode() for path in paths]
-        *lines, rest = (self.held + log).splitlines(True) or [b""]
-        if excuses[0].startswith(rest[:7]) and not rest.endswith(b"\n"):
-            self.held = rest
-        else:
-            self.held = b""
-            lines.append(rest)
-        return b"".join(l for l in lines if not any(words in l for words in excuses))
+    def next_look(self, now: float) -> float:
+        """When to look next whether it waits too long for a lock there, which is told after
+        a minute; Stuck if another machine might do."""
+        lock = self.activities.lock
+        if not lock.words:
+            return math.inf
+        told_at, end_at = lock.since + STILL_S, lock.since + STALLED_S
+        if now >= end_at and self.is_bounded:
+            raise Stuck(f"it has been {lock.words} for {STALLED_S} s")
+        if now >= told_at and not lock.is_told:
+            self.activities.lock = lock._replace(is_told=True)
+            who = self.seat.ssh.machine.name
+            self.seat.programs.talk.say(WARN, f"'{who}' is {lock.words}")
+        return min((t for t in (told_at, end_at) if t > now), default=math.inf)
 
     def read(self, count: int, deadline: float = math.inf) -> bytes:
         """So much of what it says; Late if it does not come in time, BuildTimedOut if the
@@ -3064,7 +3250,8 @@ class Session:
                 raise BuildTimedOut(f"{limits}, and the builder let it")
             if now >= deadline:
                 raise Late("no answer within the time for it")
-            self.pump(wait_readable(self.pipes(), min(deadline, limit) - now))
+            until = min(deadline, limit, self.next_look(now))
+            self.pump(wait_readable(self.pipes(), until - now))
         return self.from_inbox(count)
 
     def from_inbox(self, limit: int) -> bytes:
@@ -3139,6 +3326,8 @@ class Session:
         began = "the connection was lost: " if self.version and status == 255 else ""
         text = f"{began}{words or 'the session ended'} (ssh's exit status {status})"
         fresh = not self.is_useful and 0 <= status <= 128
+        if fresh and self.tells:
+            self.seat.note_tells(False)
         error = heard(
             SessionLost, text, "ssh" if status == 255 else "far" if fresh else ""
         )
@@ -3156,7 +3345,6 @@ class Session:
         """End it in peace, so that the last of the log arrives."""
         self.ask_no_more()
         self.drain()
-        write_all(LOG, self.held)
 
     def cancel(self) -> None:
         """End it at once: when its ssh ends, the builder cancels the build."""
@@ -3386,7 +3574,7 @@ class Site:
         into that file, in the background; returns the process of its ssh."""
         seat = self.new_seat(machine)
         options = {"stdout": output, "stderr": output, "start_new_session": True}
-        process = seat.serve(**options)
+        process = seat.start("nix-store", "--serve", "--write", **options)
         if process.stdin:
             process.stdin.write(GREETING + valid_question([], False))
             process.stdin.close()
@@ -3497,10 +3685,14 @@ class Relay:
         session: Session,
         copy: Copy,
         tell: Callable[[bytes], None],
+        begin: Callable[[str, int], None],
         progress: Callable[[int], None],
     ) -> None:
         self.session, self.copy = session, copy
         self.tell = tell  # is given each line of the program's stderr,
+        self.begin = (
+            begin  # each path that is copied next, with the size of its archive,
+        )
         self.progress = progress  # and how many bytes more have been copied
         self.rest = b""  # of its stderr: the begun line
         self.patience_s: float = COPY_TIMEOUT_S
@@ -3694,6 +3886,7 @@ class Relay:
         digest = string(read_string(self.read))
         references, when = strings(read_strings(self.read)), self.read(8)
         size = read_integer(self.read)
+        self.begin(path, size)
         tail = self.read(8) + strings(read_strings(self.read))
         tail += string(read_string(self.read))
         head = integer(ADD_TO_STORE_NAR) + string(path) + deriver + digest
@@ -3768,8 +3961,10 @@ class Relay:
             path = read_string(self.read)
             if path not in infos:
                 raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
+            self.begin(path, infos[path].size)
             if path in self.ahead:
                 self.reply(self.ahead.pop(path))
+                self.progress(infos[path].size)
             else:
                 self.ask_for_archive(path)
                 self.pass_on(infos[path].size)
@@ -3794,6 +3989,7 @@ class Relay:
         """Write these as nix-store --export would, each behind those it refers to."""
         for info in infos.values():
             self.ask_for_archive(info.path)
+            self.begin(info.path, info.size)
             self.reply(integer(1))
             if not is_hash(info.hash, self.pass_archive()):
                 raise Spoilt(f"hash mismatch importing '{info.path}'")
@@ -3873,7 +4069,8 @@ class Copier:
         for batch in batches(sorted(paths)):
             copy = Copy(self.programs, [*command, *batch], self.environ, self.is_joined)
             try:
-                problem = self.run(copy, lambda relay: relay.send(there, lacking))
+                join: Callable[[Relay], None] = lambda r: r.send(there, lacking)
+                problem = self.run(copy, "to", len(batch), join)
             except SessionLost as error:
                 if not self.lost_session():
                     raise
@@ -3948,7 +4145,8 @@ class Copier:
         copy = self.early
         if not copy or copy.process.poll() is not None:
             copy = self.start_to_fetch([*infos])
-        if problem := self.run(copy, lambda relay: relay.bring(infos, last)):
+        join: Callable[[Relay], None] = lambda relay: relay.bring(infos, last)
+        if problem := self.run(copy, "from", len(infos), join):
             raise self.blame_for_fetching(problem)
 
     def start_to_fetch(self, paths: list[str]) -> Copy:
@@ -4013,11 +4211,24 @@ class Copier:
 
     # Both
 
-    def run(self, copy: Copy, join: Callable[[Relay], None]) -> str:
-        """Have it run to its end; returns what went wrong, or ""."""
+    def run(
+        self, copy: Copy, way: str, count: int, join: Callable[[Relay], None]
+    ) -> str:
+        """Have it copy so many paths, "to" the builder or "from" it; returns what went
+        wrong, or ""."""
+
+        def begin(path: str, size: int) -> None:
+            machine, here = self.session.seat.ssh.machine.name, self.nix.store.remote
+            line = f"copying path '{path}' {way} '{machine}'"
+            ends = (here or "local", machine)
+            if self.nix.old:
+                self.talk.say(INFO, line)
+            self.talk.begin_path(size, line, path, *ends[:: 1 if way == "to" else -1])
+
         self.problem = ""
+        self.talk.begin_paths(count)
         try:
-            join(Relay(self.session, copy, self.tell, self.talk.progress))
+            join(Relay(self.session, copy, self.tell, begin, self.talk.progress))
             status = copy.process.wait()
         finally:
             copy.end()
@@ -4035,22 +4246,8 @@ class Copier:
         wrong = line.startswith("error:") and "(ignored)" not in line
         if self.problem or wrong:  # it goes into our own message
             self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
-        elif line:
-            self.tell_line(line)
-
-    def tell_line(self, line: str) -> None:
-        """Of `copying path 'P' to 'ssh://b1'...` as Nix itself would, to its own."""
-        if not line.startswith("copying path '"):
-            self.talk.say(INFO, line)
-            return
-        path, way = f"{line}' '".split("'")[1:3]  # without the quotes
-        machine = self.session.seat.ssh.machine.name
-        here = self.nix.store.remote or "local"
-        line = f"copying path '{path}'{way}'{machine}'"
-        ends = (machine, here) if "from" in way else (here, machine)
-        if self.nix.old:
-            self.talk.say(INFO, line)
-        self.talk.begin(1, line, INFO, COPY_PATH, path, *ends)
+        elif line and not (self.is_joined and line.startswith("copying ")):
+            self.talk.say(INFO, line)  # else it is what the relay tells
 
 
 def in_order(infos: dict[str, PathInfo]) -> list[str]:
@@ -4207,10 +4404,14 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
         if session.first_answer(answer):
             make_sure_of_another_store(site, session)
         seat.connection.prove(session.spoken)
+        if session.spoken >= 0x207:  # from Nix 2.4 on
+            seat.note_tells(True)
         return session
     except BaseException as error:
         if session:
             session.cancel()
+        if session and session.tells and not seat.tells():  # it was refused that
+            return open_session(site, seat, path, left)
         if isinstance(error, SessionLost):
             raise error.become(Unreachable) from None
         raise
@@ -4247,7 +4448,8 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
 class Failure(NamedTuple):
     """An attempt that failed: when (monotonic), where and why, and how far it came.
 
-    greeted: the builder's nix-store had answered; begun: it was asked to build, too.
+    greeted: the builder's nix-store had answered; begun: it was asked to build, too; built:
+    it has the outputs.
     """
 
     when: float
@@ -4255,17 +4457,19 @@ class Failure(NamedTuple):
     error: Error
     greeted: bool = False
     begun: bool = False
+    built: bool = False
 
 
 class Turn(NamedTuple):
     """Where a build goes on after a failure.
 
-    machines: any of them will do; impatient: not to wait if they are away; pause_s: to
-    wait before; outage: all hooks are to leave the failed machine alone; renew: its
-    connection may be the trouble, and should be a new one.
+    machines: any of them will do; shunned: see Need; impatient: not to wait if they are
+    away; pause_s: to wait before; outage: all hooks are to leave the failed machine alone;
+    renew: its connection may be the trouble, and should be a new one.
     """
 
     machines: list[Machine]
+    shunned: Machine | None
     impatient: bool
     pause_s: float
     outage: bool
@@ -4276,8 +4480,9 @@ class Retries:
     """Says where a build goes on after each failure, or that it does not.
 
     If a session was lost: first on the same machine, whose connection may have been an
-    old one, and which may have the outputs already.  After that, and if it could not do
-    the build, on any other; if all have failed, on any, after a pause.
+    old one, and which may have the outputs already.  If it has not, another that is free
+    comes first: the lost session may live on there, and hold locks.  After that, and if it
+    could not do the build, on any other; if all have failed, on any, after a pause.
     """
 
     def __init__(self, fit: list[Machine]) -> None:
@@ -4303,14 +4508,17 @@ class Retries:
             self.avoided.append(machine)
         pause_s, machines = 0.0, [m for m in self.fit if m not in self.avoided]
         once_more = isinstance(error, SessionLost) and not again
+        once_more = once_more and not isinstance(error, Stuck)
+        shunned = machine if failure.greeted and not failure.built else None
         if once_more:
-            machines = [machine]
+            machines = [*machines, machine] if shunned else [machine]
         elif not machines:
             pause_s, machines = self.start_over(error), self.fit
         unknown = not failure.greeted and not isinstance(error, Away)
         outage = isinstance(error, Unreachable) or (unknown and again)
         impatient = once_more or self.verdict is not None
-        return Turn(machines, impatient, pause_s, outage, unknown and not outage)
+        renew = unknown and not outage
+        return Turn(machines, shunned, impatient, pause_s, outage, renew)
 
     def verdict_of(self, error: NotHere, machine: Machine) -> Error:
         """What to end with if no other can do it; raises that if none is left.  One other
@@ -4328,7 +4536,8 @@ class Retries:
         # What is in a log may be anything, so that of a running build says nothing.
         self.may_pass |= error.lasting is not True or failure.begun
         blamed = failure.begun or error.lasting is not False
-        self.losses += 1 if isinstance(error, SessionLost) and blamed else 0
+        lost = isinstance(error, SessionLost) and not isinstance(error, Stuck)
+        self.losses += 1 if lost and blamed else 0
         if self.since is None or failure.begun:
             self.since = failure.when
         if self.losses > LOSSES or failure.when > self.since + AWAY_TIMEOUT_S:
@@ -4362,9 +4571,16 @@ class Attempt:
     """One try of a build on the machine of a slot, from connecting to the outputs."""
 
     def __init__(
-        self, site: Site, wanted: Wanted, locks: OutputLocks, slot: Slot
+        self,
+        site: Site,
+        wanted: Wanted,
+        locks: OutputLocks,
+        slot: Slot,
+        *,
+        has_rivals: bool = False,
     ) -> None:
         self.site, self.wanted, self.locks, self.slot = site, wanted, locks, slot
+        self.has_rivals = has_rivals  # whether another machine might do
         self.nix, self.talk, self.machine = site.nix, site.talk, slot.machine
         self.seat: Seat | None = None  # once we have one
         self.substitute = self.nix.enabled("builders-use-substitutes")
@@ -4372,7 +4588,7 @@ class Attempt:
         self.trusted = True  # whether we may build a bare derivation, as far as we know
         self.built: Answer | None = None  # to the question to build, if it was asked
         self.infos: Answer | None = None  # what the builder says of the outputs
-        self.greeted = self.begun = False  # see Failure
+        self.greeted = self.begun = self.has_built = False  # see Failure
 
     def perform(self, session: Session | None) -> None:
         """Do all of it; session: one that was opened for it already."""
@@ -4382,6 +4598,7 @@ class Attempt:
         self.seat = seat = self.site.seat(self.machine)
         self.session = session or open_session(self.site, seat, path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
+        self.session.is_bounded = self.has_rivals
         self.copier = Copier(self.site, self.session)
         try:
             there = self.ask_for_inputs()
@@ -4394,6 +4611,7 @@ class Attempt:
             self.begun = True
             self.begin("building", "build", "on")
             infos = self.build()
+            self.has_built = True
             self.begin("fetching", "fetch the outputs of", "from")
             self.leave_slot()
             self.fetch(infos)
@@ -4507,6 +4725,7 @@ class Attempt:
         questions, outputs = infos_question(self.wanted.outputs), self.wanted.outputs
         if len(outputs) == 1:
             self.session.dumped = outputs[0]
+            self.session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += dump_question(outputs[0]) + dump_question(no_path(outputs[0]))
         return questions
 
@@ -4523,8 +4742,15 @@ class Attempt:
         self.trace("build-remote-done")
         if status:
             self.session.finish()
+            self.tell_what_is_kept()
             raise self.verdict(status, message)
         return dict(self.infos.get()) if self.infos else {}
+
+    def tell_what_is_kept(self) -> None:
+        """In the words of the stock hook, for which Nix's own tests look."""
+        if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
+            text = "The failed build directory was kept on the remote builder due to"
+            self.talk.say(WARN, f"{text} `--keep-failed`.")
 
     def verdict(self, status: int, message: str) -> Error:
         """What a build that failed with that status has come to."""
@@ -4569,6 +4795,7 @@ class Attempt:
             self.talk.say(INFO, f"'{self.machine.name}' {text}")
         self.session.cancel()
         self.session = self.copier.session = Session(seat, GREETING_TIMEOUT_S)
+        self.session.is_bounded = self.has_rivals
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
         self.send_inputs(answer.get())
@@ -4638,7 +4865,8 @@ class Build:
             attempt: Attempt | None = None
             try:
                 slot = self.wait(place) if isinstance(place, Line) else place
-                attempt = last = Attempt(self.site, self.wanted, self.locks, slot)
+                given = self.site, self.wanted, self.locks, slot
+                attempt = last = Attempt(*given, has_rivals=len(self.fit) > 1)
                 attempt.perform(session)
                 return
             except (Unreachable, SessionLost, NotHere, Away) as error:
@@ -4674,7 +4902,8 @@ class Build:
             raise self.final(attempt, error)
         attempt.slot.free()
         machine, now = attempt.machine, time.monotonic()
-        failure = Failure(now, machine, error, attempt.greeted, attempt.begun)
+        progress = attempt.greeted, attempt.begun, attempt.has_built
+        failure = Failure(now, machine, error, *progress)
         try:
             turn = self.retries.after(failure)
         except Error as last:
@@ -4691,8 +4920,9 @@ class Build:
             if despair := self.site.outages.despair(self.fit):
                 raise self.final(attempt, despair)
             wait_readable([], turn.pause_s)
+        need = self.need._replace(shunned=turn.shunned)
         outages, impatient = self.site.outages, turn.impatient
-        line = Line(outages, self.talk, turn.machines, self.need, impatient=impatient)
+        line = Line(outages, self.talk, turn.machines, need, impatient=impatient)
         line.join()
         return line
 
@@ -5062,7 +5292,7 @@ def serve(arguments: list[str]) -> int:
     except Stop:
         raise
     except Error as error:
-        talk.say(ERROR, str(error))
+        talk.say_failure(error)
         status = error.status
     except Exception:  # noqa: BLE001  (2.x would drop a plain traceback)
         talk.say_bug()
@@ -5554,7 +5784,7 @@ class Inspection:
             )
             text = "\n".join(lines[next(told, -3) :])
             text = text.partition("\nerror:")[0]  # Nix's own comes last
-            error = heard(Error, " ".join(text.split()))
+            error = heard(Error, " ".join(text.removeprefix("error: ").split()))
             remedy = error.remedy_for(self.machine.destination)
             text = f"a tiny build failed: {error}"
             return self.add("build", WRONG, "FAILED", text, remedy)

@@ -516,7 +516,11 @@ class Taker:
         session.version = 0x207
         copier = hook.Copier(self.sites[number % 2], session)
         copy = FakeCopy(self.directory / "heard", asked, stderr)
-        return copier, hook.Relay(session, copy, copier.tell, copier.talk.progress)
+        talk = copier.talk
+        begin: Callable[[str, int], None] = lambda path, size: talk.begin_path(
+            size, path
+        )
+        return copier, hook.Relay(session, copy, copier.tell, begin, talk.progress)
 
     def infos(self, case: bytes) -> bool:
         """What a builder says of the outputs that it has built."""

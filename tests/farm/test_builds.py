@@ -197,12 +197,14 @@ def test_a_failed_build_is_explained(pair: Scene) -> None:
     log = pair.build('mk "broken" "echo so sad; exit 7" {}', check=False).log
     assert "so sad" in log
     assert re.search(r"build of '.*-broken\.drv' on 'ssh://b[12]' failed: .*7", log)
+    assert re.search(r"(?m)^error: build of '.*-broken\.drv' on", log)
 
 
 def test_a_kept_build_directory_is_on_the_builder(
     pair: Scene, builder_engine: str
 ) -> None:
-    pair.build('mk "keep" "echo > evidence-of-keep; exit 7" {}', "-K", check=False)
+    expression = 'mk "keep" "echo > evidence-of-keep; exit 7" {}'
+    log = pair.build(expression, "-K", check=False).log
     kept = [
         found
         for builder in pair.builders
@@ -210,7 +212,11 @@ def test_a_kept_build_directory_is_on_the_builder(
         for found in builder.path(place).glob("nix-*/**/evidence-of-keep")
     ]
     # older servers do not understand the wish
-    assert len(kept) == (1 if version(builder_engine) >= (2, 4) else 0)
+    is_new = version(builder_engine) >= (2, 4)
+    assert len(kept) == (1 if is_new else 0)
+    assert (
+        "The failed build directory was kept on the remote builder" in log
+    ) == is_new
 
 
 # -- What is built where --------------------------------------------------------------

@@ -615,6 +615,36 @@ def test_a_missing_machines_file_is_named(nix: Scene) -> None:
 # -- The progress of a build ----------------------------------------------------------
 
 
+def events(nix: Scene, expression: str) -> list[dict[str, Any]]:
+    """What Nix tells while it builds that."""
+    run = nix.start(expression, "--log-format", "internal-json", "-v")
+    assert run.end().status == 0, run.log
+    lines = [line[5:] for line in run.log.splitlines() if line.startswith("@nix ")]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.engines
+def test_bytes_and_paths_are_counted_to_the_end_and_never_beyond(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    client = suitable(pytestconfig, client_engine, (2, 4).__le__)
+    expression = """mk "two" "cp $source $out; head -c 3000000 /dev/zero > $more" {
+        outputs = [ "out" "more" ]; source = builtins.toFile "source" "text"; }"""
+    with scene(client, other(pytestconfig, client_engine)) as nix:
+        told = events(nix, expression)
+    kinds = {e["id"]: e["type"] for e in told if e["action"] == "start"}
+    ends: dict[int, list[int]] = {}  # what was told last: done, expected
+    for event in told:
+        if event["action"] == "result" and event["type"] == 105:
+            done, expected = ends[event["id"]] = event["fields"][:2]
+            assert done <= expected or kinds[event["id"]] not in (100, 103)
+    paths = sorted(ends[n] for n, kind in kinds.items() if kind == 100)
+    copies = [ends[n] for n, kind in kinds.items() if kind == 103 and n in ends]
+    assert all(done == expected for done, expected in paths)
+    assert len(paths) == 3 and paths[-1][0] > 3_000_000
+    assert [1, 1] in copies and [2, 2] in copies
+
+
 @pytest.mark.engines
 def test_activities_are_well_formed_and_stopped_once(
     client_engine: str, pytestconfig: pytest.Config
@@ -624,11 +654,7 @@ def test_activities_are_well_formed_and_stopped_once(
       let first = mk "first" "head -c 3000000 /dev/urandom > $out" { };
       in mk "second" "cat $input > $out" { input = first; }"""
     with scene(client, other(pytestconfig, client_engine)) as nix:
-        run = nix.start(expression, "--log-format", "internal-json", "-v")
-        assert run.end().status == 0, run.log
-        text = run.log
-    lines = [line[5:] for line in text.splitlines() if line.startswith("@nix ")]
-    messages = [json.loads(line) for line in lines]
+        messages = events(nix, expression)
     started = {m["id"]: m for m in messages if m["action"] == "start"}
     stopped = [m["id"] for m in messages if m["action"] == "stop"]
     assert sorted(stopped) == sorted(started)

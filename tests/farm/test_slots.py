@@ -164,9 +164,12 @@ def test_two_lines_for_one_host_share_its_slots(nix: Scene) -> None:
         "root@b1",
         "ssh-ng://b1",
         "ssh://b1?ssh-key=/root/.ssh/id_ed25519&compress=true",
+        "root@ADDRESS",
+        "ssh://[ADDRESS]",
     ],
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Scene, uri: str) -> None:
+    uri = uri.replace("ADDRESS", nix.builder.address6)
     nix.machines(f"{uri} - - 2\n")
     nix.client.write("/tmp/stock.nix", PRELUDE + with_input(f"stock {uri}"))
     nix.client.run("nix-build", "/tmp/stock.nix", "--no-out-link")

@@ -66,6 +66,16 @@ def told(outcome: Outcome) -> str:
     return lines[0]
 
 
+def test_a_store_in_another_directory_is_told_at_once(nix: Scene) -> None:
+    user = newcomer(nix)
+    elsewhere = "env NIX_STORE_DIR=/home/store NIX_STATE_DIR=/home/state"
+    elsewhere += " NIX_LOG_DIR=/home/log nix-store --serve --write"
+    nix.builder.run("mkdir", "-m", "777", "/home/store", "/home/state", "/home/log")
+    force(nix.builder, user, elsewhere)
+    line = told(refused(nix))
+    assert "is not in the Nix store" in line and "another directory" in line
+
+
 @pytest.mark.parametrize(
     "shell, words, remedy",
     [

@@ -184,6 +184,24 @@ def test_a_machine_goes_to_the_line_that_has_fewer_machines(nix: Scene) -> None:
     assert [name[:3] for name in lines(nix, "/tmp/order")] == ["nix", "ben", "ben"]
 
 
+def test_nobody_is_passed_more_than_a_few_times(nix: Scene) -> None:
+    """As above, but many builds wait for b1 alone."""
+    let_eight_wait(nix)
+    nix.build(many(1))
+    nix.machines("b1 - - 1 1 nixos-test,benchmark\nb2 - - 1 1 benchmark\n")
+    nix.builder.run("rm", "/tmp/order")
+    with taken(nix, "ssh:__b1-0") as b1, taken(nix, "ssh:__b2-0"):
+        wide = nix.start(needing("benchmark", 1), *NEVER_POLL)
+        stand(nix, 1)
+        eight = " ".join(f"({needing('nixos-test', n)})" for n in range(8))
+        narrow = nix.start(f"[ {eight} ]", *NEVER_POLL)
+        stand(nix, 9)
+        b1.close()
+        assert [run.end().status for run in (wide, narrow)] == [0, 0]
+    order = [name[:3] for name in lines(nix, "/tmp/order")]
+    assert len(order) == 9 and 2 <= order.index("ben") <= 5
+
+
 def needing(feature: str, number: int) -> str:
     name = f"{feature}-{number}-{next(numbers)}"
     attributes = f'{{ requiredSystemFeatures = [ "{feature}" ]; }}'

@@ -47,6 +47,7 @@ class Step(NamedTuple):
     goes_to: str
     greeted: bool = False
     begun: bool = False
+    built: bool = False
 
 
 def where(turn: Turn) -> str:
@@ -57,7 +58,7 @@ def play(retries: Retries, steps: list[Step]) -> list[Turn]:
     """Each failure in turn; all but the last must go where it says."""
     turns = []
     for when, step in enumerate(steps):
-        failure = Failure(when, step.machine, step.error, step.greeted, step.begun)
+        failure = Failure(when, *step[:2], *step[3:])
         turns.append(retries.after(failure))
         assert where(turns[-1]) == step.goes_to, step
     return turns
@@ -67,8 +68,9 @@ def play(retries: Retries, steps: list[Step]) -> list[Turn]:
     "steps",
     [
         [Step(B1, REFUSED, "b2 b3"), Step(B2, REFUSED, "b3")],
-        [Step(B1, LOST, "b1", True), Step(B1, LOST, "b2 b3", True)],
-        [Step(B1, LOST, "b1", True, True), Step(B1, LOST, "b2 b3", True, True)],
+        [Step(B1, LOST, "b2 b3 b1", True), Step(B1, LOST, "b2 b3", True)],
+        [Step(B1, LOST, "b2 b3 b1", True, True), Step(B1, LOST, "b2 b3", True, True)],
+        [Step(B1, LOST, "b1", True, True, True), Step(B1, LOST, "b2 b3", True)],
         [Step(B1, Late("no answer"), "b1"), Step(B1, Late("no answer"), "b2 b3")],
         [Step(B1, NOT_HERE, "b2 b3", True, True)],
         [Step(B1, FULL, "b2 b3", True), Step(B2, FULL, "b3", True)],
@@ -81,8 +83,9 @@ def play(retries: Retries, steps: list[Step]) -> list[Turn]:
     ],
     ids=[
         "unreachable: another",
-        "lost before the build: once more, then another",
-        "lost in the build: once more, then another",
+        "lost before the build: any, then another",
+        "lost in the build: any, then another",
+        "lost with the outputs: once more, then another",
         "silent: once more, then another",
         "could not do it: another",
         "full disks: each other",
@@ -119,6 +122,14 @@ def test_the_only_machine_that_could_not_do_it_ends_the_build() -> None:
 def test_a_failed_build_is_no_failure_of_a_machine() -> None:
     """Its error says so by itself, and is not asked about: 100 and 101 end a build."""
     assert not isinstance(BuildFailed("x"), (Unreachable, SessionLost, NotHere, Away))
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_a_machine_that_may_hold_locks_for_a_lost_session_is_shunned(
+    built: bool,
+) -> None:
+    turn = Retries([B1, B2]).after(Failure(0, B1, LOST, True, True, built))
+    assert turn.shunned == (None if built else B1)
 
 
 def test_a_build_ends_after_some_losses() -> None:
@@ -169,7 +180,7 @@ def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
     [
         ([Step(B1, REFUSED, "b2")], True, False, False),
         ([Step(B1, LOST, "b1")], False, True, True),
-        ([Step(B1, LOST, "b1", True)], False, False, True),
+        ([Step(B1, LOST, "b2 b1", True)], False, False, True),
         ([Step(B1, LOST, "b1"), Step(B1, LOST, "b2")], True, False, False),
         ([Step(B1, NOT_HERE, "b2", True)], False, False, True),
     ],
