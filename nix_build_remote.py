@@ -40,8 +40,8 @@ the host may be missing or `-`:
     host systems sshKey maxJobs speedFactor supportedFeatures mandatoryFeatures hostKey
 
     host               name, user@name, ssh alias, or ssh://[user@]host[:port] (ssh-ng
-                       too) with the parameters ssh-key, compress and
-                       base64-ssh-public-host-key
+                       too) with the parameters ssh-key, compress, remote-program,
+                       remote-store and base64-ssh-public-host-key
     systems            comma-separated: i686-linux,x86_64-linux (default: this one's)
     sshKey             private key without a passphrase (default: those ssh would try)
     maxJobs            builds at once on the machine: its slots (default: 1)
@@ -374,8 +374,8 @@ lasts   ssh -        Bad configuration option = correct that file of ssh's confi
 lasts   ssh -        no matching = ssh here and sshd there have no cipher or key type in common
 lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
 lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
-lasts   far -        command not found = link nix-store into a directory like /usr/bin there
-lasts   far -        nix-store: not found = link nix-store into a directory like /usr/bin there
+lasts   far -        command not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
+lasts   far -        nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
 lasts   FAR -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
@@ -994,13 +994,22 @@ def unread_in(pipe: int) -> int:
 # ---- Machines -----------------------------------------------------------------------
 
 
+class Way(NamedTuple):
+    """How a session with a machine is had.
+
+    there: what ssh runs there, as words for the shell there.
+    """
+
+    there: tuple[str, ...]
+
+
 class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
     where: file:line; text: as it was written; name: what Nix's own hook calls it; slots:
     what the names of its slot files begin with, as that hook has them; destination: [user@]host;
     port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
-    host_key: a line such as "ssh-ed25519 AAAA...", or "".
+    host_key: a line such as "ssh-ed25519 AAAA...", or ""; way: what a session is.
     """
 
     where: str
@@ -1017,6 +1026,7 @@ class Machine(NamedTuple):
     mandatory: frozenset[str]
     host_key: str
     compress: bool
+    way: Way
 
     @classmethod
     def parse(cls, where: str, text: str, nix: Nix) -> Machine:
@@ -1045,6 +1055,7 @@ class Machine(NamedTuple):
                 mandatory=frozenset(listed(mandatory)),
                 host_key=parse_host_key(pinned),
                 compress=parameters.get("compress") in ("true", "yes", "1"),
+                way=parse_way(parameters, nix),
             )
         except ValueError as error:
             raise BadMachine(f"{where}: {error}") from None
@@ -1139,9 +1150,28 @@ def is_word(text: str) -> bool:
     return text[:1] not in ("", "-", "%") and text.isprintable() and not strange
 
 
-# What store URIs may say; only the first three mean something to a hook.
-PARAMETERS = """ssh-key compress base64-ssh-public-host-key max-connections max-connection-age trusted
-path-info-cache-size priority want-mass-query system-features"""
+# What store URIs may say; only those of the first line mean something to a hook.
+PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remote-store
+max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
+
+
+def parse_way(parameters: dict[str, str], nix: Nix) -> Way:
+    """What those parameters of a store URI make of a session."""
+    program, store = map(parameters.get, ("remote-program", "remote-store"))
+    if not program and not store:
+        return Way(SERVE)
+    if nix.old:  # whose programs connect by themselves, to what is usual there
+        raise ValueError("Nix 1.x knows neither remote-program nor remote-store")
+    if not f"{program}{store}".isprintable():
+        raise ValueError("its parameters have characters that cannot be printed")
+    import shlex
+
+    words = [*(program or SERVE[0]).split(), *SERVE[1:]]
+    words += ["--store", store] if store else []
+    return Way(tuple(map(shlex.quote, words)))
+
+
+SERVE = ("nix-store", "--serve", "--write")
 
 
 def parse_key(text: str) -> str:
@@ -2475,6 +2505,7 @@ class Ssh(NamedTuple):
         import zlib
 
         whole = [self.program, *self.own, *self.user, self.machine.destination]
+        whole += self.machine.way.there
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
         data = encode("\0".join(whole))
         return f"{zlib.crc32(data):08x}{zlib.adler32(data):08x}"
@@ -2716,6 +2747,10 @@ class Seat:
         piped = [name for name in ("stdin", "stdout", "stderr") if name not in options]
         return self.programs.start(command, self.ssh.environ, *piped, **options)
 
+    def serve(self, **options: Any) -> subprocess.Popen[bytes]:
+        """Start what speaks the serve protocol for the machine's store, in the same way."""
+        return self.start(*self.ssh.machine.way.there, **options)
+
 
 # ---- Session ------------------------------------------------------------------------
 
@@ -2769,7 +2804,7 @@ class Session:
         self.limits: tuple[int, int] = (0, 0)
         self.is_silent = True  # whether the running build has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
-        self.process = seat.start("nix-store", "--serve", "--write")
+        self.process = seat.serve()
         pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         numbers = [pipe.fileno() for pipe in pipes if pipe]
         self.stdin: int | None = numbers[0]  # None: it will be asked no more
@@ -3173,7 +3208,7 @@ class Site:
         into that file, in the background; returns the process of its ssh."""
         seat = self.new_seat(machine)
         options = {"stdout": output, "stderr": output, "start_new_session": True}
-        process = seat.start("nix-store", "--serve", "--write", **options)
+        process = seat.serve(**options)
         if process.stdin:
             process.stdin.write(GREETING + valid_question([], False))
             process.stdin.close()
@@ -3635,6 +3670,9 @@ class Copier:
 
     def send(self, paths: set[str], substitute: bool, there: set[str]) -> None:
         """Copy the closures of these paths to the builder, of which it has those."""
+        if not self.is_joined and self.session.seat.ssh.machine.way.there != SERVE:
+            where = f"nothing can be executed in {self.site.directory}"
+            raise Error(f"{where}, as is needed to send to that store")
         flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
         command = [self.program, *flags, self.target, *self.options()]
         there, lacking = set(there), paths - there
@@ -4918,10 +4956,10 @@ echo "begin ."
 echo "path $PATH"
 echo "user $(id -un)"
 echo "found $(command -v nix-store)"
-echo "nix $(nix-store --version)"
 for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
     /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
-do [ -x "$place/nix-store" ] && echo "place $place/nix-store"; done
+do [ -x "$place/nix-store" ] && echo "place $place/nix-store" && PATH=$PATH:$place; done
+echo "nix $(nix-store --version)"
 echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
 echo "load $(uptime)"
 echo "time $(date +%s)"
@@ -5085,7 +5123,8 @@ class Inspection:
         from timeit import repeat
 
         self.phase = "asking nix-store"
-        if "begin" in self.facts and not self.facts.get("found"):
+        is_usual = self.machine.way.there[0] == SERVE[0]
+        if "begin" in self.facts and not self.facts.get("found") and is_usual:
             return self.no_nix()
         session = Session(self.seat, GREETING_TIMEOUT_S)
         try:
@@ -5119,11 +5158,15 @@ class Inspection:
 
     def no_nix(self) -> bool:
         """Note that a login finds no nix-store, and what to do."""
-        user, place = self.facts.get("user", ""), self.facts.get("place", "")
+        place = self.facts.get("place", "")
         remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
         if place and only(place, PLAIN):  # people will paste it
+            uri = self.machine.text.split()[0]
+            uri = uri if "://" in uri else f"ssh://{uri}"
+            uri = uri.replace("ssh-ng://", "ssh://")  # for which it means nix-daemon
+            uri += f"{'&' if '?' in uri else '?'}remote-program={place}"
             line = f"ln -s {place} /usr/local/bin/"
-            remedy = self.ssh_line(line) if user == "root" else f"as root there: {line}"
+            remedy = f"in {self.machine.where}, write {uri}; or as root there: {line}"
         self.logged_in()
         text = "no nix-store in the PATH of a login without a terminal"
         return self.add("nix", WRONG, "NONE", text, remedy)

@@ -174,6 +174,24 @@ def test_parameters_that_change_nothing_here_are_accepted() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        ("", "nix-store --serve --write"),
+        ("?remote-program=srun%20nix-store", "srun nix-store --serve --write"),
+        ("?remote-program=/my$x", "'/my$x' --serve --write"),
+        ("?remote-store=/s", "nix-store --serve --write --store /s"),
+        (
+            "?remote-store=/s?system-features=kvm%20b&compress=true",
+            "nix-store --serve --write --store '/s?system-features=kvm b'",
+        ),
+    ],
+)
+def test_a_session_is_what_the_parameters_say(parameters: str, words: str) -> None:
+    """Quoted for the shell there; a store may have parameters of its own."""
+    assert " ".join(parse(f"ssh://b1{parameters}", NIX_2_24).way.there) == words
+
+
 # -- What is refused ------------------------------------------------------------------
 
 
@@ -182,8 +200,8 @@ def test_parameters_that_change_nothing_here_are_accepted() -> None:
     [
         ("localhost", "'localhost' is this machine"),
         ("ssh://localhost", "'localhost' is this machine"),
-        ("ssh://b1?remote-store=/mnt", "'remote-store'"),
-        ("ssh://b1?remote-program=nix", "'remote-program'"),
+        ("ssh://b1?remote-store=/mnt", "Nix 1.x knows neither"),
+        ("ssh://b1?remote-program=nix", "Nix 1.x knows neither"),
         ("ssh://b1?colour=blue", "'colour'"),
         ("/mnt/store", "'/mnt/store' is not reached by ssh"),
         ("auto", "'auto' is a store of this machine"),
