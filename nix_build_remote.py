@@ -41,7 +41,8 @@ the host may be missing or `-`:
 
     host               name, user@name, ssh alias, or ssh://[user@]host[:port] (ssh-ng
                        too) with the parameters ssh-key, compress, remote-program,
-                       remote-store and base64-ssh-public-host-key
+                       remote-store and base64-ssh-public-host-key; or a store that
+                       Nix here opens: /PATH, local?root=R, unix://SOCKET
     systems            comma-separated: i686-linux,x86_64-linux (default: this one's)
     sshKey             private key without a passphrase (default: those ssh would try)
     maxJobs            builds at once on the machine: its slots (default: 1)
@@ -151,6 +152,7 @@ SOCKET_LIMIT_BYTES = 86  # of a control socket's name (Linux 90): ssh appends 17
 TAIL_BYTES = 4096  # of ssh's stderr, or of a small file of ours
 ANSWER_TIMEOUT_S = 15 * 60  # for a builder to say what it has, or take our question
 SUBSTITUTE_TIMEOUT_S = 4 * 60 * 60  # the same if it may download what it has not
+CANCEL_S = 0.3  # for a nix-store here to end its build
 QUIET_S = 2  # after a build: no more of its log will come
 
 # Copying and building
@@ -266,6 +268,8 @@ class Error(Exception):
     def remedy_for(self, destination: str) -> str:
         """The remedy, with that machine's host and user in it."""
         user, _, host = destination.rpartition("@")
+        if "HOST" in self.remedy and not host:  # it is a store here
+            return ""
         return self.remedy.replace("HOST", host).replace("USER", user or "USER")
 
 
@@ -597,6 +601,12 @@ def split_parameters(uri: str) -> tuple[str, dict[str, str]]:
     return base, {name: unquote(value) for name, _, value in pairs}
 
 
+def with_parameters(base: str, parameters: dict[str, str]) -> str:
+    """The store URI that split_parameters would cut into these."""
+    pairs = (f"{quote(k)}={quote(v)}" for k, v in sorted(parameters.items()))
+    return f"{base}?{'&'.join(pairs)}" if parameters else base
+
+
 class Store(NamedTuple):
     """Where the local store is.
 
@@ -655,6 +665,13 @@ class Store(NamedTuple):
         return f"{self.real}/{self.name(path)}"
 
 
+# What matters to a program that reads or writes the local store.  The build users'
+# group goes along because opening the store as root gives the store to that group.
+PASSED_SETTINGS = """build-users-group experimental-features auto-optimise-store
+use-case-hack fsync-metadata fsync-store-paths sync-before-registering use-sqlite-wal
+allow-symlinked-store ignored-acls min-free max-free"""
+
+
 class Nix:
     """The Nix that started us, as far as it told us.
 
@@ -697,6 +714,12 @@ class Nix:
     def enabled(self, setting: str) -> bool:
         """Whether a setting is on."""
         return self.settings.get(setting) == "true"
+
+    def options(self) -> list[str]:
+        """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
+        settings = self.settings
+        known = [name for name in PASSED_SETTINGS.split() if name in settings]
+        return [word for name in known for word in ("--option", name, settings[name])]
 
     def child_environ(self, **more: str) -> dict[str, str]:
         """The environment of ssh and Nix's programs: nobody is there for a prompt."""
@@ -997,18 +1020,20 @@ def unread_in(pipe: int) -> int:
 class Way(NamedTuple):
     """How a session with a machine is had.
 
-    there: what ssh runs there, as words for the shell there.
+    there: what ssh runs there, as words for the shell there; () without ssh.  here: the
+    command that runs here, a nix-store which opens the machine's store; () if none does.
     """
 
-    there: tuple[str, ...]
+    there: tuple[str, ...] = ()
+    here: tuple[str, ...] = ()
 
 
 class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
     where: file:line; text: as it was written; name: what Nix's own hook calls it; slots:
-    what the names of its slot files begin with, as that hook has them; destination: [user@]host;
-    port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
+    what the names of its slot files begin with, as that hook has them; destination: [user@]host,
+    "" if it is a store that a program here opens; port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
     host_key: a line such as "ssh-ed25519 AAAA...", or ""; way: what a session is.
     """
 
@@ -1055,7 +1080,7 @@ class Machine(NamedTuple):
                 mandatory=frozenset(listed(mandatory)),
                 host_key=parse_host_key(pinned),
                 compress=parameters.get("compress") in ("true", "yes", "1"),
-                way=parse_way(parameters, nix),
+                way=parse_way(uri, {*listed(supported), *listed(mandatory)}, nix),
             )
         except ValueError as error:
             raise BadMachine(f"{where}: {error}") from None
@@ -1075,12 +1100,17 @@ def machine_name(uri: str, nix: Nix) -> str:
     """What Nix's own hook calls that machine, in messages and in file names."""
     if nix.old:
         return uri
-    uri = uri if "://" in uri else f"ssh://{uri}"
     base, parameters = split_parameters(uri)
-    if parameters and nix.since_2_24:  # it parses and renders them anew
-        pairs = (f"{quote(k)}={quote(v)}" for k, v in sorted(parameters.items()))
-        return f"{base}?{'&'.join(pairs)}"
-    return uri
+    if "://" not in base and base not in OWN_STORES and base[:1] != "/":
+        base, uri = f"ssh://{base}", f"ssh://{uri}"
+    if not nix.since_2_24:
+        return uri
+    if base[:1] == "/" or (base == "local" and parameters):
+        base = f"local://{base.removeprefix('local')}"
+    return with_parameters(base, parameters)  # it parses and renders them anew
+
+
+OWN_STORES = ("auto", "daemon", "local")  # of this machine, without any scheme
 
 
 def file_name(text: str) -> str:
@@ -1094,19 +1124,21 @@ def file_name(text: str) -> str:
 
 
 def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
-    """[user@]host, port and parameters; ValueError says what is wrong."""
+    """[user@]host, "" for a store here, port and parameters; ValueError says what is wrong."""
     base, parameters = split_parameters(uri)
     scheme, separator, authority = base.rpartition("://")
+    if is_here(base, parameters):
+        return "", 0, parameters
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
-        raise ValueError(f"{uri!r} is not reached by ssh; use ssh://[user@]host[:port]")
+        raise ValueError(
+            f"{uri!r} is no store to build in; use ssh://[user@]host[:port]"
+        )
     user, at, rest = authority.removesuffix("/" if separator else "").rpartition("@")
     if separator:
         user, rest = unquote(user), unquote(rest)
     if at and not is_word(user):
         raise ValueError(f"{user!r} is not a user name")
     host, port = parse_host(rest)
-    if not separator and host in ("auto", "daemon", "local"):
-        raise ValueError(f"{uri!r} is a store of this machine, not another machine")
     if host == "localhost" and not user and not port:
         why = "nix-copy-closure would not use ssh, and builds would wait for themselves"
         raise ValueError(f"'localhost' is this machine: {why}")
@@ -1150,25 +1182,43 @@ def is_word(text: str) -> bool:
     return text[:1] not in ("", "-", "%") and text.isprintable() and not strange
 
 
+def is_here(base: str, parameters: dict[str, str]) -> bool:
+    """Whether a program here opens that store.  For Nix, too, localhost is no ssh."""
+    scheme, separator, authority = base.rpartition("://")
+    if scheme in ("local", "unix") or base in OWN_STORES:
+        return True
+    another = authority == "localhost" and "remote-store" in parameters
+    return another or (not separator and base.startswith("/"))
+
+
 # What store URIs may say; only those of the first line mean something to a hook.
 PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remote-store
 max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
 
 
-def parse_way(parameters: dict[str, str], nix: Nix) -> Way:
-    """What those parameters of a store URI make of a session."""
-    program, store = map(parameters.get, ("remote-program", "remote-store"))
-    if not program and not store:
+def parse_way(uri: str, offered: set[str], nix: Nix) -> Way:
+    """What that store URI makes of a session.  offered: the features that its line lists;
+    as with Nix's own hook, a store here has no others."""
+    base, parameters = split_parameters(uri)
+    program = parameters.get("remote-program", "").split() or SERVE[:1]
+    store, here = parameters.get("remote-store", ""), is_here(base, parameters)
+    if here and not base.endswith("localhost"):
+        offered = offered.union(parameters.pop("system-features", "").split())
+        store = with_parameters(base, parameters)
+    words = (*program, *SERVE[1:], *(("--store", store) if store else ()))
+    if words == SERVE:
         return Way(SERVE)
-    if nix.old:  # whose programs connect by themselves, to what is usual there
-        raise ValueError("Nix 1.x knows neither remote-program nor remote-store")
-    if not f"{program}{store}".isprintable():
+    if nix.old:  # whose programs connect by themselves
+        raise ValueError("Nix 1.x can use only the usual store of a host")
+    if not "".join(words).isprintable():
         raise ValueError("its parameters have characters that cannot be printed")
+    if here:
+        return Way(
+            here=(*words, "--option", "system-features", " ".join(sorted(offered)))
+        )
     import shlex
 
-    words = [*(program or SERVE[0]).split(), *SERVE[1:]]
-    words += ["--store", store] if store else []
-    return Way(tuple(map(shlex.quote, words)))
+    return Way(there=tuple(map(shlex.quote, words)))
 
 
 SERVE = ("nix-store", "--serve", "--write")
@@ -2440,11 +2490,22 @@ def pin_host_key(machine: Machine, directory: str) -> str:
 CHATTER = ("Warning:", "** WARNI", "** This ", "** The s")
 
 
+def command_here(machine: Machine, nix: Nix) -> list[str]:
+    """The command of a session that runs here, if one does.  It builds one thing, and sends
+    nothing on to machines of its own."""
+    if not machine.way.here:
+        return []
+    name, *words = machine.way.here
+    program = name if "/" in name else find_program(name, nix_directories(nix.environ))
+    alone = ("--option", "builders", "", "--option", "max-jobs", "1")
+    return [program, *words, *nix.options(), *alone]
+
+
 class Ssh(NamedTuple):
     """The ssh for one machine: command lines and an environment.
 
     program: its file; own: our options; user: those of NIX_SSHOPTS, and user_text: all of
-    that as it is.
+    that as it is; here: the command of a session that runs here.
     """
 
     machine: Machine
@@ -2453,6 +2514,7 @@ class Ssh(NamedTuple):
     user: tuple[str, ...]
     user_text: str
     environ: dict[str, str]
+    here: tuple[str, ...]
 
     @classmethod
     def find(cls, machine: Machine, nix: Nix, directory: str) -> Ssh:
@@ -2466,6 +2528,7 @@ class Ssh(NamedTuple):
             user=tuple(user_ssh_options(nix.environ)),
             user_text=nix.environ.get("NIX_SSHOPTS", ""),
             environ=nix.child_environ(PATH=path),
+            here=tuple(command_here(machine, nix)),
         )
 
     def options(self, socket: str) -> list[str]:
@@ -2505,10 +2568,14 @@ class Ssh(NamedTuple):
         import zlib
 
         whole = [self.program, *self.own, *self.user, self.machine.destination]
-        whole += self.machine.way.there
+        whole += [*self.machine.way.there, *self.machine.way.here]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
         data = encode("\0".join(whole))
         return f"{zlib.crc32(data):08x}{zlib.adler32(data):08x}"
+
+    def here_environ(self) -> dict[str, str]:
+        """For a session that runs here, whose store is not the one that Nix is told of."""
+        return {n: text for n, text in self.environ.items() if n != "NIX_REMOTE"}
 
     def copy_environ(self) -> dict[str, str]:
         """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
@@ -2626,6 +2693,8 @@ class Connection:
 
     def start(self) -> None:
         """Begin to connect, unless somebody already does, or it is up."""
+        if self.socket == ALONE:
+            return
         with Lock(f"{self.socket}.start") as lock:
             while not lock.hold():  # it is a master's, or of one who just looks
                 if not lock.is_free():
@@ -2720,7 +2789,9 @@ class Seat:
 
     def over(self, number: int) -> Connection:
         """That connection to the machine."""
-        return Connection(self.ssh, self.programs, f"{self.base}-{number}")
+        has_some = self.ssh.machine.way.there
+        socket = f"{self.base}-{number}" if has_some else ALONE
+        return Connection(self.ssh, self.programs, socket)
 
     def allowed(self) -> int:
         """How many sessions a connection to this machine may have."""
@@ -2744,11 +2815,21 @@ class Seat:
         if socket == ALONE:
             defaults = self.ssh.defaults(self.programs, patient=True)
         command = self.ssh.session(socket, defaults, *remote)
+        return self.launch(command, self.ssh.environ, options)
+
+    def launch(
+        self, command: list[str], environ: dict[str, str], options: dict[str, Any]
+    ) -> subprocess.Popen[bytes]:
+        """The same of a program here."""
         piped = [name for name in ("stdin", "stdout", "stderr") if name not in options]
-        return self.programs.start(command, self.ssh.environ, *piped, **options)
+        return self.programs.start(command, environ, *piped, **options)
 
     def serve(self, **options: Any) -> subprocess.Popen[bytes]:
-        """Start what speaks the serve protocol for the machine's store, in the same way."""
+        """Start what speaks the serve protocol for the machine's store, in the same way.  A
+        nix-store here is not to be killed with us: it hears that we end, and ends its build."""
+        if self.ssh.here:
+            options = {"start_new_session": True, **options}
+            return self.launch([*self.ssh.here], self.ssh.here_environ(), options)
         return self.start(*self.ssh.machine.way.there, **options)
 
 
@@ -2976,7 +3057,8 @@ class Session:
         words = self.last_words()
         status = self.process.returncode
         began = "the connection was lost: " if self.version and status == 255 else ""
-        text = f"{began}{words or 'the session ended'} (ssh's exit status {status})"
+        who = "nix-store" if self.seat.ssh.here else "ssh"
+        text = f"{began}{words or 'the session ended'} ({who}'s exit status {status})"
         fresh = not self.is_useful and 0 <= status <= 128
         error = heard(
             SessionLost, text, "ssh" if status == 255 else "far" if fresh else ""
@@ -2997,7 +3079,11 @@ class Session:
         self.drain()
 
     def cancel(self) -> None:
-        """End it at once: when its ssh ends, the builder cancels the build."""
+        """End it at once: when its ssh ends, the builder cancels the build.  A nix-store here
+        ends its own build, if it may."""
+        if self.seat.ssh.here and self.process.returncode is None:
+            self.process.terminate()
+            status_within(self.process, CANCEL_S)
         end(self.process)
 
     def ask_valid(self, paths: Iterable[str], substitute: bool = False) -> Answer:
@@ -3216,12 +3302,6 @@ class Site:
 
 
 # ---- Copying ------------------------------------------------------------------------
-
-# What matters to a program that reads or writes the local store.  The build users'
-# group goes along because opening the store as root gives the store to that group.
-PASSED_SETTINGS = """build-users-group experimental-features auto-optimise-store
-use-case-hack fsync-metadata fsync-store-paths sync-before-registering use-sqlite-wal
-allow-symlinked-store ignored-acls min-free max-free"""
 
 # The ssh that nix-copy-closure finds first in its PATH: it joins that program with us, on
 # descriptors 8 and 9, so that we are the builder to it.  It behaves as an ssh that shares
@@ -3660,12 +3740,6 @@ class Copier:
             self.target = "builder"
             self.environ["PATH"] = f"{folder}:{self.environ['PATH']}"
 
-    def options(self) -> list[str]:
-        """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
-        settings = self.nix.settings
-        known = [name for name in PASSED_SETTINGS.split() if name in settings]
-        return [word for name in known for word in ("--option", name, settings[name])]
-
     # Sending
 
     def send(self, paths: set[str], substitute: bool, there: set[str]) -> None:
@@ -3674,7 +3748,7 @@ class Copier:
             where = f"nothing can be executed in {self.site.directory}"
             raise Error(f"{where}, as is needed to send to that store")
         flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
-        command = [self.program, *flags, self.target, *self.options()]
+        command = [self.program, *flags, self.target, *self.nix.options()]
         there, lacking = set(there), paths - there
         for batch in batches(sorted(paths)):
             copy = Copy(self.programs, [*command, *batch], self.environ, self.is_joined)
@@ -3759,9 +3833,9 @@ class Copier:
         environ = dict(self.environ)
         if self.site.copy_version < (2, 29):
             environ["NIX_HELD_LOCKS"] = " ".join(paths)
-        command = [self.store_program, "--import", *self.options()]
+        command = [self.store_program, "--import", *self.nix.options()]
         if self.is_joined:
-            command = [self.program, "--from", self.target, *self.options(), *paths]
+            command = [self.program, "--from", self.target, *self.nix.options(), *paths]
         return Copy(self.programs, command, environ, self.is_joined)
 
     def prepare_to_fetch(self, outputs: list[str]) -> None:
@@ -4543,8 +4617,9 @@ class Hook:
         machines, complaints = load_machines(self.nix)
         if self.origin:
             from_there = {self.origin}  # or who knows
-            found = {m: addresses(m.host) or from_there for m in machines}
-            self.back = {m for m in machines if self.origin in found[m]}
+            others = [m for m in machines if m.destination]
+            found = {m: addresses(m.host) or from_there for m in others}
+            self.back = {m for m in others if self.origin in found[m]}
         if machines:
             slots = Slots.find(self.nix, lambda text: self.talk.say(WARN, text))
             slots.make()
@@ -4928,7 +5003,7 @@ def where_machines_stand(nix: Nix) -> str:
 def label(machine: Machine) -> str:
     """What people call it."""
     port = f":{machine.port}" if machine.port else ""
-    return f"{machine.destination}{port}"
+    return f"{machine.destination}{port}" or machine.text.split()[0]
 
 
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
@@ -4939,7 +5014,7 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
     for word in words:
         found = [m for m in known if word in (m.host, m.text.split()[0], m.destination)]
         if not found:
-            there = ", ".join(machine.host for machine in known) or "none"
+            there = ", ".join(m.host or label(m) for m in known) or "none"
             where = f"is listed in {where_machines_stand(nix)}"
             raise Error(f"no machine {word!r} {where}; there are: {there}")
         chosen += found
@@ -5045,6 +5120,10 @@ class Inspection:
         import subprocess
 
         self.phase = "logging in"
+        if not self.machine.way.there:
+            for what in ("ssh", "login"):
+                self.add(what, UNKNOWN, "-", "it is a store here")
+            return True
         key = os.path.expanduser(self.machine.key)
         if key and "%" not in key and not os.path.isfile(key):
             make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key(key)}"
@@ -5123,7 +5202,7 @@ class Inspection:
         from timeit import repeat
 
         self.phase = "asking nix-store"
-        is_usual = self.machine.way.there[0] == SERVE[0]
+        is_usual = self.machine.way.there[:1] == SERVE[:1]
         if "begin" in self.facts and not self.facts.get("found") and is_usual:
             return self.no_nix()
         session = Session(self.seat, GREETING_TIMEOUT_S)
@@ -5150,7 +5229,9 @@ class Inspection:
         return self.add("nix", OK, version or protocol, text)
 
     def logged_in(self, round_trip: str = "") -> None:
-        """Note that ssh works."""
+        """Note that ssh works, if that is what we use."""
+        if self.found:
+            return
         text = f"reached, round trip {round_trip}" if round_trip else "reached"
         self.add("ssh", OK, round_trip or "ok", text)
         user = self.facts.get("user")
@@ -5175,8 +5256,11 @@ class Inspection:
         """What the builder says of itself, beside what is claimed here."""
         if "begin" in self.facts:
             return all([self.offers(), self.disk(), self.clock(), self.cores()])
+        text = "that login allows nothing but nix-store"
+        if not self.machine.way.there:
+            text = "it is a store here"
         for what in ("offers", "disk", "clock", "cores"):
-            self.add(what, UNKNOWN, "-", "that login allows nothing but nix-store")
+            self.add(what, UNKNOWN, "-", text)
         return True
 
     def offers(self) -> bool:

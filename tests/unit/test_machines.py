@@ -192,6 +192,27 @@ def test_a_session_is_what_the_parameters_say(parameters: str, words: str) -> No
     assert " ".join(parse(f"ssh://b1{parameters}", NIX_2_24).way.there) == words
 
 
+@pytest.mark.parametrize(
+    "line, store, features",
+    [
+        ("/mnt/store", "/mnt/store", ""),
+        ("/mnt/s?system-features=c%20d - - 1 1 b a", "/mnt/s", "a b c d"),
+        ("local?root=/r&real=/s", "local?real=/s&root=/r", ""),
+        ("unix:///run/nix.socket", "unix:///run/nix.socket", ""),
+        ("auto - - 1 1 kvm", "auto", "kvm"),
+        ("localhost?remote-store=/s?x=y - - 1 1 a", "/s?x=y", "a"),
+        ("ssh://localhost?remote-store=/s&remote-program=nix-store", "/s", ""),
+    ],
+)
+def test_a_store_here_is_opened_by_a_program_here(
+    line: str, store: str, features: str
+) -> None:
+    machine = parse(line, NIX_2_24)
+    command = ("nix-store", "--serve", "--write", "--store", store)
+    assert machine.way.here == (*command, "--option", "system-features", features)
+    assert (machine.way.there, machine.destination) == ((), "")
+
+
 # -- What is refused ------------------------------------------------------------------
 
 
@@ -200,17 +221,15 @@ def test_a_session_is_what_the_parameters_say(parameters: str, words: str) -> No
     [
         ("localhost", "'localhost' is this machine"),
         ("ssh://localhost", "'localhost' is this machine"),
-        ("ssh://b1?remote-store=/mnt", "Nix 1.x knows neither"),
-        ("ssh://b1?remote-program=nix", "Nix 1.x knows neither"),
+        ("ssh://b1?remote-store=/mnt", "Nix 1.x can use only the usual store"),
+        ("ssh://b1?remote-program=nix", "Nix 1.x can use only the usual store"),
         ("ssh://b1?colour=blue", "'colour'"),
-        ("/mnt/store", "'/mnt/store' is not reached by ssh"),
-        ("auto", "'auto' is a store of this machine"),
-        ("local", "'local' is a store of this machine"),
-        ("daemon", "'daemon' is a store of this machine"),
         ("ssh://b1/nix/store", "is not a host"),
-        ("unix:///run/nix.socket", "is not reached by ssh"),
-        ("https://cache.example.org", "is not reached by ssh"),
-        ("://b1", "is not reached by ssh"),
+        ("/mnt/store", "Nix 1.x can use only the usual store"),
+        ("auto", "Nix 1.x can use only the usual store"),
+        ("mnt/store", "'mnt/store' is no store to build in"),
+        ("https://cache.example.org", "is no store to build in"),
+        ("://b1", "is no store to build in"),
         ("ssh://", "is not a host name"),
         ("nix@", "is not a host name"),
         ("-oProxyCommand=evil", "'-oProxyCommand=evil' is not a host name"),
@@ -417,6 +436,17 @@ class TestASlip:
             "ssh:__b1?compress=true&ssh-key=_root_.ssh_id",
         ),
         (NIX_2_24, "ssh://b1?priority=%2b1", "ssh:__b1?priority=%2B1"),
+        (NIX_2_3, "/s/m", "_s_m"),
+        (NIX_2_24, "/s/m", "local:___s_m"),
+        (NIX_2_3, "local?root=/r", "local?root=_r"),
+        (NIX_2_24, "local?root=/r", "local:__?root=_r"),
+        (NIX_2_24, "auto", "auto"),
+        (NIX_2_24, "unix:///run/s", "unix:___run_s"),
+        (
+            NIX_2_24,
+            "ssh://localhost?remote-store=/s?x=y z",
+            "ssh:__localhost?remote-store=_s?x%3Dy",
+        ),
     ],
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -> None:
