@@ -81,7 +81,7 @@ Command line, for people:
 # line        the queue of hooks that wait for one set of machines, each at its place
 # outage      what all hooks remember of a machine that failed
 # connection  one shared ssh master;  seat: one hook's right to a session on it
-# session     one `nix-store --serve --write` on a builder
+# session     one `nix-store --serve --write` on a builder;  way: how one is had
 # attempt     one try of a build on one machine
 # relay       the hook, where it stands between nix-copy-closure and a session
 # site        what a hook knows of where it runs
@@ -169,6 +169,9 @@ AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is a
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
+HERE_MARGIN_S = (
+    2  # the same behind a nix-store here, which tells none of them to a daemon
+)
 
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
@@ -305,6 +308,10 @@ class SessionLost(Error):
     """The session with the builder, or a copy over it, ended too early."""
 
 
+class Refused(SessionLost):
+    """A program on the builder has ended, or spoken out of turn, instead of serving us."""
+
+
 class Late(SessionLost):
     """An answer did not come in time."""
 
@@ -380,6 +387,9 @@ lasts   ssh -        Too many authentication failures = name one key in the mach
 lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
 lasts   far -        command not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
 lasts   far -        nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
+lasts   far DAEMON   protocol mismatch = if that login allows only nix-daemon, write ssh-ng://HOST in its line
+lasts   far DAEMON   EOF from daemon socket = if that login allows only nix-daemon, write ssh-ng://HOST in its line
+lasts   any READONLY paths is not allowed = the command of that key there must be: nix-store --serve --write
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
 lasts   FAR -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
@@ -409,8 +419,8 @@ passes  any -        shutting down
 passes  any -        emporarily unavailable
 passes  any -        annot allocate memory
 passes  any -        is busy
-passes  FAR -        disconnected unexpectedly
-passes  FAR -        end-of-file
+passes  FAR -        disconnected unexpectedly = is nix-daemon well? as root there: systemctl start nix-daemon.socket
+passes  FAR -        end-of-file = is nix-daemon well? as root there: systemctl start nix-daemon.socket
 passes  FAR -        Too many open files
 passes  FAR -        creating thread
 passes  FAR -        interrupted by
@@ -430,6 +440,7 @@ LASTING = {"lasts": True, "passes": False, "unknown": None}
 # Whose words a row may be in; "" if that is not known.
 SPEAKERS = {"ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
 SPEAKERS["any"] = ("ssh", "far", "")
+DAEMON = "if that login allows only nix-daemon, write ssh-ng://HOST in its line"
 # What to do if a program there ends, or ssh does, and nothing above tells why.
 USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
 HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
@@ -1022,6 +1033,7 @@ class Way(NamedTuple):
 
     there: what ssh runs there, as words for the shell there; () without ssh.  here: the
     command that runs here, a nix-store which opens the machine's store; () if none does.
+    With both, that ssh leads from the one to the other.
     """
 
     there: tuple[str, ...] = ()
@@ -1034,7 +1046,8 @@ class Machine(NamedTuple):
     where: file:line; text: as it was written; name: what Nix's own hook calls it; slots:
     what the names of its slot files begin with, as that hook has them; destination: [user@]host,
     "" if it is a store that a program here opens; port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
-    host_key: a line such as "ssh-ed25519 AAAA...", or ""; way: what a session is.
+    host_key: a line such as "ssh-ed25519 AAAA...", or ""; ways: to have a session, where only
+    trying shows which of them its login allows.
     """
 
     where: str
@@ -1051,7 +1064,7 @@ class Machine(NamedTuple):
     mandatory: frozenset[str]
     host_key: str
     compress: bool
-    way: Way
+    ways: tuple[Way, ...]
 
     @classmethod
     def parse(cls, where: str, text: str, nix: Nix) -> Machine:
@@ -1080,7 +1093,7 @@ class Machine(NamedTuple):
                 mandatory=frozenset(listed(mandatory)),
                 host_key=parse_host_key(pinned),
                 compress=parameters.get("compress") in ("true", "yes", "1"),
-                way=parse_way(uri, {*listed(supported), *listed(mandatory)}, nix),
+                ways=parse_ways(uri, {*listed(supported), *listed(mandatory)}, nix),
             )
         except ValueError as error:
             raise BadMachine(f"{where}: {error}") from None
@@ -1196,29 +1209,38 @@ PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remot
 max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
 
 
-def parse_way(uri: str, offered: set[str], nix: Nix) -> Way:
+def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
     """What that store URI makes of a session.  offered: the features that its line lists;
     as with Nix's own hook, a store here has no others."""
     base, parameters = split_parameters(uri)
-    program = parameters.get("remote-program", "").split() or SERVE[:1]
+    program = parameters.get("remote-program", "").split()
     store, here = parameters.get("remote-store", ""), is_here(base, parameters)
-    if here and not base.endswith("localhost"):
+    if here and base not in ("localhost", "ssh://localhost"):
         offered = offered.union(parameters.pop("system-features", "").split())
-        store = with_parameters(base, parameters)
-    words = (*program, *SERVE[1:], *(("--store", store) if store else ()))
-    if words == SERVE:
-        return Way(SERVE)
-    if nix.old:  # whose programs connect by themselves
-        raise ValueError("Nix 1.x can use only the usual store of a host")
-    if not "".join(words).isprintable():
+        program, store = [], with_parameters(base, parameters)
+    stored = ("--store", store) if store else ()
+    if not "".join([*program, store]).isprintable():
         raise ValueError("its parameters have characters that cannot be printed")
+    if nix.old and (program or store):  # its programs connect by themselves
+        raise ValueError("Nix 1.x can use only the usual store of a host")
+    serve = (*(program or SERVE[:1]), *SERVE[1:], *stored)
     if here:
-        return Way(
-            here=(*words, "--option", "system-features", " ".join(sorted(offered)))
-        )
+        features = ("--option", "system-features", " ".join(sorted(offered)))
+        return (Way(here=(*serve, *features)),)
+    if not base.startswith("ssh-ng:") or nix.old:
+        return (Way(for_shell(serve)),)
+    daemon = for_shell((*(program or ["nix-daemon"]), "--stdio", *stored))
+    bridge = Way(daemon, (*SERVE, "--store", "ssh-ng://builder"))
+    return (bridge,) if program else (Way(for_shell(serve)), bridge)
+
+
+def for_shell(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words, quoted for a shell where they must be."""
+    if only("".join(words), PLAIN):
+        return words
     import shlex
 
-    return Way(there=tuple(map(shlex.quote, words)))
+    return tuple(map(shlex.quote, words))
 
 
 SERVE = ("nix-store", "--serve", "--write")
@@ -1983,6 +2005,8 @@ class Outages:
             self.end(machine)
         else:
             told = " ".join(printable(decode(words + rest[8:])).split())
+            if len(machine.ways) > 1 and (not told or means(told, "DAEMON")):
+                told = outage.words  # that way is not allowed: it says nothing
             error = heard(Unreachable, told or "no answer")
             if error.lasting is None and told == outage.words:
                 error.lasting = outage.lasting
@@ -2490,12 +2514,12 @@ def pin_host_key(machine: Machine, directory: str) -> str:
 CHATTER = ("Warning:", "** WARNI", "** This ", "** The s")
 
 
-def command_here(machine: Machine, nix: Nix) -> list[str]:
-    """The command of a session that runs here, if one does.  It builds one thing, and sends
-    nothing on to machines of its own."""
-    if not machine.way.here:
+def command_here(way: Way, nix: Nix) -> list[str]:
+    """What a way runs here, if anything.  It builds one thing, and sends nothing on to
+    machines of its own."""
+    if not way.here:
         return []
-    name, *words = machine.way.here
+    name, *words = way.here
     program = name if "/" in name else find_program(name, nix_directories(nix.environ))
     alone = ("--option", "builders", "", "--option", "max-jobs", "1")
     return [program, *words, *nix.options(), *alone]
@@ -2505,7 +2529,7 @@ class Ssh(NamedTuple):
     """The ssh for one machine: command lines and an environment.
 
     program: its file; own: our options; user: those of NIX_SSHOPTS, and user_text: all of
-    that as it is; here: the command of a session that runs here.
+    that as it is; here: for each of the machine's ways the command that runs here.
     """
 
     machine: Machine
@@ -2514,7 +2538,7 @@ class Ssh(NamedTuple):
     user: tuple[str, ...]
     user_text: str
     environ: dict[str, str]
-    here: tuple[str, ...]
+    here: tuple[list[str], ...]
 
     @classmethod
     def find(cls, machine: Machine, nix: Nix, directory: str) -> Ssh:
@@ -2528,7 +2552,7 @@ class Ssh(NamedTuple):
             user=tuple(user_ssh_options(nix.environ)),
             user_text=nix.environ.get("NIX_SSHOPTS", ""),
             environ=nix.child_environ(PATH=path),
-            here=tuple(command_here(machine, nix)),
+            here=tuple(command_here(way, nix) for way in machine.ways),
         )
 
     def options(self, socket: str) -> list[str]:
@@ -2568,7 +2592,7 @@ class Ssh(NamedTuple):
         import zlib
 
         whole = [self.program, *self.own, *self.user, self.machine.destination]
-        whole += [*self.machine.way.there, *self.machine.way.here]
+        whole += [word for way in self.machine.ways for word in (*way.there, *way.here)]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
         data = encode("\0".join(whole))
         return f"{zlib.crc32(data):08x}{zlib.adler32(data):08x}"
@@ -2622,6 +2646,41 @@ class Proof(NamedTuple):
         return " ".join(map(str, self))
 
 
+# The ssh that Nix's programs find first in their PATH.  It behaves as an ssh that shares
+# nothing, which every version can use: -O check fails, and it says `started` exactly if
+# it is asked to, be it by an option or, by Lix 2.93.0 (ssh.cc), as if to a shell, which is
+# then told to become nix-store.  Then it becomes the ssh of a session, if the variable has
+# one, a word a line; else it joins nix-copy-closure with us, on descriptors 8 and 9, so
+# that we are the builder to it.  When done, nix-copy-closure kills it.
+STAND_IN = """#!/bin/sh
+case "$*" in *"-O check"*) exit 255;; esac
+case "$*" in
+    *"LocalCommand=echo started"*) echo started;;
+    *RemoteCommand=bash*) while read -r word rest && [ "$word" = echo ]; do echo "$rest"; done;;
+esac
+set -f
+IFS='
+'
+[ -z "$NIX_BUILD_REMOTE_SSH" ] || exec $NIX_BUILD_REMOTE_SSH
+exec 2> /dev/null
+PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
+exec 3<&0
+cat <&3 >&9 8<&- &
+exec cat <&8 3<&- 9>&-
+"""
+
+
+def stand_in(directory: str) -> str | None:
+    """A folder in that directory whose only program is the stand-in for ssh; None if it
+    cannot be written, or nothing may be executed there."""
+    folder = f"{directory}/bin-{checksum(STAND_IN)}"
+    program = f"{folder}/ssh"
+    with suppress(OSError):
+        os.makedirs(folder, 0o700, exist_ok=True)
+        keep(program, STAND_IN, 0o700)
+    return folder if os.access(program, os.X_OK) else None
+
+
 ALONE = "none"  # in place of a control socket, for ssh too: nothing is shared
 
 
@@ -2637,6 +2696,7 @@ class Connection:
     NAME-N.slow    is there if it took long to log in
     NAME-N.S       the lock of seat S
     NAME.seats     how many sessions sshd allows it, if that was fewer than SEATS
+    NAME.way       the number of that of the machine's ways which its login allows
     """
 
     def __init__(self, ssh: Ssh, programs: Programs, socket: str) -> None:
@@ -2770,6 +2830,25 @@ class Seat:
         self.connection = Connection(ssh, programs, ALONE)
         self.number = 0  # of the seat on its connection
         self.lock: Lock | None = None
+        known = read_private(f"{self.base}.way") if len(ssh.machine.ways) > 1 else "0"
+        self.is_known = known in ("0", "1")  # whether the way has led to a session
+        self.chosen = int(known == "1")  # the number of the way that we take
+
+    @property
+    def way(self) -> Way:
+        """The way to a session that we take."""
+        return self.ssh.machine.ways[self.chosen]
+
+    def turn(self) -> bool:
+        """Take the other way from now on; False if there is none."""
+        self.chosen = len(self.ssh.machine.ways) - 1 - self.chosen
+        return len(self.ssh.machine.ways) > 1
+
+    def keep_way(self) -> None:
+        """Let all hooks take this way, which has led to a session."""
+        if len(self.ssh.machine.ways) > 1:
+            with suppress(OSError):  # a full disk
+                keep(f"{self.base}.way", str(self.chosen))
 
     def take(self) -> None:
         """Take one on the first connection that has one; with the last seat of one, the
@@ -2789,8 +2868,7 @@ class Seat:
 
     def over(self, number: int) -> Connection:
         """That connection to the machine."""
-        has_some = self.ssh.machine.way.there
-        socket = f"{self.base}-{number}" if has_some else ALONE
+        socket = f"{self.base}-{number}" if self.way.there else ALONE
         return Connection(self.ssh, self.programs, socket)
 
     def allowed(self) -> int:
@@ -2811,11 +2889,14 @@ class Seat:
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the machine, with pipes, but for what the options say."""
+        return self.launch(self.command(*remote), self.ssh.environ, options)
+
+    def command(self, *remote: str) -> list[str]:
+        """The command line that runs it there."""
         socket, defaults = self.connection.socket, ssh_defaults()
         if socket == ALONE:
             defaults = self.ssh.defaults(self.programs, patient=True)
-        command = self.ssh.session(socket, defaults, *remote)
-        return self.launch(command, self.ssh.environ, options)
+        return self.ssh.session(socket, defaults, *remote)
 
     def launch(
         self, command: list[str], environ: dict[str, str], options: dict[str, Any]
@@ -2827,10 +2908,17 @@ class Seat:
     def serve(self, **options: Any) -> subprocess.Popen[bytes]:
         """Start what speaks the serve protocol for the machine's store, in the same way.  A
         nix-store here is not to be killed with us: it hears that we end, and ends its build."""
-        if self.ssh.here:
-            options = {"start_new_session": True, **options}
-            return self.launch([*self.ssh.here], self.ssh.here_environ(), options)
-        return self.start(*self.ssh.machine.way.there, **options)
+        way, environ = self.way, self.ssh.here_environ()
+        if not way.here:
+            return self.start(*way.there, **options)
+        if way.there:
+            directory = os.path.dirname(self.base)
+            if not (folder := stand_in(directory)):
+                raise Error(f"nothing can be executed in {directory}")
+            environ["PATH"] = f"{folder}:{environ['PATH']}"
+            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(self.command(*way.there))
+        options = {"start_new_session": True, **options}
+        return self.launch(self.ssh.here[self.chosen], environ, options)
 
 
 # ---- Session ------------------------------------------------------------------------
@@ -2930,7 +3018,7 @@ class Session:
             while b"\n" not in begin and len(begin) < OUTAGE_LIMIT:
                 begin += self.read(1, time.monotonic() + QUIET_S / 2)
         line = printable(decode(begin)).strip()
-        error = SessionLost(f"it says {line!r} before nix-store's own words")
+        error = Refused(f"it says {line!r} before nix-store's own words")
         remedy = (
             "a start-up file there may print nothing; or is USER's shell none? as root"
         )
@@ -3043,7 +3131,7 @@ class Session:
             self.process.kill()
         self.drain()
         lines = decode(self.tail).split("\n")
-        if self.version:  # the rest is the build's log, which Nix has got
+        if self.is_useful:  # the rest is the build's log, which Nix has got
             lines = [line[-OUTAGE_LIMIT // 2 :] for line in lines[-2:]]
         else:
             lines.append(printable(decode(bytes(self.inbox))))
@@ -3057,14 +3145,15 @@ class Session:
         words = self.last_words()
         status = self.process.returncode
         began = "the connection was lost: " if self.version and status == 255 else ""
-        who = "nix-store" if self.seat.ssh.here else "ssh"
+        who = "nix-store" if self.seat.way.here else "ssh"
         text = f"{began}{words or 'the session ended'} ({who}'s exit status {status})"
         fresh = not self.is_useful and 0 <= status <= 128
-        error = heard(
-            SessionLost, text, "ssh" if status == 255 else "far" if fresh else ""
-        )
+        speaker = "ssh" if status == 255 else "far" if fresh else ""
+        error = heard(Refused if speaker == "far" else SessionLost, text, speaker)
         if status == 255 and not self.version and not words:
             error.lasting, error.remedy = None, HIDDEN
+        if fresh and status == 0 and not words:  # so ends nix-daemon for other users
+            error.meaning, error.remedy = "DAEMON", DAEMON
         return error
 
     def ask_no_more(self) -> None:
@@ -3081,7 +3170,7 @@ class Session:
     def cancel(self) -> None:
         """End it at once: when its ssh ends, the builder cancels the build.  A nix-store here
         ends its own build, if it may."""
-        if self.seat.ssh.here and self.process.returncode is None:
+        if self.seat.way.here and self.process.returncode is None:
             self.process.terminate()
             status_within(self.process, CANCEL_S)
         end(self.process)
@@ -3143,7 +3232,7 @@ class Session:
             self.first + timeout if timeout else math.inf,
             self.last + silence if silence else math.inf,
         )
-        return min(ends) + MARGIN_S
+        return min(ends) + (HERE_MARGIN_S if self.seat.way.here else MARGIN_S)
 
     def ask_to_build(
         self, path: str, encoded: bytes, nix: Nix, then: bytes = b""
@@ -3293,6 +3382,8 @@ class Site:
         """Have nix-store on the machine answer a question, over a connection of its own,
         into that file, in the background; returns the process of its ssh."""
         seat = self.new_seat(machine)
+        if not seat.is_known:
+            seat.chosen = os.urandom(1)[0] % len(machine.ways)
         options = {"stdout": output, "stderr": output, "start_new_session": True}
         process = seat.serve(**options)
         if process.stdin:
@@ -3303,23 +3394,6 @@ class Site:
 
 # ---- Copying ------------------------------------------------------------------------
 
-# The ssh that nix-copy-closure finds first in its PATH: it joins that program with us, on
-# descriptors 8 and 9, so that we are the builder to it.  It behaves as an ssh that shares
-# nothing, which every version can use: -O check fails, and it says `started` exactly if
-# it is asked to, be it by an option or, by Lix 2.93.0 (ssh.cc), as if to a shell, which is
-# then told to become nix-store.  When done, nix-copy-closure kills it.
-STAND_IN = """#!/bin/sh
-case "$*" in *"-O check"*) exit 255;; esac
-exec 2> /dev/null
-case "$*" in
-    *"LocalCommand=echo started"*) echo started;;
-    *RemoteCommand=bash*) while read -r word rest && [ "$word" = echo ]; do echo "$rest"; done;;
-esac
-PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
-exec 3<&0
-cat <&3 >&9 8<&- &
-exec cat <&8 3<&- 9>&-
-"""
 JOINED = (8, 9)  # sh knows only descriptors of one digit
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 
@@ -3744,7 +3818,7 @@ class Copier:
 
     def send(self, paths: set[str], substitute: bool, there: set[str]) -> None:
         """Copy the closures of these paths to the builder, of which it has those."""
-        if not self.is_joined and self.session.seat.ssh.machine.way.there != SERVE:
+        if not self.is_joined and self.session.seat.way.there != SERVE:
             where = f"nothing can be executed in {self.site.directory}"
             raise Error(f"{where}, as is needed to send to that store")
         flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
@@ -3941,17 +4015,6 @@ def in_order(infos: dict[str, PathInfo]) -> list[str]:
     return order
 
 
-def stand_in(directory: str) -> str | None:
-    """A folder in that directory whose only program is the stand-in for ssh; None if it
-    cannot be written, or nothing may be executed there."""
-    folder = f"{directory}/bin-{checksum(STAND_IN)}"
-    program = f"{folder}/ssh"
-    with suppress(OSError):
-        os.makedirs(folder, 0o700, exist_ok=True)
-        keep(program, STAND_IN, 0o700)
-    return folder if os.access(program, os.X_OK) else None
-
-
 def batches(paths: list[str]) -> Iterator[list[str]]:
     """Cut into lists that fit on a command line."""
     batch: list[str] = []
@@ -4070,26 +4133,45 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     """A session to build that derivation in, which it is asked for; if the connection
     is proved, that is not answered yet, so that the next question can go along.
 
-    Raises Unreachable.
+    Raises Unreachable, if there is another way only after that has failed, too.
     """
     deadline = time.monotonic() + patience_s
     seat.connect(min(LOGIN_TIMEOUT_S, patience_s))
-    left = max(1.0, deadline - time.monotonic())
+    try:
+        return open_in_one_way(site, seat, path, deadline)
+    except Refused as error:
+        first = error
+        if not seat.turn():
+            raise error.become(Unreachable) from None
+    except SessionLost as error:
+        raise error.become(Unreachable) from None
+    try:
+        return open_in_one_way(site, seat, path, deadline)
+    except SessionLost as error:
+        if first.meaning == "DAEMON":  # the right way is this
+            seat.keep_way()
+            raise error.become(Unreachable) from None
+        seat.turn()
+        raise first.become(Unreachable) from None
+
+
+def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
+    """The same in the way that the seat takes; raises SessionLost, too."""
     session: Session | None = None
     try:
+        left = max(1.0, deadline - time.monotonic())
         session = Session(seat, min(GREETING_TIMEOUT_S, left))
         answer = session.ask_valid([path])
         if session.proof:
             return session
         if session.first_answer(answer):
             make_sure_of_another_store(site, session)
+        seat.keep_way()
         seat.connection.prove(session.spoken)
         return session
-    except BaseException as error:
+    except BaseException:
         if session:
             session.cancel()
-        if isinstance(error, SessionLost):
-            raise error.become(Unreachable) from None
         raise
 
 
@@ -4396,10 +4478,11 @@ class Attempt:
 
     def verdict(self, status: int, message: str) -> Error:
         """What a build that failed with that status has come to."""
-        # A daemon there quotes the log, which Nix has already: ...; last 9 log lines: ...
-        message, quotes, _ = message[:TAIL_BYTES].partition(" log lines:")
-        if quotes:
-            message = message.rstrip(DIGITS + " ")[: -len("last")].rstrip(" ;\n")
+        # A daemon there quotes the log, which Nix mostly has: ...; last 9 log lines: ...
+        message = message[:TAIL_BYTES]
+        head, quotes, _ = message.partition(" log lines:")
+        if quotes and not self.session.is_silent:
+            message = head.rstrip(DIGITS + " ")[: -len("last")].rstrip(" ;\n")
         message = message or "the log says why"
         kinds = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}
         what = f"build of '{self.wanted.path}' on '{self.machine.name}'"
@@ -5081,6 +5164,7 @@ class Inspection:
             directory = ssh_directory(self.slots.path)
             self.ssh = Ssh.find(self.machine, self.nix, directory)
             self.seat = Seat(self.ssh, self.programs, directory)
+            self.seat.chosen = 0  # what was found out before may have changed
             steps = (self.log_in, self.find_nix, self.measure, self.build)
             all(step() for step in steps)  # until one says no
         except (Error, OSError, ValueError) as error:
@@ -5120,7 +5204,7 @@ class Inspection:
         import subprocess
 
         self.phase = "logging in"
-        if not self.machine.way.there:
+        if not self.seat.way.there:
             for what in ("ssh", "login"):
                 self.add(what, UNKNOWN, "-", "it is a store here")
             return True
@@ -5202,7 +5286,7 @@ class Inspection:
         from timeit import repeat
 
         self.phase = "asking nix-store"
-        is_usual = self.machine.way.there[:1] == SERVE[:1]
+        is_usual = self.seat.way.there[:1] == SERVE[:1]
         if "begin" in self.facts and not self.facts.get("found") and is_usual:
             return self.no_nix()
         session = Session(self.seat, GREETING_TIMEOUT_S)
@@ -5211,6 +5295,8 @@ class Inspection:
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
             self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
         except SessionLost as error:
+            if isinstance(error, Refused) and self.seat.turn() and self.seat.chosen:
+                return self.find_nix()
             if "begin" in self.facts:
                 self.logged_in()
             remedy = error.remedy_for(self.machine.destination)
@@ -5222,10 +5308,14 @@ class Inspection:
             self.seat.over(number).retire()
         with suppress(OSError):
             remove(f"{self.seat.base}.seats")
+        self.seat.keep_way()
         Outages(self.slots).end(self.machine)
         version = self.facts.get("nix", "").rpartition(" ")[2]
         protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
         text = f"nix-store {version}, serve protocol {protocol}"
+        if self.seat.way.here and self.seat.way.there:
+            text = "that login allows only nix-daemon, with which nix-store here talks"
+            return self.add("nix", OK, version or "daemon", text)
         return self.add("nix", OK, version or protocol, text)
 
     def logged_in(self, round_trip: str = "") -> None:
@@ -5257,7 +5347,7 @@ class Inspection:
         if "begin" in self.facts:
             return all([self.offers(), self.disk(), self.clock(), self.cores()])
         text = "that login allows nothing but nix-store"
-        if not self.machine.way.there:
+        if not self.seat.way.there:
             text = "it is a store here"
         for what in ("offers", "disk", "clock", "cores"):
             self.add(what, UNKNOWN, "-", text)

@@ -12,6 +12,7 @@ from nix_build_remote import (
     Machine,
     Nix,
     Slots,
+    Way,
     file_name,
     load_machines,
 )
@@ -189,7 +190,8 @@ def test_parameters_that_change_nothing_here_are_accepted() -> None:
 )
 def test_a_session_is_what_the_parameters_say(parameters: str, words: str) -> None:
     """Quoted for the shell there; a store may have parameters of its own."""
-    assert " ".join(parse(f"ssh://b1{parameters}", NIX_2_24).way.there) == words
+    (way,) = parse(f"ssh://b1{parameters}", NIX_2_24).ways
+    assert " ".join(way.there) == words and not way.here
 
 
 @pytest.mark.parametrize(
@@ -209,8 +211,30 @@ def test_a_store_here_is_opened_by_a_program_here(
 ) -> None:
     machine = parse(line, NIX_2_24)
     command = ("nix-store", "--serve", "--write", "--store", store)
-    assert machine.way.here == (*command, "--option", "system-features", features)
-    assert (machine.way.there, machine.destination) == ((), "")
+    words = (*command, "--option", "system-features", features)
+    assert (machine.ways, machine.destination) == ((Way((), words),), "")
+
+
+@pytest.mark.parametrize(
+    "parameters, serve, daemon",
+    [
+        ("", "nix-store --serve --write", "nix-daemon --stdio"),
+        (
+            "?remote-store=/s%20t",
+            "nix-store --serve --write --store '/s t'",
+            "nix-daemon --stdio --store '/s t'",
+        ),
+        ("?remote-program=/x%20nix-daemon", None, "/x nix-daemon --stdio"),
+    ],
+)
+def test_what_speaks_the_daemons_protocol_is_reached_by_a_nix_store_here(
+    parameters: str, serve: str | None, daemon: str
+) -> None:
+    """Where its program is named, that speaks no other."""
+    ways = parse(f"ssh-ng://b1{parameters}", NIX_2_24).ways
+    here = "nix-store --serve --write --store ssh-ng://builder"
+    found = [(" ".join(way.there), " ".join(way.here)) for way in ways]
+    assert found == [*([(serve, "")] if serve else []), (daemon, here)]
 
 
 # -- What is refused ------------------------------------------------------------------
