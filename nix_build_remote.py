@@ -4472,6 +4472,11 @@ class Attempt:
             status, message = self.ask_by_closure().get()
         self.trace("build-remote-done")
         if status:
+            if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
+                text = (
+                    "The failed build directory was kept on the remote builder due to"
+                )
+                self.talk.say(WARN, f"{text} `--keep-failed`: '{self.machine.name}'.")
             self.session.finish()
             raise self.verdict(status, message)
         return dict(self.infos.get()) if self.infos else {}

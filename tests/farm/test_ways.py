@@ -56,6 +56,17 @@ def test_a_program_and_a_store_there_may_be_named(nix: Scene) -> None:
     assert not nix.builder.path(outcome.output).exists()
 
 
+def test_it_is_told_that_a_build_directory_was_kept(
+    nix: Scene, client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    """As Nix's own hook does, and its tests want; builders since 2.4 can be asked to."""
+    nix.machines("b1 - - 1\n")
+    outcome = nix.build('mk "bad" "exit 3" {}', "--keep-failed", check=False)
+    builder = other(pytestconfig, client_engine)
+    kept = "The failed build directory was kept on the remote builder" in outcome.log
+    assert kept == (version(builder) >= (2, 4)), outcome.log
+
+
 @pytest.mark.parametrize("uri", ["{}", "local?root={}", "localhost?remote-store={}"])
 def test_a_store_here_is_a_machine(nix: Scene, uri: str) -> None:
     """Its line says which features it has."""
