@@ -40,8 +40,9 @@ the host may be missing or `-`:
     host systems sshKey maxJobs speedFactor supportedFeatures mandatoryFeatures hostKey
 
     host               name, user@name, ssh alias, or ssh://[user@]host[:port] (ssh-ng
-                       too) with the parameters ssh-key, compress and
-                       base64-ssh-public-host-key
+                       too) with the parameters ssh-key, compress, remote-program,
+                       remote-store and base64-ssh-public-host-key; or a store that
+                       Nix here opens: /PATH, local?root=R, unix://SOCKET
     systems            comma-separated: i686-linux,x86_64-linux (default: this one's)
     sshKey             private key without a passphrase (default: those ssh would try)
     maxJobs            builds at once on the machine: its slots (default: 1)
@@ -80,7 +81,7 @@ Command line, for people:
 # line        the queue of hooks that wait for one set of machines, each at its place
 # outage      what all hooks remember of a machine that failed
 # connection  one shared ssh master;  seat: one hook's right to a session on it
-# session     one `nix-store --serve --write` on a builder
+# session     one `nix-store --serve --write` on a builder;  way: how one is had
 # attempt     one try of a build on one machine
 # relay       the hook, where it stands between nix-copy-closure and a session
 # site        what a hook knows of where it runs
@@ -156,6 +157,7 @@ SOCKET_LIMIT_BYTES = 86  # of a control socket's name (Linux 90): ssh appends 17
 TAIL_BYTES = 4096  # of ssh's stderr, or of a small file of ours
 ANSWER_TIMEOUT_S = 15 * 60  # for a builder to say what it has, or take our question
 SUBSTITUTE_TIMEOUT_S = 4 * 60 * 60  # the same if it may download what it has not
+CANCEL_S = 0.3  # for a nix-store here to end its build
 QUIET_S = 2  # after a build: no more of its log will come
 
 # Copying and building
@@ -173,8 +175,9 @@ BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it,
 DAEMON_MARGIN_S = (
-    5  # or later than that where a daemon is asked, which is not told them
+    5  # or than that where a daemon there is asked, which is not told them,
 )
+HERE_MARGIN_S = 2  # or than that behind a nix-store here, which tells no daemon of them
 
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
@@ -275,6 +278,8 @@ class Error(Exception):
     def remedy_for(self, destination: str) -> str:
         """The remedy, with that machine's host and user in it."""
         user, _, host = destination.rpartition("@")
+        if "HOST" in self.remedy and not host:  # it is a store here
+            return ""
         return self.remedy.replace("HOST", host).replace("USER", user or "USER")
 
 
@@ -308,6 +313,10 @@ class Away(Error):
 
 class SessionLost(Error):
     """The session with the builder, or a copy over it, ended too early."""
+
+
+class Refused(SessionLost):
+    """A program on the builder has ended, or spoken out of turn, instead of serving us."""
 
 
 class Late(SessionLost):
@@ -387,8 +396,11 @@ lasts   ssh -        Bad configuration option = correct that file of ssh's confi
 lasts   ssh -        no matching = ssh here and sshd there have no cipher or key type in common
 lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
 lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
-lasts   far -        command not found = link nix-store into a directory like /usr/bin there
-lasts   far -        nix-store: not found = link nix-store into a directory like /usr/bin there
+lasts   far -        command not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
+lasts   far -        nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
+lasts   far DAEMON   protocol mismatch = if that login allows only nix-daemon, write ssh-ng://HOST in its line
+lasts   far DAEMON   EOF from daemon socket = if that login allows only nix-daemon, write ssh-ng://HOST in its line
+lasts   any READONLY paths is not allowed = the command of that key there must be: nix-store --serve --write
 lasts   far -        is not in the Nix store = its store is in another directory than the one here: no build of yours can run there
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
@@ -419,8 +431,8 @@ passes  any -        shutting down
 passes  any -        emporarily unavailable
 passes  any -        annot allocate memory
 passes  any -        is busy
-passes  FAR -        disconnected unexpectedly
-passes  FAR -        end-of-file
+passes  FAR -        disconnected unexpectedly = is nix-daemon well? as root there: systemctl start nix-daemon.socket
+passes  FAR -        end-of-file = is nix-daemon well? as root there: systemctl start nix-daemon.socket
 passes  FAR -        Too many open files
 passes  FAR -        creating thread
 passes  FAR -        interrupted by
@@ -447,6 +459,7 @@ LASTING = {"lasts": True, "passes": False, "unknown": None}
 # Whose words a row may be in; "" if that is not known.
 SPEAKERS = {"ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
 SPEAKERS["any"] = ("ssh", "far", "")
+DAEMON = "if that login allows only nix-daemon, write ssh-ng://HOST in its line"
 # What to do if a program there ends, or ssh does, and nothing above tells why.
 USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
 HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
@@ -626,6 +639,12 @@ def split_parameters(uri: str) -> tuple[str, dict[str, str]]:
     return base, {name: unquote(value) for name, _, value in pairs}
 
 
+def with_parameters(base: str, parameters: dict[str, str]) -> str:
+    """The store URI that split_parameters would cut into these."""
+    pairs = (f"{quote(k)}={quote(v)}" for k, v in sorted(parameters.items()))
+    return f"{base}?{'&'.join(pairs)}" if parameters else base
+
+
 class Store(NamedTuple):
     """Where the local store is.
 
@@ -684,6 +703,13 @@ class Store(NamedTuple):
         return f"{self.real}/{self.name(path)}"
 
 
+# What matters to a program that reads or writes the local store.  The build users'
+# group goes along because opening the store as root gives the store to that group.
+PASSED_SETTINGS = """build-users-group experimental-features auto-optimise-store
+use-case-hack fsync-metadata fsync-store-paths sync-before-registering use-sqlite-wal
+allow-symlinked-store ignored-acls min-free max-free"""
+
+
 class Nix:
     """The Nix that started us, as far as it told us.
 
@@ -729,6 +755,12 @@ class Nix:
     def enabled(self, setting: str) -> bool:
         """Whether a setting is on."""
         return self.settings.get(setting) == "true"
+
+    def options(self) -> list[str]:
+        """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
+        settings = self.settings
+        known = [name for name in PASSED_SETTINGS.split() if name in settings]
+        return [word for name in known for word in ("--option", name, settings[name])]
 
     def child_environ(self, **more: str) -> dict[str, str]:
         """The environment of ssh and Nix's programs: nobody is there for a prompt."""
@@ -1059,13 +1091,27 @@ def unread_in(pipe: int) -> int:
 # ---- Machines -----------------------------------------------------------------------
 
 
+class Way(NamedTuple):
+    """How a session with a machine is had.
+
+    there: what ssh runs there, as words for the shell there; () without ssh.  here: the
+    command that runs here, a nix-store which opens the machine's store; () if none does.
+    With both, that ssh leads from the one to the other.
+    """
+
+    there: tuple[str, ...] = ()
+    here: tuple[str, ...] = ()
+
+
 class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
     where: file:line; text: as it was written; name: what Nix's own hook calls it; slots,
     uploads: what the names of its slot files and of its upload lock begin with, as that hook has
-    them; destination: [user@]host; port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
-    host_key: a line such as "ssh-ed25519 AAAA...", or "".
+    them; destination: [user@]host, "" if it is a store that a program here opens; port: 0 for what
+    ssh finds in its configuration; key: a private key's file, or ""; host_key: a line such as
+    "ssh-ed25519 AAAA...", or ""; ways: to have a session, where only trying shows which of them
+    its login allows.
     """
 
     where: str
@@ -1083,6 +1129,7 @@ class Machine(NamedTuple):
     mandatory: frozenset[str]
     host_key: str
     compress: bool
+    ways: tuple[Way, ...]
 
     @classmethod
     def parse(cls, where: str, text: str, nix: Nix) -> Machine:
@@ -1113,6 +1160,7 @@ class Machine(NamedTuple):
                 mandatory=frozenset(listed(mandatory)),
                 host_key=parse_host_key(pinned),
                 compress=parameters.get("compress") in ("true", "yes", "1"),
+                ways=parse_ways(uri, {*listed(supported), *listed(mandatory)}, nix),
             )
         except ValueError as error:
             raise BadMachine(f"{where}: {error}") from None
@@ -1132,20 +1180,23 @@ def machine_name(uri: str, nix: Nix) -> str:
     """What Nix's own hook calls that machine, in messages and in file names."""
     if nix.old:
         return uri
-    uri = uri if "://" in uri else f"ssh://{uri}"
     base, parameters = split_parameters(uri)
+    if "://" not in base and base not in OWN_STORES and base[:1] != "/":
+        base, uri = f"ssh://{base}", f"ssh://{uri}"
     if nix.since_2_31:  # it parses and renders addresses anew,
         begin, slash, authority = base.rpartition("//")
         user, at, host = authority.rpartition("@")
         host = unquote(host.strip("[]"))
         if is_address(host):
             base = f"{begin}{slash}{user}{at}[{host.replace('%', '%25')}]"
-    if not parameters:
-        return base
-    if nix.since_2_24:  # and parameters
-        pairs = (f"{quote(k)}={quote(v)}" for k, v in sorted(parameters.items()))
-        return f"{base}?{'&'.join(pairs)}"
-    return uri
+    if not nix.since_2_24:
+        return uri if parameters else base
+    if base[:1] == "/" or (base == "local" and parameters):
+        base = f"local://{base.removeprefix('local')}"
+    return with_parameters(base, parameters)  # and parameters
+
+
+OWN_STORES = ("auto", "daemon", "local")  # of this machine, without any scheme
 
 
 def file_name(text: str, *, in_lix: bool = False) -> str:
@@ -1162,19 +1213,21 @@ def file_name(text: str, *, in_lix: bool = False) -> str:
 
 
 def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
-    """[user@]host, port and parameters; ValueError says what is wrong."""
+    """[user@]host, "" for a store here, port and parameters; ValueError says what is wrong."""
     base, parameters = split_parameters(uri)
     scheme, separator, authority = base.rpartition("://")
+    if is_here(base, parameters):
+        return "", 0, parameters
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
-        raise ValueError(f"{uri!r} is not reached by ssh; use ssh://[user@]host[:port]")
+        raise ValueError(
+            f"{uri!r} is no store to build in; use ssh://[user@]host[:port]"
+        )
     user, at, rest = authority.removesuffix("/" if separator else "").rpartition("@")
     if separator:
         user, rest = unquote(user), unquote(rest)
     if at and not is_word(user):
         raise ValueError(f"{user!r} is not a user name")
     host, port = parse_host(rest)
-    if not separator and host in ("auto", "daemon", "local"):
-        raise ValueError(f"{uri!r} is a store of this machine, not another machine")
     if host == "localhost" and not user and not port:
         why = "nix-copy-closure would not use ssh, and builds would wait for themselves"
         raise ValueError(f"'localhost' is this machine: {why}")
@@ -1218,9 +1271,55 @@ def is_word(text: str) -> bool:
     return text[:1] not in ("", "-", "%") and text.isprintable() and not strange
 
 
-# What store URIs may say; only the first three mean something to a hook.
-PARAMETERS = """ssh-key compress base64-ssh-public-host-key max-connections max-connection-age trusted
-path-info-cache-size priority want-mass-query system-features"""
+def is_here(base: str, parameters: dict[str, str]) -> bool:
+    """Whether a program here opens that store.  For Nix, too, localhost is no ssh."""
+    scheme, separator, authority = base.rpartition("://")
+    if scheme in ("local", "unix") or base in OWN_STORES:
+        return True
+    another = authority == "localhost" and "remote-store" in parameters
+    return another or (not separator and base.startswith("/"))
+
+
+# What store URIs may say; only those of the first line mean something to a hook.
+PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remote-store
+max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
+
+
+def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
+    """What that store URI makes of a session.  offered: the features that its line lists;
+    as with Nix's own hook, a store here has no others."""
+    base, parameters = split_parameters(uri)
+    program = parameters.get("remote-program", "").split()
+    store, here = parameters.get("remote-store", ""), is_here(base, parameters)
+    if here and base not in ("localhost", "ssh://localhost"):
+        offered = offered.union(parameters.pop("system-features", "").split())
+        program, store = [], with_parameters(base, parameters)
+    stored = ("--store", store) if store else ()
+    if not "".join([*program, store]).isprintable():
+        raise ValueError("its parameters have characters that cannot be printed")
+    if nix.old and (program or store):  # its programs connect by themselves
+        raise ValueError("Nix 1.x can use only the usual store of a host")
+    serve = (*(program or SERVE[:1]), *SERVE[1:], *stored)
+    if here:
+        features = ("--option", "system-features", " ".join(sorted(offered)))
+        return (Way(here=(*serve, *features)),)
+    if not base.startswith("ssh-ng:") or nix.old:
+        return (Way(for_shell(serve)),)
+    daemon = for_shell((*(program or ["nix-daemon"]), "--stdio", *stored))
+    bridge = Way(daemon, (*SERVE, "--store", "ssh-ng://builder"))
+    return (bridge,) if program else (Way(for_shell(serve)), bridge)
+
+
+def for_shell(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words, quoted for a shell where they must be."""
+    if only("".join(words), PLAIN):
+        return words
+    import shlex
+
+    return tuple(map(shlex.quote, words))
+
+
+SERVE = ("nix-store", "--serve", "--write")
 
 
 def parse_key(text: str) -> str:
@@ -1983,6 +2082,8 @@ class Outages:
             self.end(machine)
         else:
             told = " ".join(printable(decode(words + rest[8:])).split())
+            if len(machine.ways) > 1 and (not told or means(told, "DAEMON")):
+                told = outage.words  # that way is not allowed: it says nothing
             error = heard(Unreachable, told or "no answer")
             if error.lasting is None and told == outage.words:
                 error.lasting = outage.lasting
@@ -2526,11 +2627,22 @@ def pin_host_key(machine: Machine, directory: str) -> str:
 CHATTER = ("Warning:", "** WARNI", "** This ", "** The s")
 
 
+def command_here(way: Way, nix: Nix) -> list[str]:
+    """What a way runs here, if anything.  It builds one thing, and sends nothing on to
+    machines of its own."""
+    if not way.here:
+        return []
+    name, *words = way.here
+    program = name if "/" in name else find_program(name, nix_directories(nix.environ))
+    alone = ("--option", "builders", "", "--option", "max-jobs", "1")
+    return [program, *words, *nix.options(), *alone]
+
+
 class Ssh(NamedTuple):
     """The ssh for one machine: command lines and an environment.
 
     program: its file; own: our options; user: those of NIX_SSHOPTS, and user_text: all of
-    that as it is.
+    that as it is; here: for each of the machine's ways the command that runs here.
     """
 
     machine: Machine
@@ -2539,6 +2651,7 @@ class Ssh(NamedTuple):
     user: tuple[str, ...]
     user_text: str
     environ: dict[str, str]
+    here: tuple[list[str], ...]
 
     @classmethod
     def find(cls, machine: Machine, nix: Nix, directory: str) -> Ssh:
@@ -2552,6 +2665,7 @@ class Ssh(NamedTuple):
             user=tuple(user_ssh_options(nix.environ)),
             user_text=nix.environ.get("NIX_SSHOPTS", ""),
             environ=nix.child_environ(PATH=path),
+            here=tuple(command_here(way, nix) for way in machine.ways),
         )
 
     def options(self, socket: str) -> list[str]:
@@ -2594,9 +2708,14 @@ class Ssh(NamedTuple):
         import zlib
 
         whole = [self.program, *self.own, *self.user, self.machine.destination]
+        whole += [word for way in self.machine.ways for word in (*way.there, *way.here)]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
         data = encode("\0".join(whole))
         return f"{zlib.crc32(data):08x}{zlib.adler32(data):08x}"
+
+    def here_environ(self) -> dict[str, str]:
+        """For a session that runs here, whose store is not the one that Nix is told of."""
+        return {n: text for n, text in self.environ.items() if n != "NIX_REMOTE"}
 
     def copy_environ(self) -> dict[str, str]:
         """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
@@ -2645,6 +2764,41 @@ class Proof(NamedTuple):
         return " ".join(map(str, self))
 
 
+# The ssh that Nix's programs find first in their PATH.  It behaves as an ssh that shares
+# nothing, which every version can use: -O check fails, and it says `started` exactly if
+# it is asked to, be it by an option or, by Lix 2.93.0 (ssh.cc), as if to a shell, which is
+# then told to become nix-store.  Then it becomes the ssh of a session, if the variable has
+# one, a word a line; else it joins nix-copy-closure with us, on descriptors 8 and 9, so
+# that we are the builder to it.  When done, nix-copy-closure kills it.
+STAND_IN = """#!/bin/sh
+case "$*" in *"-O check"*) exit 255;; esac
+case "$*" in
+    *"LocalCommand=echo started"*) echo started;;
+    *RemoteCommand=bash*) while read -r word rest && [ "$word" = echo ]; do echo "$rest"; done;;
+esac
+set -f
+IFS='
+'
+[ -z "$NIX_BUILD_REMOTE_SSH" ] || exec $NIX_BUILD_REMOTE_SSH
+exec 2> /dev/null
+PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
+exec 3<&0
+cat <&3 >&9 8<&- &
+exec cat <&8 3<&- 9>&-
+"""
+
+
+def stand_in(directory: str) -> str | None:
+    """A folder in that directory whose only program is the stand-in for ssh; None if it
+    cannot be written, or nothing may be executed there."""
+    folder = f"{directory}/bin-{checksum(STAND_IN)}"
+    program = f"{folder}/ssh"
+    with suppress(OSError):
+        os.makedirs(folder, 0o700, exist_ok=True)
+        keep(program, STAND_IN, 0o700)
+    return folder if os.access(program, os.X_OK) else None
+
+
 ALONE = "none"  # in place of a control socket, for ssh too: nothing is shared
 
 
@@ -2661,6 +2815,7 @@ class Connection:
     NAME-N.S       the lock of seat S; behind that name .spare, .in, .out, .err: see Spare
     NAME.seats     how many sessions sshd allows it, if that was fewer than SEATS
     NAME.tells     whether nix-store there takes --log-format: "1", "0" if it does not
+    NAME.way       the number of that of the machine's ways which its login allows
     """
 
     def __init__(self, ssh: Ssh, programs: Programs, socket: str) -> None:
@@ -2674,6 +2829,8 @@ class Connection:
 
     def proof(self) -> Proof | None:
         """That somebody has talked with nix-store over this very connection, if so."""
+        if self.socket == ALONE:
+            return None
         proof = Proof.parse(read_private(f"{self.socket}.proved") or "")
         return proof if proof and is_alive(proof.pid, proof.start) else None
 
@@ -2723,6 +2880,8 @@ class Connection:
 
     def start(self) -> None:
         """Begin to connect, unless somebody already does, or it is up."""
+        if self.socket == ALONE:
+            return
         with Lock(f"{self.socket}.start") as lock:
             while not lock.hold():  # it is a master's, or of one who just looks
                 if not lock.is_free():
@@ -2820,7 +2979,7 @@ class Spare:
         try:
             options: dict[str, Any] = {"stdin": pipes[3], "stdout": pipes[1]}
             options.update(stderr=pipes[2], start_new_session=True)
-            ssh = seat.serve(**options)
+            ssh = seat.serve(tells=seat.tells(), **options)
             program = find_program("sleep", program_directories(seat.ssh.environ))
             options = {"stdout": pipes[4], "start_new_session": True}
             command, environ = [program, str(SPARE_S)], seat.ssh.environ
@@ -2888,6 +3047,16 @@ class Spare:
             if is_alive(*self.ssh):
                 os.kill(int(self.ssh[0]), SIGTERM)
 
+    terminate = kill
+
+
+def with_log_format(command: Iterable[str], tells: bool) -> list[str]:
+    """That command of nix-store; tells: with the option to tell of its activities."""
+    words = [*command]
+    place = words.index("--serve")
+    more = ["--log-format", "internal-json"] if tells else []
+    return [*words[:place], *more, *words[place:]]
+
 
 class Seat:
     """One hook's right to a session with a machine, over a connection if there is one.
@@ -2901,6 +3070,25 @@ class Seat:
         self.connection = Connection(ssh, programs, ALONE)
         self.number = 0  # of the seat on its connection
         self.lock: Lock | None = None
+        known = read_private(f"{self.base}.way") if len(ssh.machine.ways) > 1 else "0"
+        self.is_known = known in ("0", "1")  # whether the way has led to a session
+        self.chosen = int(known == "1")  # the number of the way that we take
+
+    @property
+    def way(self) -> Way:
+        """The way to a session that we take."""
+        return self.ssh.machine.ways[self.chosen]
+
+    def turn(self) -> bool:
+        """Take the other way from now on; False if there is none."""
+        self.chosen = len(self.ssh.machine.ways) - 1 - self.chosen
+        return len(self.ssh.machine.ways) > 1
+
+    def keep_way(self) -> None:
+        """Let all hooks take this way, which has led to a session."""
+        if len(self.ssh.machine.ways) > 1:
+            with suppress(OSError):  # a full disk
+                keep(f"{self.base}.way", str(self.chosen))
 
     def take(self) -> None:
         """Take one on the first connection that has one; with the last seat of one, the
@@ -2927,7 +3115,8 @@ class Seat:
 
     def over(self, number: int) -> Connection:
         """That connection to the machine."""
-        return Connection(self.ssh, self.programs, f"{self.base}-{number}")
+        socket = f"{self.base}-{number}" if self.way.there else ALONE
+        return Connection(self.ssh, self.programs, socket)
 
     def allowed(self) -> int:
         """How many sessions a connection to this machine may have."""
@@ -2973,21 +3162,50 @@ class Seat:
         """nix-store on the machine: the spare one of our seat, or a new one."""
         file = f"{self.connection.socket}.{self.number}"
         spare = Spare.take(self.connection, file) if self.lock else None
-        return spare or self.serve()
-
-    def serve(self, **options: Any) -> subprocess.Popen[bytes]:
-        """Start nix-store on the machine, which is to tell of its activities if it can."""
-        more = ("--log-format", "internal-json") if self.tells() else ()
-        return self.start("nix-store", *more, "--serve", "--write", **options)
+        return spare or self.serve(tells=self.tells())
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the machine, with pipes, but for what the options say."""
+        return self.launch(self.command(*remote), self.ssh.environ, options)
+
+    def command(self, *remote: str) -> list[str]:
+        """The command line that runs it there."""
         socket, defaults = self.connection.socket, ssh_defaults()
         if socket == ALONE:
             defaults = self.ssh.defaults(self.programs, patient=True)
-        command = self.ssh.session(socket, defaults, *remote)
+        return self.ssh.session(socket, defaults, *remote)
+
+    def launch(
+        self, command: list[str], environ: dict[str, str], options: dict[str, Any]
+    ) -> subprocess.Popen[bytes]:
+        """The same of a program here."""
         piped = [name for name in ("stdin", "stdout", "stderr") if name not in options]
-        return self.programs.start(command, self.ssh.environ, *piped, **options)
+        return self.programs.start(command, environ, *piped, **options)
+
+    def serve(self, *, tells: bool = False, **options: Any) -> subprocess.Popen[bytes]:
+        """Start what speaks the serve protocol for the machine's store; tells: it shall tell of
+        its activities.  A nix-store here is not to be killed with us: it hears that we end,
+        and ends its build."""
+        way, environ = self.way, self.ssh.here_environ()
+        if not way.here:
+            return self.start(*with_log_format(way.there, tells), **options)
+        if way.there:
+            directory = os.path.dirname(self.base)
+            if not (folder := stand_in(directory)):
+                raise Error(f"nothing can be executed in {directory}")
+            environ["PATH"] = f"{folder}:{environ['PATH']}"
+            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(self.command(*way.there))
+        options = {"start_new_session": True, **options}
+        command = with_log_format(self.ssh.here[self.chosen], tells)
+        return self.launch(command, environ, options)
+
+    def margin_s(self) -> float:
+        """How long after Nix's limits a build there ends because of them.  Others than root
+        mostly have a daemon build it."""
+        if self.way.here:
+            return HERE_MARGIN_S
+        configured = self.ssh.configured(self.programs).splitlines()
+        return MARGIN_S if "user root" in configured else DAEMON_MARGIN_S
 
 
 # ---- Session ------------------------------------------------------------------------
@@ -3128,7 +3346,7 @@ class Session:
         self.is_useful = False  # whether it has answered anything
         # How long a running build may take, and say nothing; 0 for any time.
         self.limits: tuple[int, int] = (0, 0)
-        self.margin_s = 0  # which the builder has to end it, beyond that
+        self.margin_s = 0.0  # which the builder has to end it, beyond that
         self.is_silent = True  # whether the running build has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
         self.process = seat.session()
@@ -3178,7 +3396,7 @@ class Session:
         if self.tells:
             self.seat.note_tells(False)
         line = printable(decode(begin)).strip()
-        error = SessionLost(f"it says {line!r} before nix-store's own words")
+        error = Refused(f"it says {line!r} before nix-store's own words")
         remedy = (
             "a start-up file there may print nothing; or is USER's shell none? as root"
         )
@@ -3310,7 +3528,7 @@ class Session:
             self.process.kill()
         self.drain()
         lines = decode(self.tail).split("\n")
-        if self.version:  # the rest is the build's log, which Nix has got
+        if self.is_useful:  # the rest is the build's log, which Nix has got
             lines = [line[-OUTAGE_LIMIT // 2 :] for line in lines[-2:]]
         else:
             lines.append(printable(decode(bytes(self.inbox))))
@@ -3324,15 +3542,17 @@ class Session:
         words = self.last_words()
         status = self.process.returncode
         began = "the connection was lost: " if self.version and status == 255 else ""
-        text = f"{began}{words or 'the session ended'} (ssh's exit status {status})"
+        who = "nix-store" if self.seat.way.here else "ssh"
+        text = f"{began}{words or 'the session ended'} ({who}'s exit status {status})"
         fresh = not self.is_useful and 0 <= status <= 128
+        speaker = "ssh" if status == 255 else "far" if fresh else ""
+        error = heard(Refused if speaker == "far" else SessionLost, text, speaker)
         if fresh and self.tells:
             self.seat.note_tells(False)
-        error = heard(
-            SessionLost, text, "ssh" if status == 255 else "far" if fresh else ""
-        )
         if status == 255 and not self.version and not words:
             error.lasting, error.remedy = None, HIDDEN
+        if fresh and status == 0 and not words:  # so ends nix-daemon for other users
+            error.meaning, error.remedy = "DAEMON", DAEMON
         return error
 
     def ask_no_more(self) -> None:
@@ -3347,7 +3567,11 @@ class Session:
         self.drain()
 
     def cancel(self) -> None:
-        """End it at once: when its ssh ends, the builder cancels the build."""
+        """End it at once: when its ssh ends, the builder cancels the build.  A nix-store here
+        ends its own build, if it may."""
+        if self.seat.way.here and self.process.returncode is None:
+            self.process.terminate()
+            status_within(self.process, CANCEL_S)
         end(self.process)
 
     def ask_valid(self, paths: Iterable[str], substitute: bool = False) -> Answer:
@@ -3433,11 +3657,8 @@ class Session:
         self.limits = nix.number("timeout"), nix.number("max-silent-time")
         self.first = self.last = time.monotonic()
         self.is_silent = True
-        if any(
-            self.limits
-        ):  # others than root mostly have a daemon build, see DAEMON_MARGIN_S
-            configured = self.seat.ssh.configured(self.seat.programs).splitlines()
-            self.margin_s = MARGIN_S if "user root" in configured else DAEMON_MARGIN_S
+        if any(self.limits):
+            self.margin_s = self.seat.margin_s()
         try:
             return read_integer(self.read)
         finally:
@@ -3573,8 +3794,10 @@ class Site:
         """Have nix-store on the machine answer a question, over a connection of its own,
         into that file, in the background; returns the process of its ssh."""
         seat = self.new_seat(machine)
-        options = {"stdout": output, "stderr": output, "start_new_session": True}
-        process = seat.start("nix-store", "--serve", "--write", **options)
+        if not seat.is_known:
+            seat.chosen = os.urandom(1)[0] % len(machine.ways)
+        options: dict[str, Any] = {"stdout": output, "stderr": output}
+        process = seat.serve(start_new_session=True, **options)
         if process.stdin:
             process.stdin.write(GREETING + valid_question([], False))
             process.stdin.close()
@@ -3583,29 +3806,6 @@ class Site:
 
 # ---- Copying ------------------------------------------------------------------------
 
-# What matters to a program that reads or writes the local store.  The build users'
-# group goes along because opening the store as root gives the store to that group.
-PASSED_SETTINGS = """build-users-group experimental-features auto-optimise-store
-use-case-hack fsync-metadata fsync-store-paths sync-before-registering use-sqlite-wal
-allow-symlinked-store ignored-acls min-free max-free"""
-
-# The ssh that nix-copy-closure finds first in its PATH: it joins that program with us, on
-# descriptors 8 and 9, so that we are the builder to it.  It behaves as an ssh that shares
-# nothing, which every version can use: -O check fails, and it says `started` exactly if
-# it is asked to, be it by an option or, by Lix 2.93.0 (ssh.cc), as if to a shell, which is
-# then told to become nix-store.  When done, nix-copy-closure kills it.
-STAND_IN = """#!/bin/sh
-case "$*" in *"-O check"*) exit 255;; esac
-exec 2> /dev/null
-case "$*" in
-    *"LocalCommand=echo started"*) echo started;;
-    *RemoteCommand=bash*) while read -r word rest && [ "$word" = echo ]; do echo "$rest"; done;;
-esac
-PATH=$PATH:/usr/bin:/bin:/run/current-system/sw/bin
-exec 3<&0
-cat <&3 >&9 8<&- &
-exec cat <&8 3<&- 9>&-
-"""
 LONGER = "size mismatch importing what the builder has"
 JOINED = (8, 9)  # sh knows only descriptors of one digit
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
@@ -4053,18 +4253,15 @@ class Copier:
             self.target = "builder" if site.copy_version >= (2,) else self.target
             self.environ["PATH"] = f"{folder}:{self.environ['PATH']}"
 
-    def options(self) -> list[str]:
-        """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
-        settings = self.nix.settings
-        known = [name for name in PASSED_SETTINGS.split() if name in settings]
-        return [word for name in known for word in ("--option", name, settings[name])]
-
     # Sending
 
     def send(self, paths: set[str], substitute: bool, there: set[str]) -> None:
         """Copy the closures of these paths to the builder, of which it has those."""
+        if not self.is_joined and self.session.seat.way.there != SERVE:
+            where = f"nothing can be executed in {self.site.directory}"
+            raise Error(f"{where}, as is needed to send to that store")
         flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
-        command = [self.program, *flags, self.target, *self.options()]
+        command = [self.program, *flags, self.target, *self.nix.options()]
         there, lacking = set(there), paths - there
         for batch in batches(sorted(paths)):
             copy = Copy(self.programs, [*command, *batch], self.environ, self.is_joined)
@@ -4154,9 +4351,9 @@ class Copier:
         environ = dict(self.environ)
         if self.site.copy_version < (2, 29):
             environ["NIX_HELD_LOCKS"] = " ".join(paths)
-        command = [self.store_program, "--import", *self.options()]
+        command = [self.store_program, "--import", *self.nix.options()]
         if self.fetches_joined:
-            command = [self.program, "--from", self.target, *self.options(), *paths]
+            command = [self.program, "--from", self.target, *self.nix.options(), *paths]
         return Copy(self.programs, command, environ, self.fetches_joined)
 
     def prepare_to_fetch(self, outputs: list[str]) -> None:
@@ -4259,17 +4456,6 @@ def in_order(infos: dict[str, PathInfo]) -> list[str]:
             raise Spoilt("its outputs refer to each other in a circle")
         order += sorted(free)
     return order
-
-
-def stand_in(directory: str) -> str | None:
-    """A folder in that directory whose only program is the stand-in for ssh; None if it
-    cannot be written, or nothing may be executed there."""
-    folder = f"{directory}/bin-{checksum(STAND_IN)}"
-    program = f"{folder}/ssh"
-    with suppress(OSError):
-        os.makedirs(folder, 0o700, exist_ok=True)
-        keep(program, STAND_IN, 0o700)
-    return folder if os.access(program, os.X_OK) else None
 
 
 def batches(paths: list[str]) -> Iterator[list[str]]:
@@ -4390,30 +4576,49 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     """A session to build that derivation in, which it is asked for; if the connection
     is proved, that is not answered yet, so that the next question can go along.
 
-    Raises Unreachable.
+    Raises Unreachable, if there is another way only after that has failed, too.
     """
     deadline = time.monotonic() + patience_s
     seat.connect(min(LOGIN_TIMEOUT_S, patience_s))
-    left = max(1.0, deadline - time.monotonic())
+    try:
+        return open_in_one_way(site, seat, path, deadline)
+    except Refused as error:
+        first = error
+        if not seat.turn():
+            raise error.become(Unreachable) from None
+    except SessionLost as error:
+        raise error.become(Unreachable) from None
+    try:
+        return open_in_one_way(site, seat, path, deadline)
+    except SessionLost as error:
+        if first.meaning == "DAEMON":  # the right way is this
+            seat.keep_way()
+            raise error.become(Unreachable) from None
+        seat.turn()
+        raise first.become(Unreachable) from None
+
+
+def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
+    """The same in the way that the seat takes; raises SessionLost, too."""
     session: Session | None = None
     try:
+        left = max(1.0, deadline - time.monotonic())
         session = Session(seat, min(GREETING_TIMEOUT_S, left))
         answer = session.ask_valid([path])
         if session.proof:
             return session
         if session.first_answer(answer):
             make_sure_of_another_store(site, session)
+        seat.keep_way()
         seat.connection.prove(session.spoken)
         if session.spoken >= 0x207:  # from Nix 2.4 on
             seat.note_tells(True)
         return session
-    except BaseException as error:
+    except BaseException:
         if session:
             session.cancel()
         if session and session.tells and not seat.tells():  # it was refused that
-            return open_session(site, seat, path, left)
-        if isinstance(error, SessionLost):
-            raise error.become(Unreachable) from None
+            return open_in_one_way(site, seat, path, deadline)
         raise
 
 
@@ -4750,14 +4955,15 @@ class Attempt:
         """In the words of the stock hook, for which Nix's own tests look."""
         if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
             text = "The failed build directory was kept on the remote builder due to"
-            self.talk.say(WARN, f"{text} `--keep-failed`.")
+            self.talk.say(WARN, f"{text} `--keep-failed`: '{self.machine.name}'.")
 
     def verdict(self, status: int, message: str) -> Error:
         """What a build that failed with that status has come to."""
-        # A daemon there quotes the log, which Nix has already: ...; last 9 log lines: ...
-        message, quotes, _ = message[:TAIL_BYTES].partition(" log lines:")
-        if quotes:
-            message = message.rstrip(DIGITS + " ")[: -len("last")].rstrip(" ;\n")
+        # A daemon there quotes the log, which Nix mostly has: ...; last 9 log lines: ...
+        message = message[:TAIL_BYTES]
+        head, quotes, _ = message.partition(" log lines:")
+        if quotes and not self.session.is_silent:
+            message = head.rstrip(DIGITS + " ")[: -len("last")].rstrip(" ;\n")
         if status == MISC:
             status = self.status_told(message)
         message = message or "the log says why"
@@ -4769,11 +4975,6 @@ class Attempt:
             message = " ".join(message.split())
             message += f"; {self.machine.where} says that it can build this"
         may_move = status in (REJECTED, TRANSIENT, MISC)
-        is_told = self.nix.enabled("keep-failed") and self.session.spoken >= 0x207
-        if is_told and not may_move:
-            self.talk.say(
-                WARN, f"its folder is kept on '{self.machine.name}', not here"
-            )
         return NotHere(message, verdict) if may_move else verdict
 
     def status_told(self, message: str) -> int:
@@ -4996,8 +5197,9 @@ class Hook:
         machines, complaints = load_machines(self.nix)
         if self.origin:
             from_there = {self.origin}  # or who knows
-            found = {m: addresses(m.host) or from_there for m in machines}
-            self.back = {m for m in machines if self.origin in found[m]}
+            others = [m for m in machines if m.destination]
+            found = {m: addresses(m.host) or from_there for m in others}
+            self.back = {m for m in others if self.origin in found[m]}
         if machines:
             slots = Slots.find(self.nix, lambda text: self.talk.say(WARN, text))
             slots.make()
@@ -5416,7 +5618,7 @@ def where_machines_stand(nix: Nix) -> str:
 def label(machine: Machine) -> str:
     """What people call it."""
     port = f":{machine.port}" if machine.port else ""
-    return f"{machine.destination}{port}"
+    return f"{machine.destination}{port}" or machine.text.split()[0]
 
 
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
@@ -5427,7 +5629,7 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
     for word in words:
         found = [m for m in known if word in (m.host, m.text.split()[0], m.destination)]
         if not found:
-            there = ", ".join(machine.host for machine in known) or "none"
+            there = ", ".join(m.host or label(m) for m in known) or "none"
             where = f"is listed in {where_machines_stand(nix)}"
             raise Error(f"no machine {word!r} {where}; there are: {there}")
         chosen += found
@@ -5444,10 +5646,10 @@ echo "begin ."
 echo "path $PATH"
 echo "user $(id -un)"
 echo "found $(command -v nix-store)"
-echo "nix $(nix-store --version)"
 for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
     /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
-do [ -x "$place/nix-store" ] && echo "place $place/nix-store"; done
+do [ -x "$place/nix-store" ] && echo "place $place/nix-store" && PATH=$PATH:$place; done
+echo "nix $(nix-store --version)"
 echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
 echo "load $(uptime)"
 echo "time $(date +%s)"
@@ -5494,6 +5696,7 @@ class Inspection:
             directory = ssh_directory(self.slots.path)
             self.ssh = Ssh.find(self.machine, self.nix, directory)
             self.seat = Seat(self.ssh, self.programs, directory)
+            self.seat.chosen = 0  # what was found out before may have changed
             steps = (self.log_in, self.find_nix, self.measure, self.build)
             all(step() for step in steps)  # until one says no
         except (Error, OSError, ValueError) as error:
@@ -5533,6 +5736,10 @@ class Inspection:
         import subprocess
 
         self.phase = "logging in"
+        if not self.seat.way.there:
+            for what in ("ssh", "login"):
+                self.add(what, UNKNOWN, "-", "it is a store here")
+            return True
         key = os.path.expanduser(self.machine.key)
         if key and "%" not in key and not os.path.isfile(key):
             make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key(key)}"
@@ -5611,7 +5818,8 @@ class Inspection:
         from timeit import repeat
 
         self.phase = "asking nix-store"
-        if "begin" in self.facts and not self.facts.get("found"):
+        is_usual = self.seat.way.there[:1] == SERVE[:1]
+        if "begin" in self.facts and not self.facts.get("found") and is_usual:
             return self.no_nix()
         session = Session(self.seat, GREETING_TIMEOUT_S)
         try:
@@ -5619,6 +5827,8 @@ class Inspection:
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
             self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
         except SessionLost as error:
+            if isinstance(error, Refused) and self.seat.turn() and self.seat.chosen:
+                return self.find_nix()
             if "begin" in self.facts:
                 self.logged_in()
             remedy = error.remedy_for(self.machine.destination)
@@ -5630,14 +5840,20 @@ class Inspection:
             self.seat.over(number).retire()
         with suppress(OSError):
             remove(f"{self.seat.base}.seats")
+        self.seat.keep_way()
         Outages(self.slots).end(self.machine)
         version = self.facts.get("nix", "").rpartition(" ")[2]
         protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
         text = f"nix-store {version}, serve protocol {protocol}"
+        if self.seat.way.here and self.seat.way.there:
+            text = "that login allows only nix-daemon, with which nix-store here talks"
+            return self.add("nix", OK, version or "daemon", text)
         return self.add("nix", OK, version or protocol, text)
 
     def logged_in(self, round_trip: str = "") -> None:
-        """Note that ssh works."""
+        """Note that ssh works, if that is what we use."""
+        if self.found:
+            return
         text = f"reached, round trip {round_trip}" if round_trip else "reached"
         self.add("ssh", OK, round_trip or "ok", text)
         user = self.facts.get("user")
@@ -5645,11 +5861,15 @@ class Inspection:
 
     def no_nix(self) -> bool:
         """Note that a login finds no nix-store, and what to do."""
-        user, place = self.facts.get("user", ""), self.facts.get("place", "")
+        place = self.facts.get("place", "")
         remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
         if place and only(place, PLAIN):  # people will paste it
+            uri = self.machine.text.split()[0]
+            uri = uri if "://" in uri else f"ssh://{uri}"
+            uri = uri.replace("ssh-ng://", "ssh://")  # for which it means nix-daemon
+            uri += f"{'&' if '?' in uri else '?'}remote-program={place}"
             line = f"ln -s {place} /usr/local/bin/"
-            remedy = self.ssh_line(line) if user == "root" else f"as root there: {line}"
+            remedy = f"in {self.machine.where}, write {uri}; or as root there: {line}"
         self.logged_in()
         text = "no nix-store in the PATH of a login without a terminal"
         return self.add("nix", WRONG, "NONE", text, remedy)
@@ -5658,8 +5878,11 @@ class Inspection:
         """What the builder says of itself, beside what is claimed here."""
         if "begin" in self.facts:
             return all([self.offers(), self.disk(), self.clock(), self.cores()])
+        text = "that login allows nothing but nix-store"
+        if not self.seat.way.there:
+            text = "it is a store here"
         for what in ("offers", "disk", "clock", "cores"):
-            self.add(what, UNKNOWN, "-", "that login allows nothing but nix-store")
+            self.add(what, UNKNOWN, "-", text)
         return True
 
     def offers(self) -> bool:

@@ -494,6 +494,7 @@ class Taker:
             slot.free()
             locks = hook.OutputLocks(self.new.store, [])
             attempt = hook.Attempt(self.sites[1], wanted, locks, slot)
+            attempt.session = session
             raise attempt.verdict(status, message)
         return 0x200 <= (session.version or 0) <= 0x207
 

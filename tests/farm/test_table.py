@@ -188,11 +188,11 @@ def test_without_machines_2x_is_told_once_and_for_all(nix: Caller) -> None:
 
 
 def test_a_bad_line_costs_only_that_machine_and_is_told_once(nix: Caller) -> None:
-    nix.machines("ssh://b1?remote-program=x", f"b2 {SYSTEM} - 4")
+    nix.machines("ssh://b1?colour=blue", f"b2 {SYSTEM} - 4")
     outcome = nix.build(some(3))
     assert nix.built_on(outcome) == {"b2"}
     assert outcome.log.count(f"{MACHINES}:1: ") == 1
-    assert "parameter 'remote-program'" in outcome.log
+    assert "parameter 'colour'" in outcome.log
 
 
 def test_what_no_machine_can_build_nix_builds_itself_in_silence(nix: Caller) -> None:

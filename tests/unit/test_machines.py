@@ -12,6 +12,7 @@ from nix_build_remote import (
     Machine,
     Nix,
     Slots,
+    Way,
     file_name,
     load_machines,
 )
@@ -175,6 +176,68 @@ def test_parameters_that_change_nothing_here_are_accepted() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        ("", "nix-store --serve --write"),
+        ("?remote-program=srun%20nix-store", "srun nix-store --serve --write"),
+        ("?remote-program=/my$x", "'/my$x' --serve --write"),
+        ("?remote-store=/s", "nix-store --serve --write --store /s"),
+        (
+            "?remote-store=/s?system-features=kvm%20b&compress=true",
+            "nix-store --serve --write --store '/s?system-features=kvm b'",
+        ),
+    ],
+)
+def test_a_session_is_what_the_parameters_say(parameters: str, words: str) -> None:
+    """Quoted for the shell there; a store may have parameters of its own."""
+    (way,) = parse(f"ssh://b1{parameters}", NIX_2_24).ways
+    assert " ".join(way.there) == words and not way.here
+
+
+@pytest.mark.parametrize(
+    "line, store, features",
+    [
+        ("/mnt/store", "/mnt/store", ""),
+        ("/mnt/s?system-features=c%20d - - 1 1 b a", "/mnt/s", "a b c d"),
+        ("local?root=/r&real=/s", "local?real=/s&root=/r", ""),
+        ("unix:///run/nix.socket", "unix:///run/nix.socket", ""),
+        ("auto - - 1 1 kvm", "auto", "kvm"),
+        ("localhost?remote-store=/s?x=y - - 1 1 a", "/s?x=y", "a"),
+        ("ssh://localhost?remote-store=/s&remote-program=nix-store", "/s", ""),
+    ],
+)
+def test_a_store_here_is_opened_by_a_program_here(
+    line: str, store: str, features: str
+) -> None:
+    machine = parse(line, NIX_2_24)
+    command = ("nix-store", "--serve", "--write", "--store", store)
+    words = (*command, "--option", "system-features", features)
+    assert (machine.ways, machine.destination) == ((Way((), words),), "")
+
+
+@pytest.mark.parametrize(
+    "parameters, serve, daemon",
+    [
+        ("", "nix-store --serve --write", "nix-daemon --stdio"),
+        (
+            "?remote-store=/s%20t",
+            "nix-store --serve --write --store '/s t'",
+            "nix-daemon --stdio --store '/s t'",
+        ),
+        ("?remote-program=/x%20nix-daemon", None, "/x nix-daemon --stdio"),
+    ],
+)
+def test_what_speaks_the_daemons_protocol_is_reached_by_a_nix_store_here(
+    parameters: str, serve: str | None, daemon: str
+) -> None:
+    """Where its program is named, that speaks no other."""
+    ways = parse(f"ssh-ng://b1{parameters}", NIX_2_24).ways
+    here = "nix-store --serve --write --store ssh-ng://builder"
+    found = [(" ".join(way.there), " ".join(way.here)) for way in ways]
+    assert found == [*([(serve, "")] if serve else []), (daemon, here)]
+
+
 # -- What is refused ------------------------------------------------------------------
 
 
@@ -183,17 +246,15 @@ def test_parameters_that_change_nothing_here_are_accepted() -> None:
     [
         ("localhost", "'localhost' is this machine"),
         ("ssh://localhost", "'localhost' is this machine"),
-        ("ssh://b1?remote-store=/mnt", "'remote-store'"),
-        ("ssh://b1?remote-program=nix", "'remote-program'"),
+        ("ssh://b1?remote-store=/mnt", "Nix 1.x can use only the usual store"),
+        ("ssh://b1?remote-program=nix", "Nix 1.x can use only the usual store"),
         ("ssh://b1?colour=blue", "'colour'"),
-        ("/mnt/store", "'/mnt/store' is not reached by ssh"),
-        ("auto", "'auto' is a store of this machine"),
-        ("local", "'local' is a store of this machine"),
-        ("daemon", "'daemon' is a store of this machine"),
         ("ssh://b1/nix/store", "is not a host"),
-        ("unix:///run/nix.socket", "is not reached by ssh"),
-        ("https://cache.example.org", "is not reached by ssh"),
-        ("://b1", "is not reached by ssh"),
+        ("/mnt/store", "Nix 1.x can use only the usual store"),
+        ("auto", "Nix 1.x can use only the usual store"),
+        ("mnt/store", "'mnt/store' is no store to build in"),
+        ("https://cache.example.org", "is no store to build in"),
+        ("://b1", "is no store to build in"),
         ("ssh://", "is not a host name"),
         ("nix@", "is not a host name"),
         ("-oProxyCommand=evil", "'-oProxyCommand=evil' is not a host name"),
@@ -402,6 +463,17 @@ class TestASlip:
         (NIX_2_24, "ssh://b1?priority=%2b1", "ssh:__b1?priority=%2B1"),
         (LIX, "b1", "ssh:__b1-1k0ypn568k8hki3p"),
         (LIX, f"ssh://{'b' * 60}", f"ssh:__{'b' * 42}-1vk6fiagcvi6xbh1"),
+        (NIX_2_3, "/s/m", "_s_m"),
+        (NIX_2_24, "/s/m", "local:___s_m"),
+        (NIX_2_3, "local?root=/r", "local?root=_r"),
+        (NIX_2_24, "local?root=/r", "local:__?root=_r"),
+        (NIX_2_24, "auto", "auto"),
+        (NIX_2_24, "unix:///run/s", "unix:___run_s"),
+        (
+            NIX_2_24,
+            "ssh://localhost?remote-store=/s?x=y z",
+            "ssh:__localhost?remote-store=_s?x%3Dy",
+        ),
     ],
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -> None:
