@@ -2945,6 +2945,9 @@ class Connection:
                 remove(self.socket)
 
 
+PIPE = os.O_CLOEXEC | os.O_NOFOLLOW  # how a named pipe is opened
+
+
 class Spare:
     """A session on a seat, begun beforehand: what stands for its ssh, as subprocess.Popen does
     for one of ours.
@@ -2967,23 +2970,14 @@ class Spare:
     @staticmethod
     def begin(seat: Seat, file: str, proof: Proof) -> None:
         """Begin one on the seat of that file, which we hold."""
-        names = [f"{file}.{end}" for end in ("in", "out", "err")]
-        for name in names:
-            remove(name)
-            os.mkfifo(name, 0o600)
-        # Opened for both, a named pipe waits for nobody; ssh may say something before
-        # somebody listens, but whether it still reads must show.
-        ways = (os.O_RDWR, os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_WRONLY)
-        opened = zip((*names, names[0], names[0]), ways)
-        pipes = [os.open(name, way | os.O_CLOEXEC) for name, way in opened]
+        program = find_program("sleep", program_directories(seat.ssh.environ))
+        command, environ = [program, str(SPARE_S)], seat.ssh.environ
+        reads, output, error, writes = pipes = Spare.make_pipes(file)
+        options: dict[str, Any] = {"start_new_session": True, "stderr": error}
         try:
-            options: dict[str, Any] = {"stdin": pipes[3], "stdout": pipes[1]}
-            options.update(stderr=pipes[2], start_new_session=True)
-            ssh = seat.serve(tells=seat.tells(), **options)
-            program = find_program("sleep", program_directories(seat.ssh.environ))
-            options = {"stdout": pipes[4], "start_new_session": True}
-            command, environ = [program, str(SPARE_S)], seat.ssh.environ
-            keeper = seat.programs.start(command, environ, **options)
+            tells = seat.tells()
+            ssh = seat.serve(tells=tells, stdin=reads, stdout=output, **options)
+            keeper = seat.programs.start(command, environ, stdout=writes, **options)
         finally:
             for pipe in pipes:
                 os.close(pipe)
@@ -2991,6 +2985,22 @@ class Spare:
         for process in (keeper, ssh):
             pids += [str(process.pid), start_time(process.pid)]
         write_private(f"{file}.spare", " ".join(pids), lasting=False)
+
+    @staticmethod
+    def make_pipes(file: str) -> tuple[int, int, int, int]:
+        """What ssh reads, where it writes, where it complains, and what writes to it."""
+        names = [f"{file}.{end}" for end in ("in", "out", "err")]
+        for name in names:
+            remove(name)
+            os.mkfifo(name, 0o600)
+        # Opened for both, a named pipe waits for nobody, and may be written before somebody
+        # listens; but whether ssh still reads must show.
+        output, error, both = (os.open(names[n], PIPE | os.O_RDWR) for n in (1, 2, 0))
+        reads, writes = (
+            os.open(names[0], PIPE | w) for w in (os.O_RDONLY, os.O_WRONLY)
+        )
+        os.close(both)
+        return reads, output, error, writes
 
     @staticmethod
     def at(file: str, proof: Proof | None) -> list[str]:
@@ -3012,8 +3022,7 @@ class Spare:
                 ("out", os.O_RDONLY),
                 ("err", os.O_RDONLY),
             ):
-                flags = way | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
-                pipes.append(os.open(f"{file}.{name}", flags))
+                pipes.append(os.open(f"{file}.{name}", PIPE | way | os.O_NONBLOCK))
             whole = all(stat.S_ISFIFO(os.fstat(pipe).st_mode) for pipe in pipes)
             # What it reads was open all the time if its keeper still lives.
             if whole and (pids := cls.at(file, proof)):
@@ -3109,9 +3118,14 @@ class Seat:
     def places(self, seats: int) -> list[int]:
         """All seats, those with spare sessions first."""
         names = {*os.listdir(os.path.dirname(self.base))}
-        base, order = os.path.basename(self.base), range(CONNECTIONS * seats)
-        spare = [f"{base}-{p // seats}.{p % seats}.spare" in names for p in order]
-        return sorted(order, key=lambda place: not spare[place])
+
+        def has_none(place: int) -> bool:
+            number, seat = divmod(place, seats)
+            file = f"{self.base}-{number}.{seat}"
+            is_noted = f"{os.path.basename(file)}.spare" in names
+            return not (is_noted and Spare.at(file, self.over(number).proof()))
+
+        return sorted(range(CONNECTIONS * seats), key=has_none)
 
     def over(self, number: int) -> Connection:
         """That connection to the machine."""
@@ -3147,16 +3161,17 @@ class Seat:
     def prepare(self) -> None:
         """Begin a session for who comes next, on the first free seat, if that is of use."""
         proof = self.connection.proof()
-        # What cannot be known from a later namesake might be ended in its place.
+        # A process of which the system tells no start might be a later namesake.
         if not proof or not proof.is_far or proof.start == "-":
             return
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed() - 1)]
         empty = [file for file in files if not Spare.at(file, proof)]
+        if len(empty) <= len(files) - SPARES:
+            return
         with suppress(Error, OSError):  # a full disk
-            for file in empty if len(empty) > len(files) - SPARES else ():
-                if lock := Lock.take(file):
-                    with lock:
-                        return Spare.begin(self, file, proof)
+            if lock := next(filter(None, map(Lock.take, empty)), None):
+                with lock:
+                    Spare.begin(self, lock.path, proof)
 
     def session(self) -> subprocess.Popen[bytes] | Spare:
         """nix-store on the machine: the spare one of our seat, or a new one."""

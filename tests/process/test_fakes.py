@@ -503,7 +503,8 @@ def test_another_machine_builds_what_one_lost_after_an_early_accept(
     client.environ["FAKE_HOST"] = "b1"
     answer = misbehave(connected(client), "refuse").build()
     hosts = [call.destination[-2:] for call in client.sessions()]
-    assert (answer.status, hosts) == (0, ["b1", "b1", "b2"])
+    # On a slow machine, whether b1 has come back may have been looked at, too.
+    assert (answer.status, hosts[:2], hosts[-1]) == (0, ["b1", "b1"], "b2")
 
 
 def test_a_loss_after_an_early_accept_is_told_with_its_words(client: Client) -> None:
