@@ -520,3 +520,34 @@ def test_a_daemon_that_may_not_be_reached_is_no_wrong_key(quote: str) -> None:
         error.lasting is False and "systemctl start nix-daemon.socket" in error.remedy
     )
     assert "key" in heard(Error, "Permission denied (publickey).").remedy
+
+
+DRV = "/nix/store/g8kcl4454zr4fc4isbkn2b3cdwj12qdj-a.drv"
+
+
+@pytest.mark.parametrize(
+    "words, meaning",
+    [
+        (f"error: builder for '{DRV}' failed with exit code 7", "BROKEN"),
+        (f"error: builder for '{DRV}' failed to produce output path", "BROKEN"),
+        (
+            f"error: Cannot build '{DRV}'.\nReason: builder failed with exit code 7.",
+            "BROKEN",
+        ),
+        (f"error: hash mismatch in fixed-output derivation '{DRV}':", "FAILED"),
+        (f"error: derivation '{DRV}' may not be deterministic", "FAILED"),
+        ("error: output '/nix/store/a' is not allowed to refer to", "FAILED"),
+        (
+            f"error: {DRV} killed after writing more than 9 bytes of log output",
+            "FAILED",
+        ),
+        (f"error: {DRV} timed out after 4 seconds of silence", "OVERTIME"),
+        (f"builder for '{DRV}' failed; No space left on device", "FULL"),
+        (f"error: a 'kvm' is required to build '{DRV}'", "LACKS"),
+        ("error: Build failed due to failed dependency", ""),
+        (f"error: 1 dependencies of derivation '{DRV}' failed to build", ""),
+        (f"build of '{DRV}' failed", ""),
+    ],
+)
+def test_a_daemons_words_tell_what_became_of_a_build(words: str, meaning: str) -> None:
+    assert heard(Error, words, "far").meaning == meaning
