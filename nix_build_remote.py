@@ -1,15 +1,17 @@
 #!/bin/sh
 """:"
-# sh runs these lines: they find Python (not a script in its place), and the program compiled, if only we or root could.
+# sh runs these lines: they find Python (no script in its place, none before 3.9), and the program compiled, if only we or root could.
 PATH=${PATH:-/usr/bin:/bin}:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/local/bin:/opt/homebrew/bin:/usr/bin:/bin
-IFS=:; for at in $PATH; do read -r it <$at/python3 && case $it in "#!"*) ;; *) break;; esac; at=; done 2>/dev/null
+IFS=:; for at in $PATH; do read -r it <$at/python3 && case $it$NOT_PYTHON: in "#!"*|*":$at:"*) ;; *) break;; esac; at=; done 2>/dev/null
+[ "$at" ] || python3 -IS -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || { echo "nix_build_remote.py: there is no Python 3.9 or newer in $PATH"
+case $1-$3 in [0-9]-) echo "# decline-permanently"; exec cat >/dev/null;; *-[01]) while read -r _; do echo "# decline"; done;; esac; exit 1; } >&2
 exec "${at:+$at/}python3" -IS -c 'import importlib.machinery, os, sys
-os.umask(0o022); del sys.argv[0]; __file__ = sys.argv[0]; path = os.path.realpath(__file__)
-me = importlib.machinery.SourceFileLoader("__main__", path); folder = os.path.dirname(path)
+sys.version_info < (3, 9) and (os.environ.update(NOT_PYTHON=os.environ.get("NOT_PYTHON", "") + ":" + sys.argv[1]), os.execv("/bin/sh", ["sh"] + sys.argv[2:]))
+os.umask(0o022); del sys.argv[:2]; __file__ = sys.argv[0]; path = os.path.realpath(__file__); folder = os.path.dirname(path)
+me = importlib.machinery.SourceFileLoader("__main__", path); sys.dont_write_bytecode = os.stat(path).st_mtime < 2  # as in a Nix store
 cache = folder + "/__pycache__"; place = os.lstat(cache if os.path.lexists(cache) else folder)
 safe = place.st_uid in (0, os.getuid()) and not place.st_mode & 0o1022  # sticky: others may add files
-sys.dont_write_bytecode = os.stat(path).st_mtime < 2  # as all files in a Nix store have it
-exec(me.get_code("__main__") if safe else compile(me.get_data(path), path, "exec"))' "$0" "$@"
+exec(me.get_code("__main__") if safe else compile(me.get_data(path), path, "exec"))' "$at" "$0" "$@"
 """
 
 from __future__ import annotations
@@ -5448,7 +5450,12 @@ class Inspection:
             text = "not tried: the daemon builds here, so try it as root"
             return self.add("build", UNKNOWN, "-", text)
         os.mkdir(self.folder)
-        command, environ = self.tiny_build(self.folder, os.path.realpath(__file__))
+        hook = os.path.realpath(__file__)
+        if not os.access(hook, os.X_OK):  # build-hook names Python, and then this file
+            words = f"'{sys.executable}' -IS '{hook}' \"$@\""
+            hook = f"{self.folder}/hook"
+            write_private(hook, f"#!/bin/sh\nexec {words}\n", 0o700)
+        command, environ = self.tiny_build(self.folder, hook)
         with open(f"{self.folder}/log", "w+b") as log:
             start = time.monotonic()
             self.process = self.programs.start(command, environ, stdout=log, stderr=log)
