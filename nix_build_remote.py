@@ -5340,8 +5340,9 @@ class Inspection:
         # Hooks need not leave it alone any longer, and shall have what we have found.
         for number in range(CONNECTIONS):
             self.seat.over(number).retire()
-        with suppress(OSError):
-            remove(f"{self.seat.base}.seats")
+        for what in ("seats", "tells"):
+            with suppress(OSError):
+                remove(f"{self.seat.base}.{what}")
         Outages(self.slots).end(self.machine)
         version = self.facts.get("nix", "").rpartition(" ")[2]
         protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
