@@ -2753,6 +2753,7 @@ class Seat:
         self.base = f"{directory}/{ssh.socket_name()}"
         self.connection = Connection(ssh, programs, ALONE)
         self.number = 0  # of the seat on its connection
+        self.is_plain = False  # whether no session was had with --log-format
         self.lock: Lock | None = None
 
     def take(self) -> None:
@@ -2788,13 +2789,16 @@ class Seat:
 
     def tells(self) -> bool:
         """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
-        return not self.programs.talk.old and read_private(f"{self.base}.tells") == "1"
+        known = not self.programs.talk.old and not self.is_plain
+        return known and read_private(f"{self.base}.tells") == "1"
 
-    def note_tells(self, tells: bool) -> None:
-        """Note that; once it did not, for good."""
+    def note_tells(self, version: int) -> None:
+        """Note whether it does, since it speaks that version without; once it did not, that
+        stays."""
+        can = version >= 0x207 and not self.is_plain  # from Nix 2.4 on
         with suppress(OSError):  # a full disk
-            if not tells or not os.path.lexists(f"{self.base}.tells"):
-                write_private(f"{self.base}.tells", str(int(tells)), lasting=False)
+            if not can or not os.path.lexists(f"{self.base}.tells"):
+                keep(f"{self.base}.tells", str(int(can)))
 
     def connect(self, patience_s: float) -> None:
         """Wait for the connection; an ssh that shares nothing is used without one."""
@@ -2861,11 +2865,8 @@ class Activities:
     """
 
     # How nearly all lines begin and end (JSONLogger in Nix's logging.cc).
-    HEAD, ID, TAIL = (
-        b'@nix {"action":"result","fields":["',
-        b'"],"id":',
-        b',"type":101}',
-    )
+    HEAD = b'@nix {"action":"result","fields":["'
+    ID, TAIL = b'"],"id":', b',"type":101}'
     LIMIT_BYTES = 16 << 20  # of a line; what is longer is passed on as it is
 
     def __init__(self) -> None:
@@ -2986,8 +2987,7 @@ class Session:
         with suppress(SessionLost):
             while b"\n" not in begin and len(begin) < OUTAGE_LIMIT:
                 begin += self.read(1, time.monotonic() + QUIET_S / 2)
-        if self.activities:
-            self.seat.note_tells(False)
+        self.seat.is_plain = bool(self.activities)
         line = printable(decode(begin)).strip()
         error = SessionLost(f"it says {line!r} before nix-store's own words")
         remedy = (
@@ -3139,7 +3139,7 @@ class Session:
         text = f"{began}{words or 'the session ended'} (ssh's exit status {status})"
         fresh = not self.is_useful and 0 <= status <= 128
         if fresh and self.activities:
-            self.seat.note_tells(False)
+            self.seat.is_plain = True
         error = heard(
             SessionLost, text, "ssh" if status == 255 else "far" if fresh else ""
         )
@@ -3485,9 +3485,7 @@ class Relay:
     ) -> None:
         self.session, self.copy = session, copy
         self.tell = tell  # is given each line of the program's stderr,
-        self.begin = (
-            begin  # each path that is copied next, with the size of its archive,
-        )
+        self.begin = begin  # each path before it is copied, with its archive's size,
         self.progress = progress  # and how many bytes more have been copied
         self.rest = b""  # of its stderr: the begun line
         self.patience_s: float = COPY_TIMEOUT_S
@@ -4178,17 +4176,16 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
         if session.first_answer(answer):
             make_sure_of_another_store(site, session)
         seat.connection.prove(session.spoken)
-        if session.spoken >= 0x207:  # from Nix 2.4 on
-            seat.note_tells(True)
+        seat.note_tells(session.spoken)
         return session
     except BaseException as error:
         if session:
             session.cancel()
-        if session and session.activities and not seat.tells():  # it was refused that
+        if not isinstance(error, SessionLost):
+            raise
+        if session and session.activities and seat.is_plain:  # it may be refused that
             return open_session(site, seat, path, left)
-        if isinstance(error, SessionLost):
-            raise error.become(Unreachable) from None
-        raise
+        raise error.become(Unreachable) from None
 
 
 def make_sure_of_another_store(site: Site, session: Session) -> None:
