@@ -2754,6 +2754,7 @@ class Seat:
         self.connection = Connection(ssh, programs, ALONE)
         self.number = 0  # of the seat on its connection
         self.is_plain = False  # whether no session was had with --log-format
+        self.has_rivals = False  # whether another machine might do what we want of this
         self.lock: Lock | None = None
 
     def take(self) -> None:
@@ -2935,7 +2936,6 @@ class Session:
         self.awaited: list[Answer] = []  # in the order in which they will come
         self.tail = b""  # of stderr
         self.activities = Activities() if seat.tells() else None  # in stderr
-        self.is_bounded = False  # whether it may wait only so long for a lock there
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
         # How long a running build may take, and say nothing; 0 for any time.
@@ -3044,7 +3044,7 @@ class Session:
         if not self.activities or not lock.words:
             return math.inf
         told_at, end_at = lock.since + STILL_S, lock.since + STALLED_S
-        if now >= end_at and self.is_bounded:
+        if now >= end_at and self.seat.has_rivals:
             raise Stuck(f"it has been {lock.words} for {STALLED_S} s")
         if now >= told_at and not lock.is_told:
             self.activities.lock = lock._replace(is_told=True)
@@ -4327,12 +4327,14 @@ class Retries:
 
 class Wanted(NamedTuple):
     """What Nix wants to be built: the derivation with its path, the paths that are to be
-    on the builder, and the outputs that are to be here."""
+    on the builder, the outputs that are to be here, and whether several machines might do.
+    """
 
     path: str
     derivation: Derivation
     inputs: list[str]
     outputs: list[str]
+    has_rivals: bool = False
 
 
 UNTRUSTED_USER = "does not trust its user"  # which check looks for in what a build says
@@ -4342,16 +4344,9 @@ class Attempt:
     """One try of a build on the machine of a slot, from connecting to the outputs."""
 
     def __init__(
-        self,
-        site: Site,
-        wanted: Wanted,
-        locks: OutputLocks,
-        slot: Slot,
-        *,
-        has_rivals: bool = False,
+        self, site: Site, wanted: Wanted, locks: OutputLocks, slot: Slot
     ) -> None:
         self.site, self.wanted, self.locks, self.slot = site, wanted, locks, slot
-        self.has_rivals = has_rivals  # whether another machine might do
         self.nix, self.talk, self.machine = site.nix, site.talk, slot.machine
         self.seat: Seat | None = None  # once we have one
         self.substitute = self.nix.enabled("builders-use-substitutes")
@@ -4367,9 +4362,9 @@ class Attempt:
         self.begin("connecting", "connect for", "to")
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
         self.seat = seat = self.site.seat(self.machine)
+        seat.has_rivals = self.wanted.has_rivals
         self.session = session or open_session(self.site, seat, path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
-        self.session.is_bounded = self.has_rivals
         self.copier = Copier(self.site, self.session)
         try:
             there = self.ask_for_inputs()
@@ -4539,7 +4534,6 @@ class Attempt:
         seat.connection.distrust()
         self.session.cancel()
         self.session = self.copier.session = Session(seat, GREETING_TIMEOUT_S)
-        self.session.is_bounded = self.has_rivals
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
         self.send_inputs(answer.get())
@@ -4598,7 +4592,8 @@ class Build:
             inputs = [p for p in inputs if not p.endswith(".drv") or p in sources]
         if not set(missing) <= set(by_name.values()):
             raise Error(f"'{self.path}' has no output {', '.join(outputs)}")
-        self.wanted = Wanted(self.path, self.derivation, inputs, missing)
+        lists = inputs, missing
+        self.wanted = Wanted(self.path, self.derivation, *lists, len(self.fit) > 1)
         self.locks = OutputLocks(self.site.nix.store, missing)
 
     def perform(self, place: Slot | Line, session: Session | None) -> None:
@@ -4609,8 +4604,7 @@ class Build:
             attempt: Attempt | None = None
             try:
                 slot = self.wait(place) if isinstance(place, Line) else place
-                given = self.site, self.wanted, self.locks, slot
-                attempt = last = Attempt(*given, has_rivals=len(self.fit) > 1)
+                attempt = last = Attempt(self.site, self.wanted, self.locks, slot)
                 attempt.perform(session)
                 return
             except (Unreachable, SessionLost, NotHere, Away) as error:

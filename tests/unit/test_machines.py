@@ -24,6 +24,9 @@ NIX_2_24 = Nix(
     {},
 )
 
+NIX_2_31 = Nix(False, {**NIX_2_24.settings, "warn-short-path-literals": ""}, {})
+NIX_2_36 = Nix(False, {**NIX_2_24.settings, "lint-short-path-literals": ""}, {})
+
 KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE6kaVyB root@b1"
 KEY = base64.b64encode(KEY_LINE.encode()).decode()
 FULL = (
@@ -399,6 +402,13 @@ class TestASlip:
             "ssh:__b1?compress=true&ssh-key=_root_.ssh_id",
         ),
         (NIX_2_24, "ssh://b1?priority=%2b1", "ssh:__b1?priority=%2B1"),
+        (NIX_2_24, "u@fd77::2", "ssh:__u@fd77::2"),
+        (NIX_2_31, "u@fd77::2", "ssh:__u@[fd77::2]"),
+        (NIX_2_36, "fd77::2", "ssh:__[fd77::2]"),
+        (NIX_2_31, "ssh-ng://[fd77::2]:22", "ssh-ng:__[fd77::2]:22"),
+        (NIX_2_31, "ssh://u@[fe80::1%eth0]", "ssh:__u@[fe80::1%25eth0]"),
+        (NIX_2_31, "ssh://fd77::2?priority=1", "ssh:__[fd77::2]?priority=1"),
+        (NIX_2_31, "nix@b1", "ssh:__nix@b1"),
     ],
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -> None:
