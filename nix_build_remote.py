@@ -1,15 +1,17 @@
 #!/bin/sh
 """:"
-# sh runs these lines: they find Python (not a script in its place), and the program compiled, if only we or root could.
+# sh runs these lines: they find Python (no script in its place, none before 3.9), and the program compiled, if only we or root could.
 PATH=${PATH:-/usr/bin:/bin}:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/local/bin:/opt/homebrew/bin:/usr/bin:/bin
-IFS=:; for at in $PATH; do read -r it <$at/python3 && case $it in "#!"*) ;; *) break;; esac; at=; done 2>/dev/null
+IFS=:; for at in $PATH; do read -r it <$at/python3 && case $it$NOT_PYTHON: in "#!"*|*":$at:"*) ;; *) break;; esac; at=; done 2>/dev/null
+[ "$at" ] || python3 -IS -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || { echo "nix_build_remote.py: there is no Python 3.9 or newer in $PATH"
+case $1-$3 in [0-9]-) echo "# decline-permanently"; exec cat >/dev/null;; *-[01]) while read -r _; do echo "# decline"; done;; esac; exit 1; } >&2
 exec "${at:+$at/}python3" -IS -c 'import importlib.machinery, os, sys
-os.umask(0o022); del sys.argv[0]; __file__ = sys.argv[0]; path = os.path.realpath(__file__)
-me = importlib.machinery.SourceFileLoader("__main__", path); folder = os.path.dirname(path)
+sys.version_info < (3, 9) and (os.environ.update(NOT_PYTHON=os.environ.get("NOT_PYTHON", "") + ":" + sys.argv[1]), os.execv("/bin/sh", ["sh"] + sys.argv[2:]))
+os.umask(0o022); del sys.argv[:2]; __file__ = sys.argv[0]; path = os.path.realpath(__file__); folder = os.path.dirname(path)
+me = importlib.machinery.SourceFileLoader("__main__", path); sys.dont_write_bytecode = os.stat(path).st_mtime < 2  # as in a Nix store
 cache = folder + "/__pycache__"; place = os.lstat(cache if os.path.lexists(cache) else folder)
 safe = place.st_uid in (0, os.getuid()) and not place.st_mode & 0o1022  # sticky: others may add files
-sys.dont_write_bytecode = os.stat(path).st_mtime < 2  # as all files in a Nix store have it
-exec(me.get_code("__main__") if safe else compile(me.get_data(path), path, "exec"))' "$0" "$@"
+exec(me.get_code("__main__") if safe else compile(me.get_data(path), path, "exec"))' "$at" "$0" "$@"
 """
 
 from __future__ import annotations
@@ -3078,6 +3080,8 @@ class Seat:
         self.base = f"{directory}/{ssh.socket_name()}"
         self.connection = Connection(ssh, programs, ALONE)
         self.number = 0  # of the seat on its connection
+        self.is_plain = False  # whether no session was had with --log-format
+        self.has_rivals = False  # whether another machine might do what we want of this
         self.lock: Lock | None = None
         known = read_private(f"{self.base}.way") if len(ssh.machine.ways) > 1 else "0"
         self.is_known = known in ("0", "1")  # whether the way has led to a session
@@ -3145,13 +3149,16 @@ class Seat:
 
     def tells(self) -> bool:
         """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
-        return not self.programs.talk.old and read_private(f"{self.base}.tells") == "1"
+        known = not self.programs.talk.old and not self.is_plain
+        return known and read_private(f"{self.base}.tells") == "1"
 
-    def note_tells(self, tells: bool) -> None:
-        """Note that; once it did not, for good."""
+    def note_tells(self, version: int) -> None:
+        """Note whether it does, since it speaks that version without; once it did not, that
+        stays."""
+        can = version >= 0x207 and not self.is_plain  # from Nix 2.4 on
         with suppress(OSError):  # a full disk
-            if not tells or not os.path.lexists(f"{self.base}.tells"):
-                write_private(f"{self.base}.tells", str(int(tells)), lasting=False)
+            if not can or not os.path.lexists(f"{self.base}.tells"):
+                keep(f"{self.base}.tells", str(int(can)))
 
     def connect(self, patience_s: float) -> None:
         """Wait for the connection; an ssh that shares nothing is used without one."""
@@ -3273,11 +3280,8 @@ class Activities:
     """
 
     # How nearly all lines begin and end (JSONLogger in Nix's logging.cc).
-    HEAD, ID, TAIL = (
-        b'@nix {"action":"result","fields":["',
-        b'"],"id":',
-        b',"type":101}',
-    )
+    HEAD = b'@nix {"action":"result","fields":["'
+    ID, TAIL = b'"],"id":', b',"type":101}'
     LIMIT_BYTES = 16 << 20  # of a line; what is longer is passed on as it is
 
     def __init__(self) -> None:
@@ -3356,7 +3360,6 @@ class Session:
         self.activities = Activities()  # in stderr, if
         self.tells = seat.tells()  # it is to tell of them
         self.dumped = ""  # the path whose archive comes behind the running build
-        self.is_bounded = False  # whether it may wait only so long for a lock there
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
         # How long a running build may take, and say nothing; 0 for any time.
@@ -3408,8 +3411,7 @@ class Session:
         with suppress(SessionLost):
             while b"\n" not in begin and len(begin) < OUTAGE_LIMIT:
                 begin += self.read(1, time.monotonic() + QUIET_S / 2)
-        if self.tells:
-            self.seat.note_tells(False)
+        self.seat.is_plain = self.tells
         line = printable(decode(begin)).strip()
         error = Refused(f"it says {line!r} before nix-store's own words")
         remedy = (
@@ -3465,7 +3467,7 @@ class Session:
         if not lock.words:
             return math.inf
         told_at, end_at = lock.since + STILL_S, lock.since + STALLED_S
-        if now >= end_at and self.is_bounded:
+        if now >= end_at and self.seat.has_rivals:
             raise Stuck(f"it has been {lock.words} for {STALLED_S} s")
         if now >= told_at and not lock.is_told:
             self.activities.lock = lock._replace(is_told=True)
@@ -3563,7 +3565,7 @@ class Session:
         speaker = "ssh" if status == 255 else "far" if fresh else ""
         error = heard(Refused if speaker == "far" else SessionLost, text, speaker)
         if fresh and self.tells:
-            self.seat.note_tells(False)
+            self.seat.is_plain = True
         if status == 255 and not self.version and not words:
             error.lasting, error.remedy = None, HIDDEN
         if fresh and status == 0 and not words:  # so ends nix-daemon for other users
@@ -3905,9 +3907,7 @@ class Relay:
     ) -> None:
         self.session, self.copy = session, copy
         self.tell = tell  # is given each line of the program's stderr,
-        self.begin = (
-            begin  # each path that is copied next, with the size of its archive,
-        )
+        self.begin = begin  # each path before it is copied, with its archive's size,
         self.progress = progress  # and how many bytes more have been copied
         self.rest = b""  # of its stderr: the begun line
         self.patience_s: float = COPY_TIMEOUT_S
@@ -4626,13 +4626,13 @@ def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Sessi
             make_sure_of_another_store(site, session)
         seat.keep_way()
         seat.connection.prove(session.spoken)
-        if session.spoken >= 0x207:  # from Nix 2.4 on
-            seat.note_tells(True)
+        seat.note_tells(session.spoken)
         return session
-    except BaseException:
+    except BaseException as error:
         if session:
             session.cancel()
-        if session and session.tells and not seat.tells():  # it was refused that
+        refused = isinstance(error, SessionLost) and session and session.tells
+        if refused and seat.is_plain:  # it may be refused that
             return open_in_one_way(site, seat, path, deadline)
         raise
 
@@ -4776,12 +4776,14 @@ class Retries:
 
 class Wanted(NamedTuple):
     """What Nix wants to be built: the derivation with its path, the paths that are to be
-    on the builder, and the outputs that are to be here."""
+    on the builder, the outputs that are to be here, and whether several machines might do.
+    """
 
     path: str
     derivation: Derivation
     inputs: list[str]
     outputs: list[str]
+    has_rivals: bool = False
 
 
 UNTRUSTED_USER = "does not trust its user"  # which check looks for in what a build says
@@ -4791,16 +4793,9 @@ class Attempt:
     """One try of a build on the machine of a slot, from connecting to the outputs."""
 
     def __init__(
-        self,
-        site: Site,
-        wanted: Wanted,
-        locks: OutputLocks,
-        slot: Slot,
-        *,
-        has_rivals: bool = False,
+        self, site: Site, wanted: Wanted, locks: OutputLocks, slot: Slot
     ) -> None:
         self.site, self.wanted, self.locks, self.slot = site, wanted, locks, slot
-        self.has_rivals = has_rivals  # whether another machine might do
         self.nix, self.talk, self.machine = site.nix, site.talk, slot.machine
         self.seat: Seat | None = None  # once we have one
         self.substitute = self.nix.enabled("builders-use-substitutes")
@@ -4816,9 +4811,9 @@ class Attempt:
         self.begin("connecting", "connect for", "to")
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
         self.seat = seat = self.site.seat(self.machine)
+        seat.has_rivals = self.wanted.has_rivals
         self.session = session or open_session(self.site, seat, path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
-        self.session.is_bounded = self.has_rivals
         self.copier = Copier(self.site, self.session)
         try:
             there = self.ask_for_inputs()
@@ -5011,7 +5006,6 @@ class Attempt:
             self.talk.say(INFO, f"'{self.machine.name}' {text}")
         self.session.cancel()
         self.session = self.copier.session = Session(seat, GREETING_TIMEOUT_S)
-        self.session.is_bounded = self.has_rivals
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
         self.send_inputs(answer.get())
@@ -5070,7 +5064,8 @@ class Build:
             inputs = [p for p in inputs if not p.endswith(".drv") or p in sources]
         if not set(missing) <= set(by_name.values()):
             raise Error(f"'{self.path}' has no output {', '.join(outputs)}")
-        self.wanted = Wanted(self.path, self.derivation, inputs, missing)
+        lists = inputs, missing
+        self.wanted = Wanted(self.path, self.derivation, *lists, len(self.fit) > 1)
         self.locks = OutputLocks(self.site.nix.store, missing)
 
     def perform(self, place: Slot | Line, session: Session | None) -> None:
@@ -5081,8 +5076,7 @@ class Build:
             attempt: Attempt | None = None
             try:
                 slot = self.wait(place) if isinstance(place, Line) else place
-                given = self.site, self.wanted, self.locks, slot
-                attempt = last = Attempt(*given, has_rivals=len(self.fit) > 1)
+                attempt = last = Attempt(self.site, self.wanted, self.locks, slot)
                 attempt.perform(session)
                 return
             except (Unreachable, SessionLost, NotHere, Away) as error:
@@ -5853,8 +5847,9 @@ class Inspection:
         # Hooks need not leave it alone any longer, and shall have what we have found.
         for number in range(CONNECTIONS):
             self.seat.over(number).retire()
-        with suppress(OSError):
-            remove(f"{self.seat.base}.seats")
+        for what in ("seats", "tells"):
+            with suppress(OSError):
+                remove(f"{self.seat.base}.{what}")
         self.seat.keep_way()
         Outages(self.slots).end(self.machine)
         version = self.facts.get("nix", "").rpartition(" ")[2]
@@ -5976,7 +5971,12 @@ class Inspection:
             text = "not tried: the daemon builds here, so try it as root"
             return self.add("build", UNKNOWN, "-", text)
         os.mkdir(self.folder)
-        command, environ = self.tiny_build(self.folder, os.path.realpath(__file__))
+        hook = os.path.realpath(__file__)
+        if not os.access(hook, os.X_OK):  # build-hook names Python, and then this file
+            words = f"'{sys.executable}' -IS '{hook}' \"$@\""
+            hook = f"{self.folder}/hook"
+            write_private(hook, f"#!/bin/sh\nexec {words}\n", 0o700)
+        command, environ = self.tiny_build(self.folder, hook)
         with open(f"{self.folder}/log", "w+b") as log:
             start = time.monotonic()
             self.process = self.programs.start(command, environ, stdout=log, stderr=log)

@@ -603,6 +603,15 @@ class Taker:
         assert proof is None or hook.Proof.parse(proof.text()) == proof
         return proof is not None
 
+    def activities(self, case: bytes) -> bool:
+        """What nix-store tells as JSON; how it is cut makes no difference."""
+        cut, whole = hook.Activities(), hook.Activities()
+        middle = len(case) // 2
+        said = cut.plain(case[:middle]) + cut.plain(case[middle:]) + cut.plain(b"")
+        assert said == whole.plain(case) + whole.plain(b"")
+        assert cut.lock.words == whole.lock.words
+        return bool(cut.lock.words)
+
     def paths(self, case: bytes) -> bool:
         slots = self.sites[1].slots
         Path(slots.own, f"{self.machine.slots}.paths").write_bytes(case)
@@ -611,6 +620,22 @@ class Taker:
         kept = slots.digests(self.machine)
         assert kept[-1] == "b" * 32 and len(kept) <= hook.DIGEST_LIMIT
         return known > 0
+
+
+def activities(rng: Rng) -> bytes:
+    """Some of what a builder tells while it waits and builds."""
+    lock = "waiting for lock on '/nix/store/x'"
+    begin = {"action": "start", "id": 7, "level": 1, "text": lock, "type": 111}
+    others: list[dict[str, object]] = [
+        {"action": "result", "fields": ['a "line"'], "id": 8, "type": 101},
+        {"action": "result", "fields": ["plain"], "id": 8, "type": 101},
+        {"action": "result", "fields": ["buildPhase"], "id": 8, "type": 104},
+        {"action": "stop", "id": 9},
+        {"action": "msg", "level": 0, "msg": "error: no"},
+    ]
+    events = [*rng.choices(others, k=3), begin, *rng.choices(others, k=3)]
+    lines = [json.dumps(event, separators=(",", ":")) for event in events]
+    return "".join(f"@nix {line}\n" for line in lines).encode()
 
 
 Target = tuple[Callable[[Rng], bytes], Callable[[Taker, bytes], bool]]
@@ -627,6 +652,7 @@ TARGETS: dict[str, Target] = {
     "outage": (lambda rng: rng.choice(NOTES), Taker.outage),
     "version": (lambda rng: rng.choice(PROGRAMS), Taker.version),
     "proof": (lambda rng: b"%d 4711 519 True" % rng.randrange(9999), Taker.proof),
+    "activities": (activities, Taker.activities),
     "paths": (lambda rng: b" ".join([b"a" * 32] * rng.randrange(40)), Taker.paths),
 }
 for minor in range(8):

@@ -6,6 +6,7 @@ b1 is the likeliest of two. (The rest is in test_table.py.)
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import signal
 import time
@@ -25,6 +26,7 @@ from scene import (
     other,
     outage,
     scene,
+    suitable,
 )
 
 LONG_S = 120
@@ -338,3 +340,56 @@ def test_a_live_connection_is_no_health(hung: Scene) -> None:
     hung.builder.run("rm", "/usr/local/bin/nix-store")
     poll(lambda: built_on(hung, some(1)) == {"b1"}, "a build on b1", timeout=60)
     assert outage(hung, "b1") == ""
+
+
+# -- Who is told, and who can build here ----------------------------------------------
+
+CONTAIN = ("unshare", "--pid", "--fork", "--mount-proc")
+
+
+def test_each_nix_is_told_though_all_are_process_1_in_their_containers(
+    nix: Scene,
+) -> None:
+    """They share a slot directory, and each has a namespace of its own."""
+    nix.machines("b1 - - 4 8\nb2 - - 4\nb3 - - many\n")
+    logs = [nix.client.run(*CONTAIN, *nix.nix_build(some(1))).stderr for _ in range(2)]
+    assert [log.count("maxJobs is 'many'") for log in logs] == [1, 1]
+
+
+def test_a_machine_put_right_is_tried_by_each_nix_that_is_process_1(nix: Scene) -> None:
+    """For whom another, of the same number, has tried it in vain."""
+    nix.machines("b1 - - 4 8\n")
+    nix.builder.write("/usr/local/bin/nix-store", "#!/bin/sh\nexit 3\n", 0o755)
+    for _ in range(2):
+        command = nix.nix_build(some(1))
+        assert nix.client.run(*CONTAIN, *command, check=False).returncode != 0
+    nix.builder.run("rm", "/usr/local/bin/nix-store")
+    nix.client.run(*CONTAIN, *nix.nix_build(some(1)), timeout=LONG_S)
+
+
+# Called with a file of JSON that says what to build.
+EXTERNAL = """#!/usr/bin/python3
+import json, os, sys
+job = json.load(open(sys.argv[1]))
+print(chr(2), flush=True)
+os.execve(job["builder"], [job["builder"], *job["args"]], {**job["env"], "WHO": "external"})
+"""
+
+
+def test_what_an_external_builder_can_build_here_waits_for_no_machine(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    client = suitable(pytestconfig, client_engine, (2, 33).__le__)
+    with scene(client, client) as nix:
+        nix.client.write("/usr/local/bin/external", EXTERNAL, 0o755)
+        nix.machines("b1 riscv64-linux - 4\n")
+        go_away(nix.builder)
+        setting = {"systems": ["riscv64-linux"], "program": "/usr/local/bin/external"}
+        told = nix.build(
+            'mk "outside" "echo $WHO > $out" { system = "riscv64-linux"; }',
+            *("--option", "extra-experimental-features", "external-builders"),
+            *("--option", "external-builders", json.dumps([{**setting, "args": []}])),
+            *("-j1", "--option", "sandbox", "false"),
+        )
+        assert nix.client.read(told.output) == "external\n"
+        assert "no machine can build" not in told.log

@@ -103,3 +103,11 @@ def test_a_login_builds_all_the_same(nix: Scene, script: str) -> None:
             assert [line[:5] for line in log_of(nix)] == [line[:5] for line in LINES]
     finally:
         nix.builder.write(keys, before, 0o600)
+
+
+def test_a_builder_that_was_broken_for_a_while_tells_phases_again(nix: Scene) -> None:
+    nix.builder.write("/usr/local/bin/nix-store", "#!/bin/sh\nexit 3\n", 0o755)
+    end_masters(nix)
+    assert nix.build(noisy(nix)[0], check=False).status != 0
+    nix.builder.run("rm", "/usr/local/bin/nix-store")
+    assert any(line.startswith("@nix ") for line in log_of(nix))

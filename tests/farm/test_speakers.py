@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from lab import Host, connect
-from scene import INSTALLED, Outcome, Scene, cleared, other, scene
+from lab import Host, connect, poll
+from scene import INSTALLED, Outcome, Scene, cleared, end_masters, other, scene
 
 # With four tries, and the pauses between them, a build would take longer than this.
 TIMEOUT_S = 10
@@ -160,3 +160,18 @@ def test_a_machine_that_lacks_what_its_line_claims_is_left_for_another(
             assert nix.client.read(outcome.output) == "b2\n"
             logs.append(outcome.log)
     assert ["machines:1 says that" in log for log in logs] == [True, False], logs
+
+
+def test_a_lost_session_is_told_with_two_lines_of_the_log_at_most(nix: Scene) -> None:
+    nix.machines("b1\n")
+    script = """for n in 1 2 3 4 5 6 7 8 9; do echo "line $n of the log"; done
+        touch /tmp/said; while ! [ -e /tmp/go ]; do sleep 0.02; done; echo > $out"""
+    run = nix.start(f"mk \"chatty\" ''{script}'' {{}}")
+    poll(nix.builder.path("/tmp/said").exists, "the build", timeout=30)
+    run.says("line 9 of the log")
+    end_masters(nix)
+    run.says("trying again")
+    nix.builder.write("/tmp/go", "")
+    assert run.end().status == 0
+    told = [line for line in run.log.splitlines() if "trying again" in line]
+    assert len(told) == 1 and told[0].count("of the log") <= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -214,6 +215,52 @@ def test_a_script_in_the_place_of_python_is_passed_over(running: Scene) -> None:
     assert said.startswith("nix_build_remote.py ")
 
 
+OLD = """hook='import sys
+sys.version_info = (3, 8)
+'
+program=$3
+shift 3
+exec /usr/bin/python3 -IS -c "$hook$program" "$@"
+"""
+
+
+def test_too_old_a_python_is_passed_over(running: Scene) -> None:
+    for folder in ("/tmp/old", "/tmp/older"):
+        running.client.write(f"{folder}/python3", OLD, 0o755)
+    command = f"PATH=/tmp/old:/tmp/older:$PATH exec {INSTALLED} --version"
+    said = running.client.run("sh", "-c", command).stdout
+    assert said.startswith("nix_build_remote.py ")
+
+
+@contextlib.contextmanager
+def without_python(running: Scene) -> Iterator[None]:
+    """The client has none in any place where it is looked for."""
+    hide = "for p in /usr/bin/python3*; do mv $p /root/; done"
+    running.client.run("sh", "-c", hide)
+    try:
+        yield
+    finally:
+        running.client.run("sh", "-c", "mv /root/python3* /usr/bin/")
+
+
+def test_without_python_nix_builds_here_and_one_line_tells_why(running: Scene) -> None:
+    expression = 'builtins.genList (n: mk "${toString n}" "hostname > $out" {}) 2'
+    with without_python(running):
+        outcome = running.build(expression, "-j1")
+    assert {running.client.read(path) for path in outcome.outputs} == {"client\n"}
+    assert outcome.log.count("there is no Python 3.9 or newer in") == 1
+
+
+def test_without_python_nix_1_is_answered_each_time(running: Scene) -> None:
+    with without_python(running):
+        done = running.client.run(
+            *(INSTALLED, "x86_64-linux", "0", "0", "0"),
+            input="1 s /d\n" * 2,
+            check=False,
+        )
+    assert done.stderr.splitlines()[1:] == ["# decline"] * 2
+
+
 def test_it_keeps_no_compiled_program_where_others_may_write(running: Scene) -> None:
     running.client.copy(HOOK, "/tmp/hook")
     build_seen(running, "/tmp/hook", "--option", "build-hook", "/tmp/hook")
@@ -228,6 +275,9 @@ def test_it_may_be_an_argument_of_python(
         running.client.path(INSTALLED).chmod(0o644)
         hook = f"/usr/bin/python3 {INSTALLED}"
         build_seen(running, INSTALLED, "--option", "build-hook", hook)
+        running.machines("b1\n")
+        checked = running.client.run(*hook.split(), "check", check=False)
+        assert "FAILED" not in checked.stdout and checked.returncode == 0
         running.settle()
         assert running.locks() == []
 

@@ -15,6 +15,7 @@ from nix_build_remote import (
     Slot,
     Slots,
     rank,
+    turn,
     unfit,
 )
 
@@ -258,3 +259,27 @@ def test_what_stands_in_place_of_the_list_of_paths_is_no_trouble(
     assert slots.known(machine, frozenset(["a"])) == 0
     slots.note_paths(machine, frozenset(["a"]))
     assert slots.known(machine, frozenset(["a"])) == 1
+
+
+# -- Who comes first of those who stand first in lines --------------------------------
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (("1 7 100 waiting /d", "b1"), ("2 7 100 waiting /d", "b1 b2")),
+        (("1 7 100 overdue /d", "b1 b2"), ("2 7 100 waiting /d", "b1")),
+        (("9 7 100 overdue /d", "b1 b2 b3"), ("2 7 101 overdue /d", "b1 b2")),
+        (("1 7 100 waiting /d", "b1 b2"), ("", "b1 b2 b3")),
+    ],
+    ids=["fewer machines", "overdue", "longer overdue", "a newcomer"],
+)
+def test_one_line_comes_before_the_other(
+    first: tuple[str, str], second: tuple[str, str]
+) -> None:
+    (who, names), (other, others) = first, second
+    assert turn(who, names.split()) < turn(other, others.split())
+
+
+def test_lines_of_equally_many_machines_do_not_wait_for_each_other() -> None:
+    assert turn("1 7 100 waiting /d", ["b1"]) == turn("2 7 101 waiting /d", ["b2"])

@@ -26,6 +26,9 @@ NIX_2_24 = Nix(
 )
 LIX = Nix(False, {"experimental-features": "", "repl-overlays": ""}, {})
 
+NIX_2_31 = Nix(False, {**NIX_2_24.settings, "warn-short-path-literals": ""}, {})
+NIX_2_36 = Nix(False, {**NIX_2_24.settings, "lint-short-path-literals": ""}, {})
+
 KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE6kaVyB root@b1"
 KEY = base64.b64encode(KEY_LINE.encode()).decode()
 FULL = (
@@ -474,6 +477,13 @@ class TestASlip:
             "ssh://localhost?remote-store=/s?x=y z",
             "ssh:__localhost?remote-store=_s?x%3Dy",
         ),
+        (NIX_2_24, "u@fd77::2", "ssh:__u@fd77::2"),
+        (NIX_2_31, "u@fd77::2", "ssh:__u@[fd77::2]"),
+        (NIX_2_36, "fd77::2", "ssh:__[fd77::2]"),
+        (NIX_2_31, "ssh-ng://[fd77::2]:22", "ssh-ng:__[fd77::2]:22"),
+        (NIX_2_31, "ssh://u@[fe80::1%eth0]", "ssh:__u@[fe80::1%25eth0]"),
+        (NIX_2_31, "ssh://fd77::2?priority=1", "ssh:__[fd77::2]?priority=1"),
+        (NIX_2_31, "nix@b1", "ssh:__nix@b1"),
     ],
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -> None:

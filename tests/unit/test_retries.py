@@ -22,6 +22,7 @@ from nix_build_remote import (
     NotHere,
     Retries,
     SessionLost,
+    Stuck,
     Turn,
     Unreachable,
     heard,
@@ -34,6 +35,7 @@ REFUSED = heard(Unreachable, "Connection refused")
 DENIED = heard(Unreachable, "Permission denied (publickey).")
 LOST = heard(SessionLost, "Connection to b1 closed by remote host.")
 ODD = heard(SessionLost, "nix-store: strange")
+STUCK = Stuck("waiting for lock on '/nix/store/x.lock'")
 BROKEN = BuildBroken("broken")
 NOT_HERE = NotHere("broken", BROKEN)
 FULL = NotHere("No space left on device", BROKEN)
@@ -80,6 +82,7 @@ def play(retries: Retries, steps: list[Step]) -> list[Turn]:
             Step(B3, DENIED, "b1 b2 b3"),
         ],
         [Step(B1, LOST, "b1"), Step(B1, Away("others"), "b2 b3")],
+        [Step(B1, STUCK, "b2 b3", True, True), Step(B2, STUCK, "b3", True, True)],
     ],
     ids=[
         "unreachable: another",
@@ -91,6 +94,7 @@ def play(retries: Retries, steps: list[Step]) -> list[Turn]:
         "full disks: each other",
         "all failed, one may come back: any",
         "away when it was to be tried once more: another",
+        "a lock is held there: another, at once",
     ],
 )
 def test_a_build_goes_on(steps: list[Step]) -> None:
@@ -141,6 +145,11 @@ def test_a_build_ends_after_some_losses() -> None:
 
 def test_losses_that_the_network_is_to_blame_for_do_not_count() -> None:
     play(Retries([B1]), [Step(B1, LOST, "b1", True)] * (LOSSES + 9))
+
+
+def test_a_lock_that_is_held_is_no_loss() -> None:
+    steps = [Step(B1, STUCK, "b2", True, True), Step(B2, STUCK, "b1 b2", True, True)]
+    play(Retries([B1, B2]), steps * LOSSES)
 
 
 def test_odd_losses_before_a_build_count() -> None:
