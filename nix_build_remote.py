@@ -42,7 +42,8 @@ the host may be missing or `-`:
     host               name, user@name, ssh alias, or ssh://[user@]host[:port] (ssh-ng
                        too) with the parameters ssh-key, compress, remote-program,
                        remote-store and base64-ssh-public-host-key; or a store that
-                       Nix here opens: /PATH, local?root=R, unix://SOCKET
+                       Nix here opens: /PATH, local?root=R, unix://SOCKET; or localhost,
+                       whose line says how fast this machine is beside the others
     systems            comma-separated: i686-linux,x86_64-linux (default: this one's)
     sshKey             private key without a passphrase (default: those ssh would try)
     maxJobs            builds at once on the machine: its slots (default: 1)
@@ -122,6 +123,7 @@ WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list that anybody may send 
 WAIT_S = 0.02  # between two looks for a free slot
 PATIENCE_S = 1.0  # a request waits so long for a slot, before Nix shall ask again,
 IMPATIENCE_S = 4.0  # after which for so long none waits
+BEGIN_S = 1.0  # for Nix to begin a build itself
 LINE_LIMIT = 64  # hooks that wait for one set of machines
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
@@ -1047,7 +1049,7 @@ class Machine(NamedTuple):
     what the names of its slot files begin with, as that hook has them; destination: [user@]host,
     "" if it is a store that a program here opens; port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
     host_key: a line such as "ssh-ed25519 AAAA...", or ""; ways: to have a session, where only
-    trying shows which of them its login allows.
+    trying shows which of them its login allows; none if it is this machine.
     """
 
     where: str
@@ -1140,7 +1142,7 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     """[user@]host, "" for a store here, port and parameters; ValueError says what is wrong."""
     base, parameters = split_parameters(uri)
     scheme, separator, authority = base.rpartition("://")
-    if is_here(base, parameters):
+    if is_here(base, parameters) or is_this_machine(base):
         return "", 0, parameters
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
         raise ValueError(
@@ -1152,9 +1154,6 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     if at and not is_word(user):
         raise ValueError(f"{user!r} is not a user name")
     host, port = parse_host(rest)
-    if host == "localhost" and not user and not port:
-        why = "nix-copy-closure would not use ssh, and builds would wait for themselves"
-        raise ValueError(f"'localhost' is this machine: {why}")
     for name in sorted(parameters.keys() - PARAMETERS.split()):  # we shall not obey it
         known = "this hook does not support the parameter"
         raise ValueError(f"{known} {name!r}; the machine can be used without it")
@@ -1204,6 +1203,15 @@ def is_here(base: str, parameters: dict[str, str]) -> bool:
     return another or (not separator and base.startswith("/"))
 
 
+def is_this_machine(base: str) -> bool:
+    """Whether that is how people name the machine that they are on."""
+    return base.removesuffix("/") in (
+        "localhost",
+        "ssh://localhost",
+        "ssh-ng://localhost",
+    )
+
+
 # What store URIs may say; only those of the first line mean something to a hook.
 PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remote-store
 max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
@@ -1213,6 +1221,8 @@ def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
     """What that store URI makes of a session.  offered: the features that its line lists;
     as with Nix's own hook, a store here has no others."""
     base, parameters = split_parameters(uri)
+    if is_this_machine(base) and "remote-store" not in parameters:
+        return ()
     program = parameters.get("remote-program", "").split()
     store, here = parameters.get("remote-store", ""), is_here(base, parameters)
     if here and base not in ("localhost", "ssh://localhost"):
@@ -1358,6 +1368,8 @@ def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
 
 def unfit(machine: Machine, request: Request, nix: Nix) -> str:
     """Why a machine can never do this build, or "" if it can."""
+    if not machine.ways:
+        return "is this machine, where Nix itself builds"
     anywhere = request.system == "builtin" and nix.since_2_4
     if request.system not in machine.systems and not anywhere:
         return f"builds {', '.join(machine.systems)}, not {request.system}"
@@ -1680,6 +1692,7 @@ class Slot:
 
     def __init__(self, machine: Machine, lock: Lock) -> None:
         self.machine, self.lock = machine, lock
+        self.load = 0  # the machine's, without us
         self.outage: Outage | None = None  # of the machine, as it was when we took it
         self.is_ours = True  # until it is freed
 
@@ -1789,6 +1802,7 @@ class Slots:
                 if best:
                     best.lock.release()
                 best = Slot(machine, lock)
+                best.load = loads[machine]
         if failure and not loads:
             raise failure
         return best, loads
@@ -4670,6 +4684,20 @@ def process_words(process: int, file: str) -> list[str]:
         return decode(stream.read()).split("\0")
 
 
+def builds_of_nix() -> int:
+    """How many builds the Nix that started us does itself now; 0 if the system does not
+    tell.  They are its children, as its hooks are, which are called as we are."""
+    nix, count = os.getppid(), 0
+    with suppress(OSError):
+        with open(f"/proc/{nix}/task/{nix}/children", encoding="ascii") as file:
+            children = file.read().split()
+        hook = process_words(os.getpid(), "cmdline")
+        for child in children:
+            with suppress(OSError):  # it has just ended
+                count += process_words(int(child), "cmdline") not in (hook, [""])
+    return count
+
+
 def addresses(host: str) -> set[str]:
     """The addresses of a host."""
     import socket
@@ -4697,6 +4725,9 @@ class Hook:
         self.machines: list[Machine] | None = None  # once they were read
         self.origin = origin()
         self.back: set[Machine] = set()  # those that builds come from here
+        # How many builds Nix does itself with the last that we left to it, for as long as
+        # that may not have begun (monotonic time).
+        self.stayed = 0.0, 0
         self.patient_from = 0.0  # monotonic time; before, nobody waits for a slot
         self.session: Session | None = None  # opened before we accept
 
@@ -4778,6 +4809,9 @@ class Hook:
             slot = self.find_slot(line, request)
             if not slot:
                 break
+            if self.stays(slot, machines, request):
+                slot.free()
+                break
             if self.reach(self.site, slot, build, until):
                 self.talk.reply("accept", slot.machine.name)
                 return Accepted(build, slot, self.session)
@@ -4804,6 +4838,24 @@ class Hook:
             self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
             return "decline" if request.willing else "postpone"
         return ""
+
+    def stays(self, slot: Slot, machines: list[Machine], request: Request) -> bool:
+        """Whether a build should not leave for that slot: Nix would begin it now, and by load
+        and speed this machine, if it is listed, is no worse."""
+        here = [machine for machine in machines if not machine.ways]
+        if not here or not request.willing or not might_build_itself(self.nix, request):
+            return False
+        load, (until, after) = builds_of_nix(), self.stayed
+        if time.monotonic() < until:
+            load = max(load, after)
+        text = f"'{here[0].name}' builds {load} here, at speed {here[0].speed:g}"
+        self.talk.say(DEBUG, text)
+        if load >= here[0].max_jobs or rank(here[0], load) > rank(
+            slot.machine, slot.load
+        ):
+            return False
+        self.stayed = time.monotonic() + BEGIN_S, load + 1
+        return True
 
     def eligible(self, request: Request, machines: list[Machine]) -> list[Machine]:
         """Those that can do it; says why if none can and Nix cannot either."""
@@ -5164,6 +5216,9 @@ class Inspection:
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
+            if not self.machine.ways:
+                self.add("build", OK, "here", "it is this machine")
+                return
             self.slots = Slots.find(self.nix)
             self.programs = Programs(Talk(self.nix))
             directory = ssh_directory(self.slots.path)
@@ -5761,6 +5816,12 @@ def status(options: Namespace, nix: Nix, screen: Screen) -> int:
 def slots_line(load: Load) -> list[str]:
     """What the machine is called, a character for each slot, or fewer, and the count."""
     taken, slots = len(load.building), load.machine.max_jobs
+    if not load.machine.ways:
+        return [
+            label(load.machine),
+            "",
+            f"this machine, of speed {load.machine.speed:g}",
+        ]
     width = min(slots, BAR)
     full = math.ceil(width * taken / slots) if slots else 0
     bar = f"[{'#' * full}{'.' * (width - full)}]"
@@ -5926,8 +5987,11 @@ class Choice(NamedTuple):
         for machine, reason in self.out:
             text = f"{label(machine)} {reason} ({machine.where})"
             screen.say(text, "    ", "        ")
+        itself = "may build it itself"
+        if any(not machine.ways for machine, _ in self.out):
+            itself += ", if it has a job free and no better machine has a free slot"
         never = "can never build it itself (max-jobs, system or features)"
-        screen.say(f"Nix here {'may build it itself' if self.itself else never}.")
+        screen.say(f"Nix here {itself if self.itself else never}.")
 
 
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
