@@ -428,6 +428,7 @@ passes  FAR -        creating thread
 passes  FAR -        interrupted by
 unknown any UNSEATED refused by peer
 unknown any UNSHARED disabling multiplexing
+unknown any LACKS    experimental Nix feature = in nix.conf there: extra-experimental-features = ca-derivations
 unknown any LACKS    is required to build
 unknown any LACKS    platform mismatch
 unknown any LACKS    missing system features
@@ -2221,6 +2222,7 @@ class Derivation(NamedTuple):
     builder: str
     arguments: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
+    text: str = ""  # of the file
 
     @classmethod
     def parse(cls, text: str) -> Derivation:
@@ -2240,9 +2242,28 @@ class Derivation(NamedTuple):
                 texts([builder])[0],
                 texts(arguments),
                 tuple((key, value) for key, value in map(texts, environment)),
+                text,
             )
         except (TypeError, ValueError):
             raise Error("it is not a well-formed derivation") from None
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether what is in its outputs will decide on their paths; Nix hands it on when
+        it has put paths in the place of input derivations."""
+        kinds = {(bool(o.algorithm), o.path, o.hash) for o in self.outputs}
+        return kinds == {(True, "", "")} and not self.input_derivations
+
+    def realisations(self) -> dict[str, str]:
+        """What Nix calls each output of a floating one where it notes its path: the hash of
+        the file, in which nothing stands for the paths (hashDerivationModulo)."""
+        import hashlib
+        import re
+
+        names = "|".join(re.escape(output.name) for output in self.outputs)
+        text = re.sub(rf'\(("(?:{names})"),"[^"]*"\)', r'(\1,"")', self.text)
+        found = hashlib.sha256(encode(text)).hexdigest()
+        return {output.name: f"sha256:{found}!{output.name}" for output in self.outputs}
 
     def digests(self) -> frozenset[str]:
         """Of all that it reads: sources, and derivations whose outputs it reads."""
@@ -2327,9 +2348,9 @@ def read_derivation(path: str, store: Store, text: str | None = None) -> Derivat
             with open(store.file(path), "rb") as stream:
                 text = stream.read().decode("utf-8", "surrogateescape")
         derivation = Derivation.parse(text)
-        for output in derivation.outputs:
+        for output in () if derivation.is_floating else derivation.outputs:
             if not output.path:
-                why = "is not known before the build (content-addressed or impure)"
+                why = "is not known before the build (impure, or not resolved)"
                 raise Unsendable(f"the path of its output '{output.name}' {why}")
             store.name(output.path)
     except (Error, OSError) as error:
@@ -2922,17 +2943,21 @@ class Seat:
     def serve(self, **options: Any) -> subprocess.Popen[bytes]:
         """Start what speaks the serve protocol for the machine's store, in the same way.  A
         nix-store here is not to be killed with us: it hears that we end, and ends its build."""
-        way, environ = self.way, self.ssh.here_environ()
-        if not way.here:
-            return self.start(*way.there, **options)
-        if way.there:
+        if not self.way.here:
+            return self.start(*self.way.there, **options)
+        options = {"start_new_session": True, **options}
+        return self.launch(self.ssh.here[self.chosen], self.here_environ(), options)
+
+    def here_environ(self) -> dict[str, str]:
+        """For a nix-store here: with an ssh that leads there, if that is the way."""
+        environ = self.ssh.here_environ()
+        if self.way.there:
             directory = os.path.dirname(self.base)
             if not (folder := stand_in(directory)):
                 raise Error(f"nothing can be executed in {directory}")
             environ["PATH"] = f"{folder}:{environ['PATH']}"
-            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(self.command(*way.there))
-        options = {"start_new_session": True, **options}
-        return self.launch(self.ssh.here[self.chosen], environ, options)
+            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(self.command(*self.way.there))
+        return environ
 
 
 # ---- Session ------------------------------------------------------------------------
@@ -2983,6 +3008,7 @@ class Session:
         self.tail = b""  # of stderr
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
+        self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
         # How long a running build may take, and say nothing; 0 for any time.
         self.limits: tuple[int, int] = (0, 0)
         self.is_silent = True  # whether the running build has said nothing yet
@@ -3263,8 +3289,9 @@ class Session:
         if self.spoken >= 0x203:
             self.read(4 * 8)  # times built, non-deterministic, start, stop
         if self.spoken >= 0x206:
-            for _ in range(2 * min(read_integer(self.read), WIRE_LIMIT_BYTES)):
-                read_string(self.read)
+            for _ in range(min(read_integer(self.read), WIRE_LIMIT_BYTES)):
+                name = read_string(self.read).rpartition("!")[2]
+                self.realised[name] = read_string(self.read)
         return (0 if status in BUILT else status), message
 
     def wait_for_build(self, nix: Nix) -> int:
@@ -3370,7 +3397,11 @@ class Site:
         """The derivation of that store path, also if the store here is a binary cache."""
         store = self.nix.store
         if not store.is_cache:
-            return read_derivation(path, store)
+            derivation = read_derivation(path, store)
+            if derivation.is_floating and not (2, 8) <= self.copy_version < (2, 35):
+                why = "it is content-addressed, and this Nix is not one of 2.8 to 2.34"
+                raise Unsendable(f"cannot send '{path}' to another machine: {why}")
+            return derivation
         command = [f"{os.path.dirname(self.copy_program)}/nix", "store", "cat"]
         command += ["--extra-experimental-features", "nix-command"]
         command += ["--store", store.remote, path]
@@ -3814,6 +3845,7 @@ class Copier:
         self.session = session  # there may be another one later
         self.problem = ""  # what the running program says from its first error on
         self.early: Copy | None = None  # will fetch, when the outputs are built
+        self.are_held = True  # whether the Nix that started us has locks on the outputs
         ssh = session.seat.ssh
         self.environ = ssh.copy_environ()
         if self.nix.store.remote:
@@ -3919,12 +3951,36 @@ class Copier:
     def start_to_fetch(self, paths: list[str]) -> Copy:
         """Start the program that is to bring these."""
         environ = dict(self.environ)
-        if self.site.copy_version < (2, 29):
+        if self.site.copy_version < (2, 29) and self.are_held:
             environ["NIX_HELD_LOCKS"] = " ".join(paths)
         command = [self.store_program, "--import", *self.nix.options()]
         if self.is_joined:
             command = [self.program, "--from", self.target, *self.nix.options(), *paths]
         return Copy(self.programs, command, environ, self.is_joined)
+
+    def register(
+        self, path: str, derivation: Derivation, outputs: dict[str, str]
+    ) -> None:
+        """Tell the store here where the outputs of a floating derivation are, which are
+        valid: nix copy does, from a binary cache that has nothing but what we say."""
+        import shutil
+
+        folder = f"{self.site.directory}/cache-{os.urandom(8).hex()}"
+        command = [f"{os.path.dirname(self.program)}/nix", "copy", *self.nix.options()]
+        command += ["--extra-experimental-features", "nix-command ca-derivations"]
+        command += ["--no-recursive", "--no-check-sigs", "--from", f"file://{folder}"]
+        command.append(f"{path}^*" if self.site.copy_version >= (2, 13) else path)
+        try:
+            os.makedirs(f"{folder}/realisations", 0o700)
+            for name, text in cache_files(path, derivation, outputs).items():
+                write_private(f"{folder}/{name}", text, lasting=False)
+            status, _, said = self.programs.output(command, self.environ)
+        except OSError as error:
+            raise Error(f"cannot write {folder}: {error.strerror}") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if status:
+            raise Error(f"the store here does not take its outputs: {printable(said)}")
 
     def prepare_to_fetch(self, outputs: list[str]) -> None:
         """Start it while they are built, if one can bring all: to start takes 20 ms."""
@@ -4016,6 +4072,27 @@ class Copier:
         if self.nix.old:
             self.talk.say(INFO, line)
         self.talk.begin(1, line, INFO, COPY_PATH, path, *ends)
+
+
+def cache_files(
+    path: str, derivation: Derivation, outputs: dict[str, str]
+) -> dict[str, str]:
+    """The files of a binary cache with that derivation, and where its outputs are.  Nobody
+    reads what these hold."""
+    import hashlib
+
+    words = ("nix-archive-1", "(", "type", "regular", "contents", derivation.text, ")")
+    archive = b"".join(map(string, words))
+    head = f"Compression: none\nNarHash: sha256:{hashlib.sha256(archive).hexdigest()}\n"
+    head += f"NarSize: {len(archive)}\nReferences: \nURL: archive\nStorePath: "
+    files = {f"{digest(p)}.narinfo": f"{head}{p}\n" for p in (path, *outputs.values())}
+    files["archive"] = archive.decode("utf-8", "surrogateescape")
+    files["nix-cache-info"] = f"StoreDir: {path.rpartition('/')[0]}\n"
+    for name, identity in derivation.realisations().items():
+        last = outputs[name].rpartition("/")[2]
+        text = f'{{"id":"{identity}","outPath":"{last}","signatures":[]'
+        files[f"realisations/{identity}.doi"] = text + ',"dependentRealisations":{}}'
+    return files
 
 
 def in_order(infos: dict[str, PathInfo]) -> list[str]:
@@ -4153,20 +4230,16 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     seat.connect(min(LOGIN_TIMEOUT_S, patience_s))
     try:
         return open_in_one_way(site, seat, path, deadline)
-    except Refused as error:
-        first = error
-        if not seat.turn():
-            raise error.become(Unreachable) from None
     except SessionLost as error:
-        raise error.become(Unreachable) from None
+        first = error
+        if not isinstance(error, Refused) or not seat.turn():
+            raise error.become(Unreachable) from None
     try:
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
-        if first.meaning == "DAEMON":  # the right way is this
-            seat.keep_way()
-            raise error.become(Unreachable) from None
-        seat.turn()
-        raise first.become(Unreachable) from None
+        is_right = first.meaning == "DAEMON"
+        seat.keep_way() if is_right else seat.turn()
+        raise (error if is_right else first).become(Unreachable) from None
 
 
 def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
@@ -4346,6 +4419,7 @@ class Attempt:
         self.built: Answer | None = None  # to the question to build, if it was asked
         self.infos: Answer | None = None  # what the builder says of the outputs
         self.greeted = self.begun = False  # see Failure
+        self.paths: dict[str, str] = {}  # of a floating derivation's outputs, by name
 
     def perform(self, session: Session | None) -> None:
         """Do all of it; session: one that was opened for it already."""
@@ -4464,6 +4538,9 @@ class Attempt:
         """Ask in the way that only trusted users may, but in which nothing else need be
         sent; and for what the fetch will need."""
         self.built, session, wanted = None, self.session, self.wanted
+        if wanted.derivation.is_floating and session.spoken < 0x206:
+            why = "its Nix is too old for a content-addressed derivation"
+            raise NotHere(why, BuildBroken(self.failed(Error(why))))
         if session.spoken >= 0x201 and self.trusted:
             encoded = wanted.derivation.encode(wanted.inputs)
             then = infos_question(wanted.outputs)
@@ -4475,25 +4552,51 @@ class Attempt:
         self.site.slots.note_paths(self.machine, digests)
 
     def build(self) -> dict[str, PathInfo]:
-        """Build on the builder, in whichever way it lets us; returns what it says of the
-        outputs."""
-        try:
-            status, message = (self.built or self.ask_by_closure()).get()
-        except SessionLost:
-            if not means(decode(self.session.tail), "LIMITED"):
-                raise
-            self.reconnect()
-            status, message = self.ask_by_closure().get()
+        """Build on the builder; returns what it says of the outputs."""
+        status, message = self.hear_of_build()
         self.trace("build-remote-done")
         if status:
             if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
-                text = (
-                    "The failed build directory was kept on the remote builder due to"
-                )
-                self.talk.say(WARN, f"{text} `--keep-failed`: '{self.machine.name}'.")
+                text = "The failed build directory was kept on the remote builder"
+                text += f" due to `--keep-failed`: '{self.machine.name}'."
+                self.talk.say(WARN, text)
             self.session.finish()
             raise self.verdict(status, message)
-        return dict(self.infos.get()) if self.infos else {}
+        infos = dict(self.infos.get()) if self.infos else {}
+        return self.find_outputs() if self.wanted.derivation.is_floating else infos
+
+    def hear_of_build(self) -> tuple[int, str]:
+        """The status and message of the build, in whichever way the builder lets us; NotHere
+        if it never will."""
+        try:
+            return tuple((self.built or self.ask_by_closure()).get())
+        except SessionLost as error:
+            tail = decode(self.session.tail)
+            lacks = self.wanted.derivation.is_floating and means(tail, "LACKS")
+            if lacks or means(tail, "READONLY"):
+                raise NotHere(str(error), BuildBroken(self.failed(error))) from None
+            if not means(tail, "LIMITED"):
+                raise
+        self.reconnect()
+        return tuple(self.ask_by_closure().get())
+
+    def find_outputs(self) -> dict[str, PathInfo]:
+        """Learn which paths the outputs of a floating derivation have got."""
+        import json
+
+        store, self.paths = self.nix.store, {}
+        for output in self.wanted.derivation.outputs:
+            with suppress(ValueError, TypeError, KeyError):
+                last = json.loads(self.session.realised[output.name])["outPath"]
+                if store.owns(path := f"{store.directory}/{last}"):
+                    self.paths[output.name] = path
+        if len(self.paths) < len(self.wanted.derivation.outputs):
+            text = "it does not say which paths the outputs have"
+            raise NotHere(text, BuildBroken(self.failed(Error(text))))
+        outputs = sorted({*self.paths.values()})
+        self.wanted = self.wanted._replace(outputs=outputs)
+        self.copier.are_held = False
+        return dict(self.session.ask_infos(outputs).get())
 
     def verdict(self, status: int, message: str) -> Error:
         """What a build that failed with that status has come to."""
@@ -4556,6 +4659,8 @@ class Attempt:
             self.copier.fetch(wanted.outputs, infos, wanted.inputs, self.locks)
         except Spoilt as error:
             raise NotHere(str(error), BuildBroken(self.failed(error))) from None
+        if wanted.derivation.is_floating:
+            self.copier.register(wanted.path, wanted.derivation, self.paths)
 
 
 class Build:
@@ -4573,6 +4678,8 @@ class Build:
         """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
         by_name = {output.name: output.path for output in self.derivation.outputs}
         missing = [by_name.get(output, output) for output in outputs]
+        if self.derivation.is_floating:
+            inputs, missing = [*inputs, self.path], []  # all of its outputs, in the end
         for path in inputs:
             self.site.nix.store.name(path)
         if self.site.nix.old:  # which names all derivations behind it, too
