@@ -44,7 +44,8 @@ the host may be missing or `-`:
     host               name, user@name, ssh alias, or ssh://[user@]host[:port] (ssh-ng
                        too) with the parameters ssh-key, compress, remote-program,
                        remote-store and base64-ssh-public-host-key; or a store that
-                       Nix here opens: /PATH, local?root=R, unix://SOCKET
+                       Nix here opens: /PATH, local?root=R, unix://SOCKET; or localhost,
+                       whose line says how fast this machine is beside the others
     systems            comma-separated: i686-linux,x86_64-linux (default: this one's)
     sshKey             private key without a passphrase (default: those ssh would try)
     maxJobs            builds at once on the machine: its slots (default: 1)
@@ -125,6 +126,7 @@ WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list that anybody may send 
 WAIT_S = 0.02  # between two looks for a free slot
 PATIENCE_S = 1.0  # a request waits so long for a slot, before Nix shall ask again,
 IMPATIENCE_S = 4.0  # after which for so long none waits
+BEGIN_S = 1.0  # for Nix to begin a build itself
 LINE_LIMIT = 64  # hooks that wait for one set of machines
 PASSES = 3  # of who stands first in a line, by lines of fewer machines
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
@@ -440,6 +442,7 @@ passes  FAR -        creating thread
 passes  FAR -        interrupted by
 unknown any UNSEATED refused by peer
 unknown any UNSHARED disabling multiplexing
+unknown any LACKS    experimental Nix feature = in nix.conf there: extra-experimental-features = ca-derivations
 unknown any LACKS    is required to build
 unknown any LACKS    platform mismatch
 unknown any LACKS    missing system features
@@ -1113,7 +1116,7 @@ class Machine(NamedTuple):
     them; destination: [user@]host, "" if it is a store that a program here opens; port: 0 for what
     ssh finds in its configuration; key: a private key's file, or ""; host_key: a line such as
     "ssh-ed25519 AAAA...", or ""; ways: to have a session, where only trying shows which of them
-    its login allows.
+    its login allows; none if it is this machine.
     """
 
     where: str
@@ -1218,7 +1221,7 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     """[user@]host, "" for a store here, port and parameters; ValueError says what is wrong."""
     base, parameters = split_parameters(uri)
     scheme, separator, authority = base.rpartition("://")
-    if is_here(base, parameters):
+    if is_here(base, parameters) or is_this_machine(base):
         return "", 0, parameters
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
         raise ValueError(
@@ -1230,9 +1233,6 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     if at and not is_word(user):
         raise ValueError(f"{user!r} is not a user name")
     host, port = parse_host(rest)
-    if host == "localhost" and not user and not port:
-        why = "nix-copy-closure would not use ssh, and builds would wait for themselves"
-        raise ValueError(f"'localhost' is this machine: {why}")
     for name in sorted(parameters.keys() - PARAMETERS.split()):  # we shall not obey it
         known = "this hook does not support the parameter"
         raise ValueError(f"{known} {name!r}; the machine can be used without it")
@@ -1282,6 +1282,15 @@ def is_here(base: str, parameters: dict[str, str]) -> bool:
     return another or (not separator and base.startswith("/"))
 
 
+def is_this_machine(base: str) -> bool:
+    """Whether that is how people name the machine that they are on."""
+    return base.removesuffix("/") in (
+        "localhost",
+        "ssh://localhost",
+        "ssh-ng://localhost",
+    )
+
+
 # What store URIs may say; only those of the first line mean something to a hook.
 PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remote-store
 max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
@@ -1291,6 +1300,8 @@ def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
     """What that store URI makes of a session.  offered: the features that its line lists;
     as with Nix's own hook, a store here has no others."""
     base, parameters = split_parameters(uri)
+    if is_this_machine(base) and "remote-store" not in parameters:
+        return ()
     program = parameters.get("remote-program", "").split()
     store, here = parameters.get("remote-store", ""), is_here(base, parameters)
     if here and base not in ("localhost", "ssh://localhost"):
@@ -1436,6 +1447,8 @@ def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
 
 def unfit(machine: Machine, request: Request, nix: Nix) -> str:
     """Why a machine can never do this build, or "" if it can."""
+    if not machine.ways:
+        return "is this machine, where Nix itself builds"
     anywhere = request.system == "builtin" and nix.since_2_4
     if request.system not in machine.systems and not anywhere:
         return f"builds {', '.join(machine.systems)}, not {request.system}"
@@ -1759,6 +1772,7 @@ class Slot:
 
     def __init__(self, machine: Machine, lock: Lock) -> None:
         self.machine, self.lock = machine, lock
+        self.load = 0  # the machine's, without us
         self.outage: Outage | None = None  # of the machine, as it was when we took it
         self.is_ours = True  # until it is freed
 
@@ -1868,6 +1882,7 @@ class Slots:
                 if best:
                     best.lock.release()
                 best = Slot(machine, lock)
+                best.load = loads[machine]
         if failure and not loads:
             raise failure
         return best, loads
@@ -2320,6 +2335,7 @@ class Derivation(NamedTuple):
     builder: str
     arguments: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
+    text: str = ""  # of the file
 
     @classmethod
     def parse(cls, text: str) -> Derivation:
@@ -2339,9 +2355,28 @@ class Derivation(NamedTuple):
                 texts([builder])[0],
                 texts(arguments),
                 tuple((key, value) for key, value in map(texts, environment)),
+                text,
             )
         except (TypeError, ValueError):
             raise Error("it is not a well-formed derivation") from None
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether what is in its outputs will decide on their paths; Nix hands it on when
+        it has put paths in the place of input derivations."""
+        kinds = {(bool(o.algorithm), o.path, o.hash) for o in self.outputs}
+        return kinds == {(True, "", "")} and not self.input_derivations
+
+    def realisations(self) -> dict[str, str]:
+        """What Nix calls each output of a floating one where it notes its path: the hash of
+        the file, in which nothing stands for the paths (hashDerivationModulo)."""
+        import hashlib
+        import re
+
+        names = "|".join(re.escape(output.name) for output in self.outputs)
+        text = re.sub(rf'\(("(?:{names})"),"[^"]*"\)', r'(\1,"")', self.text)
+        found = hashlib.sha256(encode(text)).hexdigest()
+        return {output.name: f"sha256:{found}!{output.name}" for output in self.outputs}
 
     def digests(self) -> frozenset[str]:
         """Of all that it reads: sources, and derivations whose outputs it reads."""
@@ -2426,9 +2461,9 @@ def read_derivation(path: str, store: Store, text: str | None = None) -> Derivat
             with open(store.file(path), "rb") as stream:
                 text = stream.read().decode("utf-8", "surrogateescape")
         derivation = Derivation.parse(text)
-        for output in derivation.outputs:
+        for output in () if derivation.is_floating else derivation.outputs:
             if not output.path:
-                why = "is not known before the build (content-addressed or impure)"
+                why = "is not known before the build (impure, or not resolved)"
                 raise Unsendable(f"the path of its output '{output.name}' {why}")
             store.name(output.path)
     except (Error, OSError) as error:
@@ -3208,18 +3243,22 @@ class Seat:
         """Start what speaks the serve protocol for the machine's store; tells: it shall tell of
         its activities.  A nix-store here is not to be killed with us: it hears that we end,
         and ends its build."""
-        way, environ = self.way, self.ssh.here_environ()
-        if not way.here:
-            return self.start(*with_log_format(way.there, tells), **options)
-        if way.there:
+        if not self.way.here:
+            return self.start(*with_log_format(self.way.there, tells), **options)
+        options = {"start_new_session": True, **options}
+        command = with_log_format(self.ssh.here[self.chosen], tells)
+        return self.launch(command, self.here_environ(), options)
+
+    def here_environ(self) -> dict[str, str]:
+        """For a nix-store here: with an ssh that leads there, if that is the way."""
+        environ = self.ssh.here_environ()
+        if self.way.there:
             directory = os.path.dirname(self.base)
             if not (folder := stand_in(directory)):
                 raise Error(f"nothing can be executed in {directory}")
             environ["PATH"] = f"{folder}:{environ['PATH']}"
-            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(self.command(*way.there))
-        options = {"start_new_session": True, **options}
-        command = with_log_format(self.ssh.here[self.chosen], tells)
-        return self.launch(command, environ, options)
+            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(self.command(*self.way.there))
+        return environ
 
     def margin_s(self) -> float:
         """How long after Nix's limits a build there ends because of them.  Others than root
@@ -3362,6 +3401,7 @@ class Session:
         self.dumped = ""  # the path whose archive comes behind the running build
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
+        self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
         # How long a running build may take, and say nothing; 0 for any time.
         self.limits: tuple[int, int] = (0, 0)
         self.margin_s = 0.0  # which the builder has to end it, beyond that
@@ -3665,8 +3705,9 @@ class Session:
         if self.spoken >= 0x203:
             self.read(4 * 8)  # times built, non-deterministic, start, stop
         if self.spoken >= 0x206:
-            for _ in range(2 * min(read_integer(self.read), WIRE_LIMIT_BYTES)):
-                read_string(self.read)
+            for _ in range(min(read_integer(self.read), WIRE_LIMIT_BYTES)):
+                name = read_string(self.read).rpartition("!")[2]
+                self.realised[name] = read_string(self.read)
         return (0 if status in BUILT else status), message
 
     def wait_for_build(self, nix: Nix) -> int:
@@ -3785,7 +3826,11 @@ class Site:
         """The derivation of that store path, also if the store here is a binary cache."""
         store = self.nix.store
         if not store.is_cache:
-            return read_derivation(path, store)
+            derivation = read_derivation(path, store)
+            if derivation.is_floating and not (2, 8) <= self.copy_version < (2, 35):
+                why = "it is content-addressed, and this Nix is not one of 2.8 to 2.34"
+                raise Unsendable(f"cannot send '{path}' to another machine: {why}")
+            return derivation
         command = [f"{os.path.dirname(self.copy_program)}/nix", "store", "cat"]
         command += ["--extra-experimental-features", "nix-command"]
         command += ["--store", store.remote, path]
@@ -4251,6 +4296,7 @@ class Copier:
         self.session = session  # there may be another one later
         self.problem = ""  # what the running program says from its first error on
         self.early: Copy | None = None  # will fetch, when the outputs are built
+        self.are_held = True  # whether the Nix that started us has locks on the outputs
         ssh = session.seat.ssh
         self.environ = ssh.copy_environ()
         if self.nix.store.remote:
@@ -4364,12 +4410,36 @@ class Copier:
     def start_to_fetch(self, paths: list[str]) -> Copy:
         """Start the program that is to bring these."""
         environ = dict(self.environ)
-        if self.site.copy_version < (2, 29):
+        if self.site.copy_version < (2, 29) and self.are_held:
             environ["NIX_HELD_LOCKS"] = " ".join(paths)
         command = [self.store_program, "--import", *self.nix.options()]
         if self.fetches_joined:
             command = [self.program, "--from", self.target, *self.nix.options(), *paths]
         return Copy(self.programs, command, environ, self.fetches_joined)
+
+    def register(
+        self, path: str, derivation: Derivation, outputs: dict[str, str]
+    ) -> None:
+        """Tell the store here where the outputs of a floating derivation are, which are
+        valid: nix copy does, from a binary cache that has nothing but what we say."""
+        import shutil
+
+        folder = f"{self.site.directory}/cache-{os.urandom(8).hex()}"
+        command = [f"{os.path.dirname(self.program)}/nix", "copy", *self.nix.options()]
+        command += ["--extra-experimental-features", "nix-command ca-derivations"]
+        command += ["--no-recursive", "--no-check-sigs", "--from", f"file://{folder}"]
+        command.append(f"{path}^*" if self.site.copy_version >= (2, 13) else path)
+        try:
+            os.makedirs(f"{folder}/realisations", 0o700)
+            for name, text in cache_files(path, derivation, outputs).items():
+                write_private(f"{folder}/{name}", text, lasting=False)
+            status, _, said = self.programs.output(command, self.environ)
+        except OSError as error:
+            raise Error(f"cannot write {folder}: {error.strerror}") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if status:
+            raise Error(f"the store here does not take its outputs: {printable(said)}")
 
     def prepare_to_fetch(self, outputs: list[str]) -> None:
         """Start it while they are built, if one can bring all: to start takes 20 ms."""
@@ -4460,6 +4530,27 @@ class Copier:
             self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
         elif line and not (self.is_joined and line.startswith("copying ")):
             self.talk.say(INFO, line)  # else it is what the relay tells
+
+
+def cache_files(
+    path: str, derivation: Derivation, outputs: dict[str, str]
+) -> dict[str, str]:
+    """The files of a binary cache with that derivation, and where its outputs are.  Nobody
+    reads what these hold."""
+    import hashlib
+
+    words = ("nix-archive-1", "(", "type", "regular", "contents", derivation.text, ")")
+    archive = b"".join(map(string, words))
+    head = f"Compression: none\nNarHash: sha256:{hashlib.sha256(archive).hexdigest()}\n"
+    head += f"NarSize: {len(archive)}\nReferences: \nURL: archive\nStorePath: "
+    files = {f"{digest(p)}.narinfo": f"{head}{p}\n" for p in (path, *outputs.values())}
+    files["archive"] = archive.decode("utf-8", "surrogateescape")
+    files["nix-cache-info"] = f"StoreDir: {path.rpartition('/')[0]}\n"
+    for name, identity in derivation.realisations().items():
+        last = outputs[name].rpartition("/")[2]
+        text = f'{{"id":"{identity}","outPath":"{last}","signatures":[]'
+        files[f"realisations/{identity}.doi"] = text + ',"dependentRealisations":{}}'
+    return files
 
 
 def in_order(infos: dict[str, PathInfo]) -> list[str]:
@@ -4597,20 +4688,16 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     seat.connect(min(LOGIN_TIMEOUT_S, patience_s))
     try:
         return open_in_one_way(site, seat, path, deadline)
-    except Refused as error:
-        first = error
-        if not seat.turn():
-            raise error.become(Unreachable) from None
     except SessionLost as error:
-        raise error.become(Unreachable) from None
+        first = error
+        if not isinstance(error, Refused) or not seat.turn():
+            raise error.become(Unreachable) from None
     try:
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
-        if first.meaning == "DAEMON":  # the right way is this
-            seat.keep_way()
-            raise error.become(Unreachable) from None
-        seat.turn()
-        raise first.become(Unreachable) from None
+        is_right = first.meaning == "DAEMON"
+        seat.keep_way() if is_right else seat.turn()
+        raise (error if is_right else first).become(Unreachable) from None
 
 
 def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
@@ -4804,6 +4891,7 @@ class Attempt:
         self.built: Answer | None = None  # to the question to build, if it was asked
         self.infos: Answer | None = None  # what the builder says of the outputs
         self.greeted = self.begun = self.has_built = False  # see Failure
+        self.paths: dict[str, str] = {}  # of a floating derivation's outputs, by name
 
     def perform(self, session: Session | None) -> None:
         """Do all of it; session: one that was opened for it already."""
@@ -4923,6 +5011,9 @@ class Attempt:
         """Ask in the way that only trusted users may, but in which nothing else need be
         sent; and for what the fetch will need."""
         self.built, session, wanted = None, self.session, self.wanted
+        if wanted.derivation.is_floating and session.spoken < 0x206:
+            why = "its Nix is too old for a content-addressed derivation"
+            raise NotHere(why, BuildBroken(self.failed(Error(why))))
         if session.spoken >= 0x201 and self.trusted:
             encoded = wanted.derivation.encode(wanted.inputs)
             then = self.questions_behind()
@@ -4938,28 +5029,55 @@ class Attempt:
         """What is asked with the build: what the outputs are, and if there is just one, and so
         just one order for them, its archive, after which nix-store shall end."""
         questions, outputs = infos_question(self.wanted.outputs), self.wanted.outputs
-        if len(outputs) == 1:
+        if len(outputs) == 1 and not self.wanted.derivation.is_floating:
             self.session.dumped = outputs[0]
             self.session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += dump_question(outputs[0]) + dump_question(no_path(outputs[0]))
         return questions
 
     def build(self) -> dict[str, PathInfo]:
-        """Build on the builder, in whichever way it lets us; returns what it says of the
-        outputs."""
-        try:
-            status, message = (self.built or self.ask_by_closure()).get()
-        except SessionLost:
-            if not means(decode(self.session.tail), "LIMITED"):
-                raise
-            self.reconnect()
-            status, message = self.ask_by_closure().get()
+        """Build on the builder; returns what it says of the outputs."""
+        status, message = self.hear_of_build()
         self.trace("build-remote-done")
         if status:
             self.session.finish()
             self.tell_what_is_kept()
             raise self.verdict(status, message)
-        return dict(self.infos.get()) if self.infos else {}
+        infos = dict(self.infos.get()) if self.infos else {}
+        return self.find_outputs() if self.wanted.derivation.is_floating else infos
+
+    def hear_of_build(self) -> tuple[int, str]:
+        """The status and message of the build, in whichever way the builder lets us; NotHere
+        if it never will."""
+        try:
+            return tuple((self.built or self.ask_by_closure()).get())
+        except SessionLost as error:
+            tail = decode(self.session.tail)
+            lacks = self.wanted.derivation.is_floating and means(tail, "LACKS")
+            if lacks or means(tail, "READONLY"):
+                raise NotHere(str(error), BuildBroken(self.failed(error))) from None
+            if not means(tail, "LIMITED"):
+                raise
+        self.reconnect()
+        return tuple(self.ask_by_closure().get())
+
+    def find_outputs(self) -> dict[str, PathInfo]:
+        """Learn which paths the outputs of a floating derivation have got."""
+        import json
+
+        store, self.paths = self.nix.store, {}
+        for output in self.wanted.derivation.outputs:
+            with suppress(ValueError, TypeError, KeyError):
+                last = json.loads(self.session.realised[output.name])["outPath"]
+                if store.owns(path := f"{store.directory}/{last}"):
+                    self.paths[output.name] = path
+        if len(self.paths) < len(self.wanted.derivation.outputs):
+            text = "it does not say which paths the outputs have"
+            raise NotHere(text, BuildBroken(self.failed(Error(text))))
+        outputs = sorted({*self.paths.values()})
+        self.wanted = self.wanted._replace(outputs=outputs)
+        self.copier.are_held = False
+        return dict(self.session.ask_infos(outputs).get())
 
     def tell_what_is_kept(self) -> None:
         """In the words of the stock hook, for which Nix's own tests look."""
@@ -5040,6 +5158,8 @@ class Attempt:
             self.copier.fetch(wanted.outputs, infos, wanted.inputs, self.locks)
         except Spoilt as error:
             raise NotHere(str(error), BuildBroken(self.failed(error))) from None
+        if wanted.derivation.is_floating:
+            self.copier.register(wanted.path, wanted.derivation, self.paths)
 
 
 class Build:
@@ -5057,6 +5177,8 @@ class Build:
         """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
         by_name = {output.name: output.path for output in self.derivation.outputs}
         missing = [by_name.get(output, output) for output in outputs]
+        if self.derivation.is_floating:
+            inputs, missing = [*inputs, self.path], []  # all of its outputs, in the end
         for path in inputs:
             self.site.nix.store.name(path)
         if self.site.nix.old:  # which names all derivations behind it, too
@@ -5171,6 +5293,20 @@ def process_words(process: int, file: str) -> list[str]:
         return decode(stream.read()).split("\0")
 
 
+def builds_of_nix() -> int:
+    """How many builds the Nix that started us does itself now; 0 if the system does not
+    tell.  They are its children, as its hooks are, which are called as we are."""
+    nix, count = os.getppid(), 0
+    with suppress(OSError):
+        with open(f"/proc/{nix}/task/{nix}/children", encoding="ascii") as file:
+            children = file.read().split()
+        hook = process_words(os.getpid(), "cmdline")
+        for child in children:
+            with suppress(OSError):  # it has just ended
+                count += process_words(int(child), "cmdline") not in (hook, [""])
+    return count
+
+
 def addresses(host: str) -> set[str]:
     """The addresses of a host."""
     import socket
@@ -5198,6 +5334,9 @@ class Hook:
         self.machines: list[Machine] | None = None  # once they were read
         self.origin = origin()
         self.back: set[Machine] = set()  # those that builds come from here
+        # How many builds Nix does itself with the last that we left to it, for as long as
+        # that may not have begun (monotonic time).
+        self.stayed = 0.0, 0
         self.patient_from = 0.0  # monotonic time; before, nobody waits for a slot
         self.session: Session | None = None  # opened before we accept
 
@@ -5279,6 +5418,9 @@ class Hook:
             slot = self.find_slot(line, request)
             if not slot:
                 break
+            if self.stays(slot, machines, request):
+                slot.free()
+                break
             if self.reach(self.site, slot, build, until):
                 self.talk.reply("accept", slot.machine.name)
                 return Accepted(build, slot, self.session)
@@ -5305,6 +5447,24 @@ class Hook:
             self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
             return "decline" if request.willing else "postpone"
         return ""
+
+    def stays(self, slot: Slot, machines: list[Machine], request: Request) -> bool:
+        """Whether a build should not leave for that slot: Nix would begin it now, and by load
+        and speed this machine, if it is listed, is no worse."""
+        here = [machine for machine in machines if not machine.ways]
+        if not here or not request.willing or not might_build_itself(self.nix, request):
+            return False
+        load, (until, after) = builds_of_nix(), self.stayed
+        if time.monotonic() < until:
+            load = max(load, after)
+        text = f"'{here[0].name}' builds {load} here, at speed {here[0].speed:g}"
+        self.talk.say(DEBUG, text)
+        if load >= here[0].max_jobs or rank(here[0], load) > rank(
+            slot.machine, slot.load
+        ):
+            return False
+        self.stayed = time.monotonic() + BEGIN_S, load + 1
+        return True
 
     def eligible(self, request: Request, machines: list[Machine]) -> list[Machine]:
         """Those that can do it; says why if none can and Nix cannot either."""
@@ -5700,6 +5860,9 @@ class Inspection:
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
+            if not self.machine.ways:
+                self.add("build", OK, "here", "it is this machine")
+                return
             self.slots = Slots.find(self.nix)
             self.programs = Programs(Talk(self.nix))
             directory = ssh_directory(self.slots.path)
@@ -6310,6 +6473,12 @@ def status(options: Namespace, nix: Nix, screen: Screen) -> int:
 def slots_line(load: Load) -> list[str]:
     """What the machine is called, a character for each slot, or fewer, and the count."""
     taken, slots = len(load.building), load.machine.max_jobs
+    if not load.machine.ways:
+        return [
+            label(load.machine),
+            "",
+            f"this machine, of speed {load.machine.speed:g}",
+        ]
     width = min(slots, BAR)
     full = math.ceil(width * taken / slots) if slots else 0
     bar = f"[{'#' * full}{'.' * (width - full)}]"
@@ -6475,8 +6644,11 @@ class Choice(NamedTuple):
         for machine, reason in self.out:
             text = f"{label(machine)} {reason} ({machine.where})"
             screen.say(text, "    ", "        ")
+        itself = "may build it itself"
+        if any(not machine.ways for machine, _ in self.out):
+            itself += ", if it has a job free and no better machine has a free slot"
         never = "can never build it itself (max-jobs, system or features)"
-        screen.say(f"Nix here {'may build it itself' if self.itself else never}.")
+        screen.say(f"Nix here {itself if self.itself else never}.")
 
 
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:

@@ -462,7 +462,7 @@ class Taker:
         (self.directory / Path(path).name).write_bytes(case)
         drv = hook.read_derivation(path, hook.Store("/nix/store", directory, "", ""))
         with contextlib.suppress(hook.Error):
-            assert Derivation.parse(written(drv)) == drv
+            assert Derivation.parse(written(drv))._replace(text=drv.text) == drv
             return len(drv.encode([PATH])) % 8 == 0
         raise AssertionError("it cannot be read again")
 

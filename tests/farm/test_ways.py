@@ -289,3 +289,51 @@ def test_check_says_that_it_is_nix_daemon(limited: Scene) -> None:
     allow(nix, "nix-daemon --stdio")
     done = nix.client.run(INSTALLED, "check", "--json", check=False)
     assert done.returncode == 0 and "allows only nix-daemon" in done.stdout, done.stdout
+
+
+# -- This machine's own line -----------------------------------------------------------
+
+TWO = """[
+  (mk "one-NUMBER" "while ! [ -e /tmp/go-NUMBER ]; do sleep 0.05; done; hostname > $out" {})
+  (mk "two-NUMBER" "hostname > $out" {}) ]"""
+
+
+@pytest.mark.parametrize(
+    "speeds, jobs, where",
+    [
+        ((1, 1), 1, "client"),
+        ((4, 1), 1, "client"),
+        ((1, 4), 1, "b1"),
+        ((4, 1), 0, "b1"),
+    ],
+    ids=["equal", "faster here", "faster there", "no jobs here"],
+)
+def test_a_build_stays_where_no_machine_is_better(
+    nix: Scene, speeds: tuple[int, int], jobs: int, where: str
+) -> None:
+    nix.machines(f"localhost - - 4 {speeds[0]}\nb1 - - 4 {speeds[1]}\n")
+    expression = fresh().replace("hostname", "uname -n")
+    outcome = nix.build(expression, "--option", "max-jobs", str(jobs))
+    assert nix.client.read(outcome.output) == f"{where}\n"
+
+
+def test_a_build_leaves_if_this_machine_is_busier(nix: Scene) -> None:
+    """The first is built here for as long as it takes to build the second elsewhere."""
+    nix.machines("localhost - - 4 1\nb1 - - 4 1\n")
+    number = str(next(numbers))
+    run = nix.start(TWO.replace("NUMBER", number), "--option", "max-jobs", "2")
+    run.says("on 'ssh://b1'")
+    for host in (nix.client, nix.builder):
+        host.write(f"/tmp/go-{number}", "")
+    found = [nix.client.read(output) for output in run.end().outputs]
+    assert sorted(found) == ["b1\n", "client\n"]
+
+
+def test_people_see_the_line_of_this_machine(nix: Scene) -> None:
+    nix.machines("localhost - - 4 2\nb1 - - 4 1\n")
+    checked = nix.client.run(INSTALLED, "check", check=False).stdout
+    assert "All machines are well." in checked
+    assert "localhost" in checked and "here" in checked
+    assert "this machine, of speed 2" in nix.client.run(INSTALLED, "status").stdout
+    explained = " ".join(nix.client.run(INSTALLED, "explain").stdout.split())
+    assert "localhost is this machine, where Nix itself builds" in explained

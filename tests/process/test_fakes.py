@@ -680,18 +680,18 @@ def test_without_machines_old_nix_is_told_each_time(old: Client) -> None:
 
 @pytest.mark.parametrize("good", ["root@b1 x86_64-darwin", ""], ids=["rest", "all bad"])
 def test_a_bad_line_is_complained_of_once(good: str, client: Client) -> None:
-    client.machines.write_text(f"localhost\n{good}\n", encoding="utf-8")
+    client.machines.write_text(f"b9:ssh\n{good}\n", encoding="utf-8")
     messages = client.run(client.request(willing=False) * 3).messages
-    assert messages.count(f"{client.machines}:1: 'localhost'") == 1
+    assert messages.count(f"{client.machines}:1: 'b9:ssh'") == 1
 
 
 def test_a_bad_line_is_complained_of_once_to_a_nix_that_starts_many_hooks(
     client: Client,
 ) -> None:
     with client.machines.open("a", encoding="utf-8") as file:
-        file.write("localhost\n")
+        file.write("b9:ssh\n")
     messages = [client.build().messages for _ in range(2)]
-    assert ["'localhost'" in text for text in messages] == [True, False]
+    assert ["'b9:ssh'" in text for text in messages] == [True, False]
 
 
 def test_no_machine_for_it_is_told_with_a_reason_for_each(client: Client) -> None:

@@ -248,12 +248,11 @@ def test_a_malformed_derivation_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "outputs",
     [
-        '[("lib","","r:sha256","")]',
         '[("lib","","r:sha256","impure")]',
         '[("lib","","","")]',
         f'[("dev","{OUT}","",""),("lib","","","")]',
     ],
-    ids=["floating", "impure", "deferred", "the second"],
+    ids=["impure", "deferred", "the second"],
 )
 def test_an_output_without_a_path_is_refused_by_name(
     outputs: str, tmp_path: Path
@@ -297,3 +296,36 @@ def test_a_missing_derivation_is_an_error_that_names_it(tmp_path: Path) -> None:
 def test_a_derivation_outside_the_store_is_not_read(path: str, tmp_path: Path) -> None:
     with pytest.raises(Error, match="is not a store path"):
         read_derivation(path, Store("/nix/store", str(tmp_path), "", ""))
+
+
+FLOATING = (
+    'Derive([("out","","r:sha256","")],[],[],"x86_64-linux","/bin/sh",'
+    '["-c","echo hi; echo CA > $out"],[("PATH","/usr/bin:/bin"),("builder","/bin/sh"),'
+    '("name","ca"),("out","/1rz4g4znpzjwh1xymhjpm42vipw92pr73vdgl6xs1hycac8kf2n9"),'
+    '("outputHashAlgo","sha256"),("outputHashMode","recursive"),'
+    '("system","x86_64-linux")])'
+)
+
+
+def test_a_realisation_is_called_what_nix_calls_it() -> None:
+    """As 2.8 and 2.34 say of it."""
+    digest = "79f1fa33f1f21f0887901fa83e573951dc12fb6e52f190b8b36000d835312593"
+    floating = Derivation.parse(FLOATING)
+    assert floating.realisations() == {"out": f"sha256:{digest}!out"}
+
+
+@pytest.mark.parametrize(
+    "change, is_floating",
+    [
+        (("", ""), True),
+        (('"r:sha256",""', '"r:sha256","impure"'), False),
+        (('"r:sha256",""', '"",""'), False),
+        (('("out",""', '("out","/nix/store/x"'), False),
+        (("],[],[]", '],[("/nix/store/x.drv",["out"])],[]'), False),
+    ],
+    ids=["floating", "impure", "deferred", "known", "not resolved"],
+)
+def test_only_what_is_resolved_and_floating_is_sent(
+    change: tuple[str, str], is_floating: bool
+) -> None:
+    assert Derivation.parse(FLOATING.replace(*change, 1)).is_floating == is_floating

@@ -247,8 +247,6 @@ def test_what_speaks_the_daemons_protocol_is_reached_by_a_nix_store_here(
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("localhost", "'localhost' is this machine"),
-        ("ssh://localhost", "'localhost' is this machine"),
         ("ssh://b1?remote-store=/mnt", "Nix 1.x can use only the usual store"),
         ("ssh://b1?remote-program=nix", "Nix 1.x can use only the usual store"),
         ("ssh://b1?colour=blue", "'colour'"),
@@ -382,7 +380,7 @@ def test_a_file_that_is_not_utf_8_can_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "bad, complaint",
     [
-        ("localhost", "builders:2: 'localhost' is this machine"),
+        ("b9:ssh", "builders:2: 'b9:ssh' is not a host name"),
         ("b9 - - many", "builders:2: maxJobs is 'many'"),
         ("@etc/machines", "builders:2: the machines file 'etc/machines'"),
         ("@", "builders:2: the machines file ''"),
@@ -402,9 +400,9 @@ class TestOneBadLine:
 
 
 def test_a_complaint_names_the_included_file_and_its_line(tmp_path: Path) -> None:
-    (tmp_path / "machines").write_text("b1\n\n# b2\nlocalhost\n", encoding="utf-8")
+    (tmp_path / "machines").write_text("b1\n\n# b2\nb9:ssh\n", encoding="utf-8")
     (complaint,) = load(f"@{tmp_path}/machines")[1]
-    assert complaint.startswith(f"{tmp_path}/machines:4: 'localhost'")
+    assert complaint.startswith(f"{tmp_path}/machines:4: 'b9:ssh'")
 
 
 class TestAFileThatIncludesItself:
