@@ -168,7 +168,7 @@ read -r _ || :
 # Becomes the init of a host. Its layers lie on a tmpfs mounted over /sys, the one
 # directory that is always there and that no engine can be in.
 HOST_INIT = r"""
-lower=$1 name=$2 idle=$3; shift 3
+lower=$1 name=$2 idle=$3 python=$4 become_root=$5; shift 5
 echo "$name" >/proc/sys/kernel/hostname
 mount -t tmpfs -o size=70%,mode=755 farm /sys
 mkdir /sys/root
@@ -206,20 +206,30 @@ mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts dev/pts
 mount -t proc proc proc
 mount -t sysfs -o ro sysfs sys || :
 
-# Over the old root, where whoever enters this mount namespace comes out. (No pivot_root:
-# newer Debian has it in a package of its own.)
-mount --move . /
 # A shell that waits for a child reaps the orphans too, as an init must.
-exec chroot . /bin/sh -c "echo ready; exec >/dev/null 2>&1; while :; do $idle; done"
+exec "$python" -IS -c "$become_root" \
+    "echo ready; exec >/dev/null 2>&1; while :; do $idle; done"
+"""
+
+# Makes the working directory the root of this mount namespace, where whoever enters it
+# comes out, as Nix 2.8 does before it starts ssh. If we are in a chroot, that is
+# outside of it, and to be reached only by entering our own namespace.
+BECOME_ROOT = """
+import ctypes, os, sys
+libc, here = ctypes.CDLL(None), os.open(".", os.O_RDONLY)
+CLONE_NEWNS, MS_MOVE = 0x20000, 0x2000
+assert libc.setns(os.open("/proc/self/ns/mnt", os.O_RDONLY), CLONE_NEWNS) == 0
+os.fchdir(here)
+assert libc.mount(b".", b"/", None, MS_MOVE, None) == 0
+os.chroot(".")
+os.execv("/bin/sh", ["sh", "-c", sys.argv[1]])
 """
 
 NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 
 
 def _enter(pid: int, *namespaces: str) -> list[str]:
-    # Where we are in a chroot ourselves, the root of a mount namespace is outside of it.
-    root = ["--root", "--wd"] if "--mount" in namespaces else []
-    return [_tool("nsenter"), "--target", str(pid), *namespaces, *root, "--"]
+    return [_tool("nsenter"), "--target", str(pid), *namespaces, "--"]
 
 
 def _run_within(pid: int) -> list[str]:
@@ -339,7 +349,8 @@ class Host:
         self.address6 = f"fd77::{number}"
         mounts = _own_mounts() if engine.name == "host" else []
         within_lab = _enter(lab.pid, "--net", "--pid")
-        args = (str(engine.root), name, IDLE, *mounts)
+        python = (sys.executable, BECOME_ROOT)
+        args = (str(engine.root), name, IDLE, *python, *mounts)
         self._init = _start_init(within_lab, HOST_INIT, *args)
         # nsenter, unshare, and then the host's init
         self.pid = _only_child(_only_child(self._init.pid))
