@@ -2925,14 +2925,11 @@ class Connection:
                     return
             if self.is_up():
                 return
-            last, slow = (
-                heard(Error, lock.read(TAIL_BYTES), "ssh"),
-                f"{self.socket}.slow",
-            )
-            lock.write("")
+            slow = f"{self.socket}.slow"
             with suppress(OSError):  # a full disk
-                if last.meaning == "SLOW":
+                if heard(Error, lock.read(TAIL_BYTES), "ssh").meaning == "SLOW":
                     keep(slow, "")
+            lock.write("")
             # What a killed master has left: ssh would share nothing if it found that.
             for stale in (f"{self.socket}.proved", self.socket):
                 with suppress(OSError):
@@ -3187,9 +3184,11 @@ class Seat:
         known = not self.programs.talk.old and not self.is_plain
         return known and read_private(f"{self.base}.tells") == "1"
 
-    def note_tells(self, version: int) -> None:
-        """Note whether it does, since it speaks that version without; once it did not, that
-        stays."""
+    def prove(self, version: int) -> None:
+        """Note what has led to a session, which speaks that version: the way, the connection,
+        and whether nix-store there tells of its activities; once it did not, that stays."""
+        self.keep_way()
+        self.connection.prove(version)
         can = version >= 0x207 and not self.is_plain  # from Nix 2.4 on
         with suppress(OSError):  # a full disk
             if not can or not os.path.lexists(f"{self.base}.tells"):
@@ -4711,9 +4710,7 @@ def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Sessi
             return session
         if session.first_answer(answer):
             make_sure_of_another_store(site, session)
-        seat.keep_way()
-        seat.connection.prove(session.spoken)
-        seat.note_tells(session.spoken)
+        seat.prove(session.spoken)
         return session
     except BaseException as error:
         if session:
