@@ -155,7 +155,7 @@ SEATS = 8  # on one connection: sshd allows it 10 sessions, and a hook needs one
 CONNECTIONS = 16  # to one machine
 SPARES = 2  # sessions begun beforehand on one connection,
 SPARE_S = 50  # which end if nobody comes within that time,
-SPARE_WORTH_S = 0.02  # where a question and its answer take longer than this
+FAR_S = 0.02  # where a question and its answer take longer than this
 WARM_AT_ONCE = 6  # connections begun at the same time
 SOCKET_LIMIT_BYTES = 86  # of a control socket's name (Linux 90): ssh appends 17 to bind
 TAIL_BYTES = 4096  # of ssh's stderr, or of a small file of ours
@@ -2880,21 +2880,15 @@ class Connection:
         if pid.isdecimal():
             self.note(Proof(pid, start_time(int(pid)), version))
 
-    def note(self, proof: Proof | None) -> None:
+    def note(self, proof: Proof) -> None:
         """Keep what is known of it."""
         with suppress(OSError):  # a full disk
-            if proof:
-                write_private(f"{self.socket}.proved", proof.text(), lasting=False)
+            write_private(f"{self.socket}.proved", proof.text(), lasting=False)
 
-    def distrust(self) -> None:
-        """Note that its login may not build a bare derivation."""
-        proof = self.proof()
-        self.note(proof and proof._replace(trusted=False))
-
-    def time(self, turn_s: float) -> None:
-        """Note how long a question and its answer took."""
-        proof = self.proof()
-        self.note(proof and proof._replace(is_far=turn_s > SPARE_WORTH_S))
+    def change(self, **known: Any) -> None:
+        """Keep what is known besides, by the names that Proof has."""
+        if proof := self.proof():
+            self.note(proof._replace(**known))
 
     def answers(self) -> bool:
         """Whether its master does; that is not whether the network does."""
@@ -2982,23 +2976,34 @@ class Connection:
 PIPE = os.O_CLOEXEC | os.O_NOFOLLOW  # how a named pipe is opened
 
 
+def make_pipe(path: str) -> tuple[int, int]:
+    """A new named pipe, to read and to write."""
+    remove(path)
+    os.mkfifo(path, 0o600)
+    both = os.open(path, PIPE | os.O_RDWR)  # else each end waits for the other
+    try:
+        return os.open(path, PIPE | os.O_RDONLY), os.open(path, PIPE | os.O_WRONLY)
+    finally:
+        os.close(both)
+
+
 class Spare:
-    """A session on a seat, begun beforehand: what stands for its ssh, as subprocess.Popen does
+    """A session on a seat, begun in advance: what stands for its ssh, as subprocess.Popen does
     for one of ours.
 
     Two of the three or four round trips of a build over a live connection are ssh's own: to
     open a channel, and to start nix-store in it.  So while a build runs, its hook begins a
-    session for the next one, where that is far.  Its ssh reads and writes named pipes; a
-    `sleep` keeps the one open that it reads, so that it ends if nobody comes.  To a build at
-    50 ms it saves 100 ms, and the time to start ssh.
+    session for the next one, where that is far.  Its ssh reads and writes named pipes, whose
+    other ends a `sleep` holds until somebody comes; if nobody does, it ends, and so does
+    ssh.  To a build at 50 ms that saves 100 ms, and the time to start ssh.
     """
 
     def __init__(
         self, connection: Connection, ssh: list[str], pipes: list[int]
     ) -> None:
         self.connection, self.ssh = connection, ssh
-        streams = (os.fdopen(pipe, "rb", 0) for pipe in pipes)
-        self.stdin, self.stdout, self.stderr = streams
+        self.stdin = os.fdopen(pipes[0], "wb", 0)
+        self.stdout, self.stderr = (os.fdopen(pipe, "rb", 0) for pipe in pipes[1:])
         self.returncode: int | Any = None  # as Popen has it
 
     @staticmethod
@@ -3006,40 +3011,29 @@ class Spare:
         """Begin one on the seat of that file, which we hold."""
         program = find_program("sleep", program_directories(seat.ssh.environ))
         command, environ = [program, str(SPARE_S)], seat.ssh.environ
-        reads, output, error, writes = pipes = Spare.make_pipes(file)
-        options: dict[str, Any] = {"start_new_session": True, "stderr": error}
+        pipes = [*map(make_pipe, (f"{file}.in", f"{file}.out", f"{file}.err"))]
+        (reads, feeds), (hears, says), (listens, complains) = pipes
+        options: dict[str, Any] = {"start_new_session": True, "stdin": hears}
+        options.update(stdout=feeds, stderr=listens)
+        keeper = seat.programs.start(command, environ, **options)
         try:
-            tells = seat.tells()
-            ssh = seat.serve(tells=tells, stdin=reads, stdout=output, **options)
-            keeper = seat.programs.start(command, environ, stdout=writes, **options)
+            options.update(stdin=reads, stdout=says, stderr=complains)
+            ssh = seat.serve(tells=seat.tells(), **options)
+            pids = [proof.pid, proof.start]
+            for process in (keeper, ssh):
+                pids += [str(process.pid), start_time(process.pid)]
+            write_private(f"{file}.spare", " ".join(pids), lasting=False)
+        except BaseException:
+            keeper.kill()
+            raise
         finally:
-            for pipe in pipes:
+            for pipe in (end for ends in pipes for end in ends):
                 os.close(pipe)
-        pids = [proof.pid, proof.start]
-        for process in (keeper, ssh):
-            pids += [str(process.pid), start_time(process.pid)]
-        write_private(f"{file}.spare", " ".join(pids), lasting=False)
-
-    @staticmethod
-    def make_pipes(file: str) -> tuple[int, int, int, int]:
-        """What ssh reads, where it writes, where it complains, and what writes to it."""
-        names = [f"{file}.{end}" for end in ("in", "out", "err")]
-        for name in names:
-            remove(name)
-            os.mkfifo(name, 0o600)
-        # Opened for both, a named pipe waits for nobody, and may be written before somebody
-        # listens; but whether ssh still reads must show.
-        output, error, both = (os.open(names[n], PIPE | os.O_RDWR) for n in (1, 2, 0))
-        reads, writes = (
-            os.open(names[0], PIPE | w) for w in (os.O_RDONLY, os.O_WRONLY)
-        )
-        os.close(both)
-        return reads, output, error, writes
 
     @staticmethod
     def at(file: str, proof: Proof | None) -> list[str]:
-        """Process id and start of its keeper and of its ssh, if there is one on the seat of
-        that file, over the connection with that proof; else nothing."""
+        """Of the spare session on the seat of that file: process id and start of its `sleep`
+        and of its ssh; nothing if there is none over the connection with that proof."""
         pids = ((read_private(f"{file}.spare") or "").split() + [""] * 6)[:6]
         is_there = proof and tuple(pids[:2]) == proof[:2] and is_alive(*pids[2:4])
         return pids[2:] if is_there else []
@@ -3050,7 +3044,7 @@ class Spare:
         proof, pipes = connection.proof(), list[int]()
         if not cls.at(file, proof):
             return None
-        try:
+        with suppress(OSError):
             for name, way in (
                 ("in", os.O_WRONLY),
                 ("out", os.O_RDONLY),
@@ -3058,20 +3052,18 @@ class Spare:
             ):
                 pipes.append(os.open(f"{file}.{name}", PIPE | way | os.O_NONBLOCK))
             whole = all(stat.S_ISFIFO(os.fstat(pipe).st_mode) for pipe in pipes)
-            # What it reads was open all the time if its keeper still lives.
+            # What it reads was open all the time if its `sleep` still lives.
             if whole and (pids := cls.at(file, proof)):
+                remove(f"{file}.spare")
                 os.kill(int(pids[0]), SIGTERM)
                 return cls(connection, pids[2:], pipes)
-        except OSError:
-            pass
-        finally:
-            remove(f"{file}.spare")
         for pipe in pipes:
             os.close(pipe)
         return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status, which nobody tells us: what it must have been."""
+        """Its exit status, which nobody tells us: a guess, with ssh's 255 if the connection
+        has gone."""
         import subprocess
 
         poll = select.poll()
@@ -3079,16 +3071,17 @@ class Spare:
         if self.returncode is None:
             if not poll.poll(None if timeout is None else timeout * 1000):
                 raise subprocess.TimeoutExpired("ssh", timeout or 0)
-            lost = 1 if self.connection.is_up() else 255
-            self.returncode = 0 if self.stdin.closed else lost
+            ended = 0 if self.stdin.closed else 1
+            self.returncode = ended if self.connection.is_up() else 255
         return int(self.returncode)
 
     def kill(self) -> None:
         """End it at once, if it has not ended."""
         if self.returncode is None:
             self.returncode = -SIGTERM
-            if is_alive(*self.ssh):
-                os.kill(int(self.ssh[0]), SIGTERM)
+            with suppress(OSError):  # it ends at this moment
+                if is_alive(*self.ssh):
+                    os.kill(int(self.ssh[0]), SIGTERM)
 
     terminate = kill
 
@@ -3175,9 +3168,13 @@ class Seat:
 
     def lose(self) -> None:
         """Remember how many sessions sshd allows, since it has refused us one more."""
-        if self.number:  # else sessions that are ending count there
-            with suppress(OSError):  # a full disk
-                write_private(f"{self.base}.seats", str(self.number))
+        files = [f"{self.connection.socket}.{n}" for n in range(self.allowed())]
+        proof = self.connection.proof()
+        with suppress(Error, OSError):  # a full disk
+            free = [f for f in files if Lock.said_by_holder(f) is None]
+            number = len(files) - sum(not Spare.at(f, proof) for f in free) - 1
+            if number > 0:  # else sessions that are ending count there
+                write_private(f"{self.base}.seats", str(number))
 
     def tells(self) -> bool:
         """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
@@ -3326,6 +3323,7 @@ class Activities:
         self.begun = b""  # a line that has not ended yet
         self.lock = Awaited()
         self.absent: tuple[str, ...] = ()  # what may be missing, see dump_question
+        self.are_over = False  # whether it has said so
 
     def plain(self, data: bytes) -> bytes:
         """What a log says in place of that; no data means the end."""
@@ -3374,9 +3372,12 @@ class Activities:
 
     def is_excuse(self, words: bytes) -> bool:
         """Whether that says that what may be missing `is not valid`, or `not a valid store
-        path`."""
+        path`, with which nix-store ends."""
         about = any(path.encode() in words for path in self.absent)
-        return about and b"error:" in words and b" is not " in words
+        if about and b"error:" in words and b" is not " in words:
+            self.are_over = True
+            return True
+        return False
 
 
 class Session:
@@ -3757,8 +3758,8 @@ def dump_question(path: str) -> bytes:
 
 
 def no_path(path: str) -> str:
-    """A store path beside that one, which nobody can have.  To be asked for it ends a
-    nix-store at once; the end of its input would do that, too, but cancels the build before."""
+    """A store path beside that one, which nobody has.  If asked for it, nix-store ends at
+    once.  To close its input would end it, too, but before that cancel the build."""
     return f"{os.path.dirname(path)}/{'0' * 32}-the-end"
 
 
@@ -4018,7 +4019,8 @@ class Relay:
         data = b""
         while len(data) < count:
             if self.session.stdout in self.step([self.copy.output, *self.quiet]):
-                self.quiet = []  # it ends, as it was told, or
+                self.quiet = []
+                # It ends, as it was told, or its archive is longer than announced.
                 if os.read(self.session.stdout, TAIL_BYTES):
                     raise Spoilt(LONGER)
                 continue
@@ -4029,8 +4031,8 @@ class Relay:
         return data
 
     def expect_silence(self) -> None:
-        """From here on the builder has said all that it was asked for, unless an archive is
-        longer than it had said."""
+        """From here on the builder has said all that it was asked for; more would mean that an
+        archive is longer than announced."""
         self.quiet = [self.session.stdout]
         if self.session.inbox:
             raise Spoilt(LONGER)
@@ -4353,12 +4355,12 @@ class Copier:
         return heard(Error, problem) if here else self.with_words(lost, problem)
 
     def lost_session(self) -> SessionLost | None:
-        """What the session has ended with, if it has, and not as it was asked to."""
-        ended = status_within(self.session.process, 1)
-        asked = self.session.dumped and no_path(self.session.dumped)
-        if ended and asked and asked in decode(self.session.tail):
+        """What the session has ended with, if it has, and neither in peace nor because it was
+        asked for what nobody has."""
+        if not status_within(self.session.process, 1):
             return None
-        return self.session.lost() if ended else None
+        self.session.drain()
+        return None if self.session.activities.are_over else self.session.lost()
 
     def with_words(self, lost: SessionLost | None, words: str) -> SessionLost:
         """A lost session in these words; whether it lasts we may know better than they."""
@@ -4945,17 +4947,18 @@ class Attempt:
         """Ask which inputs are there, which also keeps them there.  If the machine is known
         to have had them all, it is asked to build at once, too."""
         session, digests = self.session, self.wanted.derivation.digests()
-        begin = time.monotonic() if session.version else math.inf
+        empty = session.ask_valid([]) if session.version else None  # takes just a turn
         answer = session.ask_valid(self.wanted.inputs, self.substitute)
         if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
         if session.version is None:  # and Nix no longer waits for our reply
             session.deadline = time.monotonic() + GREETING_TIMEOUT_S
             session.first_answer(session.awaited[0])
-        there = set(answer.get())
-        if begin < math.inf and not self.substitute:
-            session.seat.connection.time(time.monotonic() - begin)
-        return there
+        if empty:
+            begin = time.monotonic()
+            empty.get()
+            session.seat.connection.change(is_far=time.monotonic() - begin > FAR_S)
+        return set(answer.get())
 
     def send_inputs(self, there: set[str]) -> None:
         """Make the builder have, and keep, all inputs, and ask it to build, if it was not
@@ -5026,7 +5029,9 @@ class Attempt:
         """What is asked with the build: what the outputs are, and if there is just one, and so
         just one order for them, its archive, after which nix-store shall end."""
         questions, outputs = infos_question(self.wanted.outputs), self.wanted.outputs
-        if len(outputs) == 1 and not self.wanted.derivation.is_floating:
+        # Builders before 2.0 begin to send an archive before they look for it.
+        behaves = self.session.spoken >= 0x204
+        if len(outputs) == 1 and behaves and not self.wanted.derivation.is_floating:
             self.session.dumped = outputs[0]
             self.session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += dump_question(outputs[0]) + dump_question(no_path(outputs[0]))
@@ -5116,9 +5121,10 @@ class Attempt:
         seat, self.built = self.session.seat, None
         if means(decode(self.session.tail), "LIMITED"):
             self.trusted = False
-            seat.connection.distrust()
+            seat.connection.change(trusted=False)
             text = f"{UNTRUSTED_USER}; sending the derivation's closure"
             self.talk.say(INFO, f"'{self.machine.name}' {text}")
+        self.session.finish()
         self.session.cancel()
         self.session = self.copier.session = Session(seat, GREETING_TIMEOUT_S)
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
