@@ -3608,6 +3608,7 @@ class Relay:
         """Write these as nix-store --export would, each behind those it refers to."""
         for info in infos.values():
             self.ask_for_archive(info.path)
+            self.tell(encode(f"copying path '{info.path}' from 'builder'..."))
             self.reply(integer(1))
             if not is_hash(info.hash, self.pass_archive()):
                 raise Spoilt(f"hash mismatch importing '{info.path}'")
