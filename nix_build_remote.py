@@ -2343,10 +2343,10 @@ class Derivation(NamedTuple):
         if text.startswith("DrvWithVersion("):
             raise Unsendable("it is a dynamic derivation, for Nix itself to build")
         try:
-            name, term = text[:6], parse_term(text[6:])
-            outputs, inputs, sources, platform, builder, arguments, environment = term
-            if name != "Derive":
-                raise ValueError(name)
+            if not text.startswith("Derive("):
+                raise ValueError(text[:7])
+            outputs, inputs, sources, platform, *rest = parse_term(text[6:])
+            builder, arguments, environment = rest
             return cls(
                 tuple(Output(*texts(output)) for output in outputs),
                 tuple(texts([path])[0] for path, _ in inputs),
@@ -6462,8 +6462,7 @@ def status(options: Namespace, nix: Nix, screen: Screen) -> int:
             lines = overview_lines(loads, waiters, screen)
             if not machines:
                 lines = [f"no machines are listed ({where_machines_stand(nix)})"]
-            for complaint in complaints:
-                lines += screen.wrap(complaint)
+            lines += [line for words in complaints for line in screen.wrap(words)]
             if options.watch and screen.terminal:
                 lines = screen.fit(lines)
                 print("\x1b[H\x1b[J", end="")

@@ -382,8 +382,10 @@ def test_a_builder_with_nix_1_11_is_of_use(
         running.builder.copy(TESTS / "old_serve.py", "/usr/local/bin/nix-store")
         many = 'mk "many" "cat ${given} > $out; echo $out > $dev" { outputs = ["out" "dev"]; }'
         given = 'let given = builtins.toFile "given" "text"; in'
-        built = running.build(f"{given} {many}").output
-        assert running.client.read(built) == "text" and valid(running.client, built)
+        outcome = running.build(f"{given} {many}")
+        assert running.client.read(outcome.output) == "text"
+        assert valid(running.client, outcome.output)
+        assert copied(outcome.log, "given") and copied(outcome.log, "many-dev")
         built = running.build(GRAPH).output
         assert running.client.read(built).split() == ["b1"] * 5
         assert build_recorded(running, 'mk "bad" "exit 3" {}')[1] == [100]
