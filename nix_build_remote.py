@@ -2894,7 +2894,7 @@ class Activities:
 
         try:
             said = self.hear(json.loads(line[5:]))
-        except (LookupError, RecursionError, TypeError, ValueError):
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
             return line + b"\n"
         return b"" if said is None else said.encode("utf-8", "replace") + b"\n"
 
@@ -2903,7 +2903,7 @@ class Activities:
         option, or for the Nix here to read a phase from."""
         action, kind = event["action"], event.get("type")
         if action == "msg":
-            return str(event["msg"])
+            return printable(event["msg"])  # which has colours only here
         if action == "result" and kind == LOG_LINE:
             return str(event["fields"][0])
         if action == "result" and kind == PHASE:
@@ -2943,7 +2943,7 @@ class Session:
         self.is_silent = True  # whether the running build has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
         more = ("--log-format", "internal-json") if self.activities else ()
-        self.process = seat.start("nix-store", *more, "--serve", "--write")
+        self.process = seat.start("nix-store", "--serve", "--write", *more)
         pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         numbers = [pipe.fileno() for pipe in pipes if pipe]
         self.stdin: int | None = numbers[0]  # None: it will be asked no more
