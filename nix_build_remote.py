@@ -3086,14 +3086,6 @@ class Spare:
     terminate = kill
 
 
-def with_log_format(command: Iterable[str], tells: bool) -> list[str]:
-    """That command of nix-store; tells: with the option to tell of its activities."""
-    words = [*command]
-    place = words.index("--serve")
-    more = ["--log-format", "internal-json"] if tells else []
-    return [*words[:place], *more, *words[place:]]
-
-
 class Seat:
     """One hook's right to a session with a machine, over a connection if there is one.
 
@@ -3239,10 +3231,11 @@ class Seat:
         """Start what speaks the serve protocol for the machine's store; tells: it shall tell of
         its activities.  A nix-store here is not to be killed with us: it hears that we end,
         and ends its build."""
+        more = ["--log-format", "internal-json"] if tells else []
         if not self.way.here:
-            return self.start(*with_log_format(self.way.there, tells), **options)
+            return self.start(*self.way.there, *more, **options)
         options = {"start_new_session": True, **options}
-        command = with_log_format(self.ssh.here[self.chosen], tells)
+        command = [*self.ssh.here[self.chosen], *more]
         return self.launch(command, self.here_environ(), options)
 
     def here_environ(self) -> dict[str, str]:
@@ -3345,7 +3338,7 @@ class Activities:
 
         try:
             said = self.hear(json.loads(line[5:]))
-        except (LookupError, RecursionError, TypeError, ValueError):
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
             return line + b"\n"
         return b"" if said is None else said.encode("utf-8", "replace") + b"\n"
 
@@ -3354,7 +3347,7 @@ class Activities:
         option, or for the Nix here to read a phase from."""
         action, kind = event["action"], event.get("type")
         if action == "msg":
-            words = str(event["msg"])
+            words = printable(event["msg"])  # which has colours only here
             return None if self.is_excuse(words.encode()) else words
         if action == "result" and kind == LOG_LINE:
             return str(event["fields"][0])

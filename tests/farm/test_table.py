@@ -428,7 +428,7 @@ def slots(nix: Caller) -> str:
 
 def unread(client: Host, hook: int) -> int:
     """Bytes that its session has said, and that the hook has not read yet."""
-    (session,) = pids(client, r"^/usr/bin/ssh .* nix-store --serve --write$")
+    (session,) = pids(client, r"^/usr/bin/ssh .* nix-store --serve --write")
     said = os.readlink(client.path(f"/proc/{session}/fd") / "1")
     for link in client.path(f"/proc/{hook}/fd").iterdir():
         if os.readlink(link) == said:

@@ -71,7 +71,8 @@ def test_a_phase_is_told_as_a_build_here_tells_it() -> None:
 
 
 def test_a_message_is_its_words() -> None:
-    assert heard(event(action="msg", level=0, msg="error: no")) == b"error: no\n"
+    red = "\x1b[31;1merror:\x1b[0m no"
+    assert heard(event(action="msg", level=0, msg=red)) == b"error: no\n"
 
 
 def test_a_copy_is_told_as_without_json() -> None:
