@@ -363,7 +363,8 @@ def test_what_is_left_of_a_failed_build_is_said_to_be_on_the_builder(
     builder = suitable(pytestconfig, other(pytestconfig, client_engine), (2, 4).__le__)
     with scene(client_engine, builder) as running:
         outcome = running.build('mk "left" "echo > rest; exit 1" {}', "-K", check=False)
-        assert outcome.status and "kept on 'ssh://b1', not here" in outcome.log
+        words = "was kept on the remote builder due to `--keep-failed`: 'ssh://b1'"
+        assert outcome.status and words in outcome.log
         find = ("find", "/tmp", "/nix/var/nix/builds", "-name", "rest")
         assert running.builder.run(*find, check=False).stdout
         running.settle()
