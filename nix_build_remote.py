@@ -171,9 +171,7 @@ AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is a
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it
-HERE_MARGIN_S = (
-    2  # the same behind a nix-store here, which tells none of them to a daemon
-)
+HERE_MARGIN_S = 2  # the same of a nix-store here, which tells no daemon of them
 
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
@@ -737,7 +735,7 @@ class Nix:
 
     def child_environ(self, **more: str) -> dict[str, str]:
         """The environment of ssh and Nix's programs: nobody is there for a prompt."""
-        unwanted = ("DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS")
+        unwanted = ("DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS", "NIX_BUILD_REMOTE_SSH")
         kept = {n: text for n, text in self.environ.items() if n not in unwanted}
         return {**kept, **more}
 
@@ -1048,9 +1046,10 @@ class Machine(NamedTuple):
 
     where: file:line; text: as it was written; name: what Nix's own hook calls it; slots:
     what the names of its slot files begin with, as that hook has them; destination: [user@]host,
-    "" if it is a store that a program here opens; port: 0 for what ssh finds in its configuration; key: a private key's file, or "";
-    host_key: a line such as "ssh-ed25519 AAAA...", or ""; ways: to have a session, where only
-    trying shows which of them its login allows; none if it is this machine.
+    "" if it is a store that a program here opens; port: 0 for what ssh finds in its
+    configuration; key: a private key's file, or ""; host_key: a line such as "ssh-ed25519
+    AAAA...", or ""; ways: to have a session, where only trying shows which of them its
+    login allows; none if it is this machine.
     """
 
     where: str
@@ -4237,9 +4236,11 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     try:
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
-        is_right = first.meaning == "DAEMON"
-        seat.keep_way() if is_right else seat.turn()
-        raise (error if is_right else first).become(Unreachable) from None
+        if first.meaning != "DAEMON":
+            seat.turn()
+            raise first.become(Unreachable) from None
+        seat.keep_way()  # it is nix-daemon, and what it says counts
+        raise error.become(Unreachable) from None
 
 
 def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
@@ -4553,7 +4554,7 @@ class Attempt:
 
     def build(self) -> dict[str, PathInfo]:
         """Build on the builder; returns what it says of the outputs."""
-        status, message = self.hear_of_build()
+        status, message = self.hear_how_it_went()
         self.trace("build-remote-done")
         if status:
             if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
@@ -4565,7 +4566,7 @@ class Attempt:
         infos = dict(self.infos.get()) if self.infos else {}
         return self.find_outputs() if self.wanted.derivation.is_floating else infos
 
-    def hear_of_build(self) -> tuple[int, str]:
+    def hear_how_it_went(self) -> tuple[int, str]:
         """The status and message of the build, in whichever way the builder lets us; NotHere
         if it never will."""
         try:
@@ -5323,9 +5324,6 @@ class Inspection:
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
-            if not self.machine.ways:
-                self.add("build", OK, "here", "it is this machine")
-                return
             self.slots = Slots.find(self.nix)
             self.programs = Programs(Talk(self.nix))
             directory = ssh_directory(self.slots.path)
@@ -5371,6 +5369,8 @@ class Inspection:
         import subprocess
 
         self.phase = "logging in"
+        if not self.machine.ways:
+            return not self.add("build", OK, "here", "it is this machine")
         if not self.seat.way.there:
             for what in ("ssh", "login"):
                 self.add(what, UNKNOWN, "-", "it is a store here")
