@@ -178,9 +178,7 @@ AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is a
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it,
-DAEMON_MARGIN_S = (
-    5  # or than that where a daemon there is asked, which is not told them,
-)
+DAEMON_MARGIN_S = 5  # or than that where a daemon is asked, which is not told them,
 HERE_MARGIN_S = 2  # or than that behind a nix-store here, which tells no daemon of them
 
 # Of Nix's serve protocol (serve-protocol.hh)
@@ -769,7 +767,7 @@ class Nix:
 
     def child_environ(self, **more: str) -> dict[str, str]:
         """The environment of ssh and Nix's programs: nobody is there for a prompt."""
-        unwanted = ("DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS")
+        unwanted = ("DISPLAY", "SSH_ASKPASS", "NIX_HELD_LOCKS", "NIX_BUILD_REMOTE_SSH")
         kept = {n: text for n, text in self.environ.items() if n not in unwanted}
         return {**kept, **more}
 
@@ -4689,9 +4687,11 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     try:
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
-        is_right = first.meaning == "DAEMON"
-        seat.keep_way() if is_right else seat.turn()
-        raise (error if is_right else first).become(Unreachable) from None
+        if first.meaning != "DAEMON":
+            seat.turn()
+            raise first.become(Unreachable) from None
+        seat.keep_way()  # it is nix-daemon, and what it says counts
+        raise error.become(Unreachable) from None
 
 
 def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
@@ -5032,7 +5032,7 @@ class Attempt:
 
     def build(self) -> dict[str, PathInfo]:
         """Build on the builder; returns what it says of the outputs."""
-        status, message = self.hear_of_build()
+        status, message = self.hear_how_it_went()
         self.trace("build-remote-done")
         if status:
             self.session.finish()
@@ -5041,7 +5041,7 @@ class Attempt:
         infos = dict(self.infos.get()) if self.infos else {}
         return self.find_outputs() if self.wanted.derivation.is_floating else infos
 
-    def hear_of_build(self) -> tuple[int, str]:
+    def hear_how_it_went(self) -> tuple[int, str]:
         """The status and message of the build, in whichever way the builder lets us; NotHere
         if it never will."""
         try:
@@ -5856,9 +5856,6 @@ class Inspection:
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
-            if not self.machine.ways:
-                self.add("build", OK, "here", "it is this machine")
-                return
             self.slots = Slots.find(self.nix)
             self.programs = Programs(Talk(self.nix))
             directory = ssh_directory(self.slots.path)
@@ -5904,6 +5901,8 @@ class Inspection:
         import subprocess
 
         self.phase = "logging in"
+        if not self.machine.ways:
+            return not self.add("build", OK, "here", "it is this machine")
         if not self.seat.way.there:
             for what in ("ssh", "login"):
                 self.add(what, UNKNOWN, "-", "it is a store here")

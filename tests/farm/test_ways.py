@@ -8,7 +8,18 @@ from collections.abc import Iterator
 
 import pytest
 from lab import Host, connect, poll
-from scene import INSTALLED, SLOTS, Scene, forget, other, scene, valid, version
+from scene import (
+    INSTALLED,
+    SLOTS,
+    Scene,
+    distrustful,
+    forget,
+    other,
+    scene,
+    valid,
+    version,
+)
+from test_builds import DEPENDENT, INPUT, LOCAL
 
 pytestmark = pytest.mark.engines
 
@@ -337,3 +348,15 @@ def test_people_see_the_line_of_this_machine(nix: Scene) -> None:
     assert "this machine, of speed 2" in nix.client.run(INSTALLED, "status").stdout
     explained = " ".join(nix.client.run(INSTALLED, "explain").stdout.split())
     assert "localhost is this machine, where Nix itself builds" in explained
+
+
+def test_a_daemon_that_does_not_trust_its_user_builds_from_signed_inputs(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    """As without nix-daemon between: the derivation's closure is sent."""
+    with distrustful(client_engine, other(pytestconfig, client_engine)) as nix:
+        allow(nix, "nix-daemon --stdio")
+        nix.build(INPUT, *LOCAL)
+        outcome = nix.build(DEPENDENT)
+        assert "does not trust its user" in outcome.log
+        assert nix.client.read(outcome.output) == "client\ntextb1\n"
