@@ -2477,14 +2477,14 @@ class Ssh(NamedTuple):
         return [self.program, "-O", word, "-S", socket, "--", self.machine.destination]
 
     def socket_name(self) -> str:
-        """What the names of this machine's sockets begin with: whoever would connect in
-        another way has another."""
+        """What the names of this machine's sockets begin with: eight digits for where they
+        lead, then others for each way to connect."""
         import zlib
 
-        whole = [self.program, *self.own, *self.user, self.machine.destination]
+        whole = [self.program, *self.own, *self.user]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
-        data = encode("\0".join(whole))
-        return f"{zlib.crc32(data):08x}{zlib.adler32(data):08x}"
+        parts = encode(self.machine.destination), encode("\0".join(whole))
+        return "".join(f"{zlib.crc32(part):08x}" for part in parts)
 
     def copy_environ(self) -> dict[str, str]:
         """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
@@ -5301,10 +5301,14 @@ class Inspection:
         finally:
             session.cancel()
         # Hooks need not leave it alone any longer, and shall have what we have found.
-        for number in range(CONNECTIONS):
-            self.seat.over(number).retire()
-        with suppress(OSError):
-            remove(f"{self.seat.base}.seats")
+        # Those of nix-daemon have another environment, and so another name.
+        folder, name = os.path.split(self.seat.base)
+        for file in (f for f in os.listdir(folder) if f[:8] == name[:8]):
+            if file.endswith(".seats"):
+                with suppress(OSError):
+                    remove(f"{folder}/{file}")
+            elif "." not in file:
+                Connection(self.ssh, self.programs, f"{folder}/{file}").retire()
         Outages(self.slots).end(self.machine)
         version = self.facts.get("nix", "").rpartition(" ")[2]
         protocol = f"{session.spoken >> 8}.{session.spoken & 255}"

@@ -296,6 +296,15 @@ def test_a_machine_that_is_put_right_is_used_again_at_once(nix: Scene) -> None:
     assert well(nix) and not note.exists()
 
 
+def test_hooks_of_another_environment_log_in_anew_after_a_check(nix: Scene) -> None:
+    """nix-daemon has no HOME, or another one than who types."""
+    nix.build('mk "before" "echo > $out" {}', "-j0", env={"HOME": "/tmp"})
+    folder = nix.client.path("/nix/var/nix/current-load/ssh")
+    [socket] = [path for path in folder.iterdir() if path.is_socket()]
+    assert well(nix)
+    assert not socket.exists()
+
+
 def test_a_hook_that_nix_does_not_use_is_noticed(nix: Scene) -> None:
     """As Nix 2.25 to 2.33 forget it, if it stands in /etc/nix/nix.conf."""
     nix.client.copy(HOOK, INSTALLED)
