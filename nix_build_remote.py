@@ -372,12 +372,13 @@ lasts   far -        daemon-socket/socket: Permission = as root there, on Debian
 lasts   far -        daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
 lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
 lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
+lasts   ssh -        .pub": = name the private key in the machines file: that is the public one
 lasts   ssh OPEN     bad permissions = chmod 600 the key file
 lasts   ssh -        Bad owner or permissions = that file of ssh's configuration must be its owner's, chmod 600
 lasts   ssh -        Bad configuration option = correct that file of ssh's configuration
 lasts   ssh -        no matching = ssh here and sshd there have no cipher or key type in common
 lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
-lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
+lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase? nix_build_remote.py check tells more
 lasts   far -        command not found = link nix-store into a directory like /usr/bin there
 lasts   far -        nix-store: not found = link nix-store into a directory like /usr/bin there
 lasts   any LIMITED  you are not privileged
@@ -385,8 +386,8 @@ lasts   any -        signature = sign it, or make the user trusted where it was 
 lasts   FAR -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
 lasts   FAR -        peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
 passes  far -        daemon-socket = as root there: systemctl start nix-daemon.socket
-lasts   FAR -        onnection reset by peer = allowed-users in nix.conf there must name USER
-lasts   FAR -        Broken pipe = allowed-users in nix.conf there must name USER
+lasts   FAR -        onnection reset by peer = allowed-users in nix.conf there must name USER, or its disk is full
+lasts   FAR -        Broken pipe = allowed-users in nix.conf there must name USER, or its disk is full
 passes  any UNSHARED Control socket connect(
 passes  ssh SILENT   Connection refused = is sshd running there, on that port?
 passes  ssh SILENT   onnection timed out = is the machine on, and can it be reached from here?
@@ -2661,6 +2662,7 @@ class Connection:
                 return False
             if time.monotonic() > start + patience_s:
                 late = Late(f"no connection within {patience_s:.0f} s")
+                late.remedy = "is the machine on, and can it be reached from here?"
                 raise late.become(Unreachable)
             wait_readable([], 0.005)
         return True

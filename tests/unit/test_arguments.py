@@ -520,3 +520,9 @@ def test_a_daemon_that_may_not_be_reached_is_no_wrong_key(quote: str) -> None:
         error.lasting is False and "systemctl start nix-daemon.socket" in error.remedy
     )
     assert "key" in heard(Error, "Permission denied (publickey).").remedy
+
+
+@pytest.mark.parametrize("reason", ["bad permissions", "invalid format"])
+def test_the_public_half_of_a_key_is_called_that(reason: str) -> None:
+    words = f'Load key "/root/.ssh/id_builder.pub": {reason} Permission denied ('
+    assert "name the private key" in heard(Error, words, "ssh").remedy
