@@ -5084,10 +5084,12 @@ def settings_of(program: str, environ: dict[str, str]) -> dict[str, str]:
 
 
 def where_machines_stand(nix: Nix) -> str:
-    """Where people find what lists the machines."""
-    if nix.old:
-        return nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
-    return f"builders = {nix.settings.get('builders', '')}"
+    """Where people find what lists the machines, and whether that file is there."""
+    old = "@" + (nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines")
+    text = old if nix.old else nix.settings.get("builders", "")
+    missing = text.startswith("@") and not os.path.exists(text[1:])
+    where = text[1:] if nix.old else f"builders = {text}"
+    return f"{where}, which is not there" if missing else where
 
 
 def label(machine: Machine) -> str:
@@ -5299,7 +5301,10 @@ class Inspection:
             if "begin" in self.facts:
                 self.logged_in()
             remedy = error.remedy_for(self.machine.destination)
-            return self.add("nix", WRONG, "FAILED", str(error), remedy)
+            self.add("nix", WRONG, "FAILED", str(error), remedy)
+            if "begin" in self.facts:
+                self.disk()  # if that is full, that is why
+            return False
         finally:
             session.cancel()
         # Hooks need not leave it alone any longer, and shall have what we have found.
@@ -5504,7 +5509,9 @@ def unused(nix: Nix) -> str:
     now = " ".join(words) or "not set"
     text = f"Note: Nix here does not use this hook now (build-hook is {now}); to do: "
     text += f"build-hook = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
-    return f"{text}/root/.config/nix/nix.conf."
+    return (
+        f"{text}/root/.config/nix/nix.conf; a daemon learns of it when it is restarted."
+    )
 
 
 def check(options: Namespace, nix: Nix, screen: Screen) -> int:
@@ -5517,9 +5524,13 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     else:
         make_slots(nix)
     note = unused(nix)
-    for word in hook_words(nix):
-        if word.startswith("/") and not os.path.exists(word):
-            complaints.append(f"build-hook names {word}, which is not there")
+    files = [word for word in hook_words(nix) if word.startswith("/")]
+    for file in files:
+        if not os.path.exists(file):
+            complaints.append(f"build-hook names {file}, which is not there")
+        elif file is files[0] and not os.access(file, os.X_OK):
+            remedy = f"which is not executable: chmod 755 {file}"
+            complaints.append(f"build-hook names {file}, {remedy}")
     inspections = inspect_all(machines, nix, screen)
     if options.json:
         found = [
@@ -5814,7 +5825,10 @@ def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]
     if not options.derivation:
         system = options.system or nix.settings["system"]
         return Request(False, system, "", features), frozenset()
-    path = os.path.realpath(options.derivation)
+    path = options.derivation
+    if "/" not in path and not os.path.exists(path):
+        path = f"{nix.store.real}/{path}"
+    path = os.path.realpath(path)
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             derivation = Derivation.parse(file.read())

@@ -208,6 +208,18 @@ def test_a_full_disk(nix: Scene) -> None:
         nix.builder.run("umount", "-l", "/nix")
 
 
+def test_a_disk_that_is_so_full_that_nix_fails_there(nix: Scene) -> None:
+    nix.builder.run("mount", "-t", "tmpfs", "-o", "size=5m", "small", "/nix")
+    try:
+        nix.builder.run("sh", "-c", "head -c 9m /dev/zero > /nix/junk || :")
+        said = check(nix)[1]["machines"][0]["findings"]
+        remedies = {f["what"]: f["remedy"] for f in said if f["state"] == "wrong"}
+        assert remedies.keys() == {"nix", "disk"}
+        assert "nix-collect-garbage" in remedies["disk"]
+    finally:
+        nix.builder.run("umount", "-l", "/nix")
+
+
 def test_a_clock_that_is_off(nix: Scene) -> None:
     # The kernel has one clock for all: what puts it right is a fake, too.
     date, put_right = "/usr/local/bin/date", "/usr/local/bin/timedatectl"
@@ -279,6 +291,8 @@ def test_no_machines_at_all(nix: Scene) -> None:
     nix.machines("")
     status, said = check(nix)
     assert status == 1 and "no machines are listed" in said["complaints"][0]
+    nix.client.run("rm", "/etc/nix/machines")
+    assert "/etc/nix/machines, which is not there" in check(nix)[1]["complaints"][0]
 
 
 def test_only_those_named_are_checked(nix: Scene) -> None:
@@ -609,6 +623,14 @@ def test_explain_says_what_is_no_derivation(nix: Scene) -> None:
     )
 
 
+def test_explain_finds_a_derivation_of_the_store_by_its_name(nix: Scene) -> None:
+    command = nix.nix_build('mk "by-name" "echo > $out" {}')
+    path = nix.client.run("nix-instantiate", command[1]).stdout.strip()
+    name = os.path.basename(path)
+    said = nix.client.run(INSTALLED, "explain", "--json", name).stdout
+    assert json.loads(said)["derivation"] == path
+
+
 def test_another_machines_file_may_be_named(nix: Scene) -> None:
     nix.client.write("/tmp/others", "b2 - - 3\n")
     text = nix.client.run(INSTALLED, "status", "--machines", "/tmp/others").stdout
@@ -663,6 +685,15 @@ def test_check_fails_if_the_hook_of_this_nix_is_missing(nix: Scene) -> None:
     assert (
         done.returncode == 1 and "/usr/lib/missing, which is not there" in done.stdout
     )
+
+
+def test_check_fails_if_the_hook_of_this_nix_is_not_executable(nix: Scene) -> None:
+    nix.client.write("/tmp/conf/hook", "", 0o644)
+    nix.client.write("/tmp/conf/nix.conf", "build-hook = /tmp/conf/hook\n")
+    env = {"NIX_CONF_DIR": "/tmp/conf"}
+    done = nix.client.run(INSTALLED, "check", "--json", env=env, check=False)
+    complaint = json.loads(done.stdout)["complaints"][-1]
+    assert done.returncode == 1 and complaint.endswith("chmod 755 /tmp/conf/hook")
 
 
 def test_status_that_is_watched_by_a_program_is_one_line_each_time(nix: Scene) -> None:
