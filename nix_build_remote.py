@@ -392,12 +392,13 @@ lasts   far -        daemon-socket/socket: Permission = as root there, on Debian
 lasts   far -        daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
 lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
 lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
+lasts   ssh -        .pub": = name the private key in the machines file: that is the public one
 lasts   ssh OPEN     bad permissions = chmod 600 the key file
 lasts   ssh -        Bad owner or permissions = that file of ssh's configuration must be its owner's, chmod 600
 lasts   ssh -        Bad configuration option = correct that file of ssh's configuration
 lasts   ssh -        no matching = ssh here and sshd there have no cipher or key type in common
 lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
-lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
+lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase? nix_build_remote.py check tells more
 lasts   far -        command not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
 lasts   far -        nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
 lasts   far DAEMON   protocol mismatch = if that login allows only nix-daemon, write ssh-ng://HOST in its line
@@ -409,8 +410,8 @@ lasts   any -        signature = sign it, or make the user trusted where it was 
 lasts   FAR -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
 lasts   FAR -        peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
 passes  far -        daemon-socket = as root there: systemctl start nix-daemon.socket
-lasts   FAR -        onnection reset by peer = allowed-users in nix.conf there must name USER
-lasts   FAR -        Broken pipe = allowed-users in nix.conf there must name USER
+lasts   FAR -        onnection reset by peer = allowed-users in nix.conf there must name USER, or its disk is full
+lasts   FAR -        Broken pipe = allowed-users in nix.conf there must name USER, or its disk is full
 passes  any UNSHARED Control socket connect(
 passes  ssh SILENT   Connection refused = is sshd running there, on that port?
 passes  ssh SILENT   onnection timed out = is the machine on, and can it be reached from here?
@@ -2738,15 +2739,15 @@ class Ssh(NamedTuple):
         return [self.program, "-O", word, "-S", socket, "--", self.machine.destination]
 
     def socket_name(self) -> str:
-        """What the names of this machine's sockets begin with: whoever would connect in
-        another way has another."""
+        """What the names of this machine's sockets begin with: eight digits for where they
+        lead, then others for each way to connect."""
         import zlib
 
-        whole = [self.program, *self.own, *self.user, self.machine.destination]
+        whole = [self.program, *self.own, *self.user]
         whole += [word for way in self.machine.ways for word in (*way.there, *way.here)]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
-        data = encode("\0".join(whole))
-        return f"{zlib.crc32(data):08x}{zlib.adler32(data):08x}"
+        parts = encode(self.machine.destination), encode("\0".join(whole))
+        return "".join(f"{zlib.crc32(part):08x}" for part in parts)
 
     def here_environ(self) -> dict[str, str]:
         """For a session that runs here, whose store is not the one that Nix is told of."""
@@ -2959,6 +2960,7 @@ class Connection:
                 return False
             if time.monotonic() > start + patience_s:
                 late = Late(f"no connection within {patience_s:.0f} s")
+                late.remedy = "is the machine on, and can it be reached from here?"
                 raise late.become(Unreachable)
             wait_readable([], 0.005)
         return True
@@ -5774,10 +5776,12 @@ def calling_nix(environ: dict[str, str], machines: str) -> Nix:
 
 
 def where_machines_stand(nix: Nix) -> str:
-    """Where people find what lists the machines."""
-    if nix.old:
-        return nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
-    return f"builders = {nix.settings.get('builders', '')}"
+    """Where people find what lists the machines, and whether that file is there."""
+    old = "@" + (nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines")
+    text = old if nix.old else nix.settings.get("builders", "")
+    missing = text.startswith("@") and not os.path.exists(text[1:])
+    where = text[1:] if nix.old else f"builders = {text}"
+    return f"{where}, which is not there" if missing else where
 
 
 def label(machine: Machine) -> str:
@@ -5999,15 +6003,21 @@ class Inspection:
             if "begin" in self.facts:
                 self.logged_in()
             remedy = error.remedy_for(self.machine.destination)
-            return self.add("nix", WRONG, "FAILED", str(error), remedy)
+            self.add("nix", WRONG, "FAILED", str(error), remedy)
+            if "begin" in self.facts:
+                self.disk()  # if that is full, that is why
+            return False
         finally:
             session.cancel()
         # Hooks need not leave it alone any longer, and shall have what we have found.
-        for number in range(CONNECTIONS):
-            self.seat.over(number).retire()
-        for what in ("seats", "tells"):
-            with suppress(OSError):
-                remove(f"{self.seat.base}.{what}")
+        # Those of nix-daemon have another environment, and so another name.
+        folder, name = os.path.split(self.seat.base)
+        for file in (f for f in os.listdir(folder) if f[:8] == name[:8]):
+            if file.endswith((".seats", ".tells")):
+                with suppress(OSError):
+                    remove(f"{folder}/{file}")
+            elif "." not in file:
+                Connection(self.ssh, self.programs, f"{folder}/{file}").retire()
         self.seat.keep_way()
         Outages(self.slots).end(self.machine)
         version = self.facts.get("nix", "").rpartition(" ")[2]
@@ -6226,7 +6236,18 @@ def unused(nix: Nix) -> str:
     if nix.old:
         return f"{text}{name}={mine} in the environment of nix-build, or of nix-daemon."
     text += f"{name} = {mine} in /etc/nix/nix.conf, or with 2.25 to 2.33 in "
-    return f"{text}/root/.config/nix/nix.conf."
+    text += "/root/.config/nix/nix.conf"
+    return f"{text}; a daemon learns of it when it is restarted."
+
+
+def wrong_hook(nix: Nix) -> Iterator[str]:
+    """Why Nix here cannot start its hook, if it cannot."""
+    files = [word for word in hook_words(nix) if word.startswith("/")]
+    for file in files:
+        if not os.path.exists(file):
+            yield f"Nix is to start {file}, which is not there"
+        elif file is files[0] and not os.access(file, os.X_OK):
+            yield f"Nix is to start {file}, which is not executable: chmod 755 {file}"
 
 
 def check(options: Namespace, nix: Nix, screen: Screen) -> int:
@@ -6239,9 +6260,7 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     else:
         make_slots(nix)
     note = unused(nix)
-    for word in hook_words(nix):
-        if word.startswith("/") and not os.path.exists(word):
-            complaints.append(f"Nix is to start {word}, which is not there")
+    complaints += wrong_hook(nix)
     inspections = inspect_all(machines, nix, screen)
     if options.json:
         found = [
@@ -6541,7 +6560,10 @@ def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]
     if not options.derivation:
         system = options.system or nix.settings["system"]
         return Request(False, system, "", features), frozenset()
-    path = os.path.realpath(options.derivation)
+    path = options.derivation
+    if "/" not in path and not os.path.exists(path):
+        path = f"{nix.store.real}/{path}"
+    path = os.path.realpath(path)
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             derivation = Derivation.parse(file.read())

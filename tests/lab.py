@@ -76,7 +76,8 @@ def unavailable() -> str | None:
     # Root in an ordinary container may not.
     trial = ["unshare", "--mount", "--net", "--pid", "--fork", "true"]
     if subprocess.run(trial, capture_output=True, check=False).returncode:
-        hint = "in Docker: run it with --privileged; a chroot must be a mount point"
+        hint = "in Docker: run it with --privileged; "
+        hint += "a chroot DIR must be a mount point: mount --bind DIR DIR"
         return f"the farm must make namespaces ({hint})"
     return None
 

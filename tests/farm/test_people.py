@@ -209,6 +209,18 @@ def test_a_full_disk(nix: Scene) -> None:
         nix.builder.run("umount", "-l", "/nix")
 
 
+def test_a_disk_that_is_so_full_that_nix_fails_there(nix: Scene) -> None:
+    nix.builder.run("mount", "-t", "tmpfs", "-o", "size=5m", "small", "/nix")
+    try:
+        nix.builder.run("sh", "-c", "head -c 9m /dev/zero > /nix/junk || :")
+        said = check(nix)[1]["machines"][0]["findings"]
+        remedies = {f["what"]: f["remedy"] for f in said if f["state"] == "wrong"}
+        assert remedies.keys() == {"nix", "disk"}
+        assert "nix-collect-garbage" in remedies["disk"]
+    finally:
+        nix.builder.run("umount", "-l", "/nix")
+
+
 def test_a_clock_that_is_off(nix: Scene) -> None:
     # The kernel has one clock for all: what puts it right is a fake, too.
     date, put_right = "/usr/local/bin/date", "/usr/local/bin/timedatectl"
@@ -280,6 +292,8 @@ def test_no_machines_at_all(nix: Scene) -> None:
     nix.machines("")
     status, said = check(nix)
     assert status == 1 and "no machines are listed" in said["complaints"][0]
+    nix.client.run("rm", "/etc/nix/machines")
+    assert "/etc/nix/machines, which is not there" in check(nix)[1]["complaints"][0]
 
 
 def test_only_those_named_are_checked(nix: Scene) -> None:
@@ -295,6 +309,15 @@ def test_a_machine_that_is_put_right_is_used_again_at_once(nix: Scene) -> None:
     assert note.exists()
     nix.builder.start_sshd()
     assert well(nix) and not note.exists()
+
+
+def test_hooks_of_another_environment_log_in_anew_after_a_check(nix: Scene) -> None:
+    """nix-daemon has no HOME, or another one than who types."""
+    nix.build('mk "before" "echo > $out" {}', "-j0", env={"HOME": "/tmp"})
+    folder = nix.client.path("/nix/var/nix/current-load/ssh")
+    [socket] = [path for path in folder.iterdir() if path.is_socket()]
+    assert well(nix)
+    assert not socket.exists()
 
 
 def test_a_hook_that_nix_does_not_use_is_noticed(nix: Scene) -> None:
@@ -601,6 +624,14 @@ def test_explain_says_what_is_no_derivation(nix: Scene) -> None:
     )
 
 
+def test_explain_finds_a_derivation_of_the_store_by_its_name(nix: Scene) -> None:
+    command = nix.nix_build('mk "by-name" "echo > $out" {}')
+    path = nix.client.run("nix-instantiate", command[1]).stdout.strip()
+    name = os.path.basename(path)
+    said = nix.client.run(INSTALLED, "explain", "--json", name).stdout
+    assert json.loads(said)["derivation"] == path
+
+
 def test_another_machines_file_may_be_named(nix: Scene) -> None:
     nix.client.write("/tmp/others", "b2 - - 3\n")
     text = nix.client.run(INSTALLED, "status", "--machines", "/tmp/others").stdout
@@ -681,6 +712,15 @@ def test_check_fails_if_the_hook_of_this_nix_is_missing(nix: Scene) -> None:
     assert (
         done.returncode == 1 and "/usr/lib/missing, which is not there" in done.stdout
     )
+
+
+def test_check_fails_if_the_hook_of_this_nix_is_not_executable(nix: Scene) -> None:
+    nix.client.write("/tmp/conf/hook", "", 0o644)
+    nix.client.write("/tmp/conf/nix.conf", "build-hook = /tmp/conf/hook\n")
+    env = {"NIX_CONF_DIR": "/tmp/conf"}
+    done = nix.client.run(INSTALLED, "check", "--json", env=env, check=False)
+    complaint = json.loads(done.stdout)["complaints"][-1]
+    assert done.returncode == 1 and complaint.endswith("chmod 755 /tmp/conf/hook")
 
 
 def test_status_that_is_watched_by_a_program_is_one_line_each_time(nix: Scene) -> None:

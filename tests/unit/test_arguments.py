@@ -551,3 +551,9 @@ DRV = "/nix/store/g8kcl4454zr4fc4isbkn2b3cdwj12qdj-a.drv"
 )
 def test_a_daemons_words_tell_what_became_of_a_build(words: str, meaning: str) -> None:
     assert heard(Error, words, "far").meaning == meaning
+
+
+@pytest.mark.parametrize("reason", ["bad permissions", "invalid format"])
+def test_the_public_half_of_a_key_is_called_that(reason: str) -> None:
+    words = f'Load key "/root/.ssh/id_builder.pub": {reason} Permission denied ('
+    assert "name the private key" in heard(Error, words, "ssh").remedy
