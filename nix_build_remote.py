@@ -6009,7 +6009,17 @@ class Inspection:
             return False
         finally:
             session.cancel()
-        # Hooks need not leave it alone any longer, and shall have what we have found.
+        self.renew()
+        version = self.facts.get("nix", "").rpartition(" ")[2]
+        protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
+        text = f"nix-store {version}, serve protocol {protocol}"
+        if self.seat.way.here and self.seat.way.there:
+            text = "that login allows only nix-daemon, with which nix-store here talks"
+            return self.add("nix", OK, version or "daemon", text)
+        return self.add("nix", OK, version or protocol, text)
+
+    def renew(self) -> None:
+        """Have hooks leave it alone no longer, and find what we have found."""
         # Those of nix-daemon have another environment, and so another name.
         folder, name = os.path.split(self.seat.base)
         for file in (f for f in os.listdir(folder) if f[:8] == name[:8]):
@@ -6020,13 +6030,6 @@ class Inspection:
                 Connection(self.ssh, self.programs, f"{folder}/{file}").retire()
         self.seat.keep_way()
         Outages(self.slots).end(self.machine)
-        version = self.facts.get("nix", "").rpartition(" ")[2]
-        protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
-        text = f"nix-store {version}, serve protocol {protocol}"
-        if self.seat.way.here and self.seat.way.there:
-            text = "that login allows only nix-daemon, with which nix-store here talks"
-            return self.add("nix", OK, version or "daemon", text)
-        return self.add("nix", OK, version or protocol, text)
 
     def logged_in(self, round_trip: str = "") -> None:
         """Note that ssh works, if that is what we use."""
