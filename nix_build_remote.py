@@ -4301,6 +4301,7 @@ class Copier:
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
         tells = session.spoken >= 0x204 and site.copy_version >= (2,)
         self.fetches_joined = self.is_joined and tells
+        self.told_by_relay = self.is_joined and site.copy_version >= (2,)
         self.target = ssh.machine.destination
         if self.is_joined:
             # Any name would do, but some versions do not call ssh for localhost, and they
@@ -4522,8 +4523,8 @@ class Copier:
         wrong = line.startswith("error:") and "(ignored)" not in line
         if self.problem or wrong:  # it goes into our own message
             self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
-        elif line and not (self.is_joined and line.startswith("copying ")):
-            self.talk.say(INFO, line)  # else it is what the relay tells
+        elif line and not (self.told_by_relay and line.startswith("copying ")):
+            self.talk.say(INFO, line)
 
 
 def cache_files(
