@@ -169,6 +169,7 @@ SENDERS = 4  # of different things to one machine at the same time
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
 STILL_S = 60  # in which not a byte is copied: that is told
 STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given up
+FAREWELL_S = 0.2  # for it to end by itself, when it is told that there is no more
 COPY_TIMEOUT_S = 30 * 60  # the same of a store, which may have to wait for others
 OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
 COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB in a
@@ -3922,8 +3923,9 @@ class Copy:
             os.close(self.output)
 
     def end(self) -> None:
-        """End it, if it has not ended."""
+        """End it, if it has not ended; it gets a moment to take its folder in /tmp away."""
         self.hang_up()
+        status_within(self.process, FAREWELL_S)
         end(self.process)
 
 

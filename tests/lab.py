@@ -186,12 +186,12 @@ overlay "$lower" /sys/root
 cd /sys/root
 for point; do overlay "$point" "/sys/root$point"; done
 
-# no file, key or setting of this machine's users; no DNS
+# no file, key or setting of this machine's users, nor the hook, if it is installed; no DNS
 for empty in root:700 home:755 tmp:1777 run:755 dev:755; do
     mkdir -p "${empty%:*}"
     mount -t tmpfs -o "mode=${empty#*:}" farm "${empty%:*}"
 done
-rm -rf etc/ssh etc/nix etc/resolv.conf etc/hosts
+rm -rf etc/ssh etc/nix etc/resolv.conf etc/hosts usr/local/bin/nix_build_remote.py
 mkdir -p etc/ssh etc/nix proc sys run/sshd
 sed -i 's/^root:[^:]*:/root:*:/' etc/shadow  # sshd refuses a locked account
 

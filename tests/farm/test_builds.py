@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Iterator
 
 import pytest
-from lab import Host
+from lab import Host, poll
 from scene import (
     INSTALLED,
     TESTS,
@@ -312,6 +313,19 @@ def test_the_log_arrives_as_it_is_written(running: Scene) -> None:
     assert not run.ended
     open_gate(running.builders, "live")
     assert run.end().status == 0
+
+
+def test_a_failed_build_leaves_no_folder_in_tmp(
+    running: Scene, client_engine: str
+) -> None:
+    """The program that was to fetch its outputs has made one, from 2.4 on."""
+    run = running.start(f'mk "in-vain" "{gate("in-vain")}; exit 1" {{}}')
+    folders = functools.partial(running.client.path("/tmp").glob, "nix-[0-9]*")
+    if version(client_engine) >= (2, 4):
+        poll(lambda: [*folders()], "the folder of nix-copy-closure")
+    open_gate(running.builders, "in-vain")
+    assert run.end().status != 0
+    assert [*folders()] == []
 
 
 def test_a_hook_at_work_takes_less_than_16_mb(running: Scene) -> None:

@@ -704,10 +704,15 @@ def test_check_names_the_private_half_if_the_public_one_is_listed(nix: Scene) ->
     assert "public half" in text and "name /root/.ssh/id_ed25519, the private" in remedy
 
 
+def with_hook(nix: Scene, hook: str) -> dict[str, str]:
+    """An environment with that setting; 2.3 knows no NIX_CONFIG, 2.26 forgets nix.conf's."""
+    nix.client.write("/tmp/conf/nix.conf", f"build-hook = {hook}\n")
+    return {"NIX_CONF_DIR": "/tmp/conf", "NIX_CONFIG": f"build-hook = {hook}"}
+
+
 def test_check_fails_if_the_hook_of_this_nix_is_missing(nix: Scene) -> None:
     """Else all would be well, and nothing would be built."""
-    nix.client.write("/tmp/conf/nix.conf", "build-hook = /usr/lib/missing\n")
-    env = {"NIX_CONF_DIR": "/tmp/conf"}
+    env = with_hook(nix, "/usr/lib/missing")
     done = nix.client.run(INSTALLED, "check", env=env, check=False)
     assert (
         done.returncode == 1 and "/usr/lib/missing, which is not there" in done.stdout
@@ -716,8 +721,7 @@ def test_check_fails_if_the_hook_of_this_nix_is_missing(nix: Scene) -> None:
 
 def test_check_fails_if_the_hook_of_this_nix_is_not_executable(nix: Scene) -> None:
     nix.client.write("/tmp/conf/hook", "", 0o644)
-    nix.client.write("/tmp/conf/nix.conf", "build-hook = /tmp/conf/hook\n")
-    env = {"NIX_CONF_DIR": "/tmp/conf"}
+    env = with_hook(nix, "/tmp/conf/hook")
     done = nix.client.run(INSTALLED, "check", "--json", env=env, check=False)
     complaint = json.loads(done.stdout)["complaints"][-1]
     assert done.returncode == 1 and complaint.endswith("chmod 755 /tmp/conf/hook")

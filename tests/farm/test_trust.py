@@ -91,7 +91,10 @@ while True:
             info(victim)
         send("")
     elif command == 3:
-        sys.stdout.buffer.write(archive(text()))
+        path = text()
+        if path not in (*outputs, victim):
+            sys.exit(f"error: path '{path}' is not valid")
+        sys.stdout.buffer.write(archive(path))
         sys.stdout.flush()
     elif command == 7:
         read(8)
