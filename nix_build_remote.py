@@ -5683,12 +5683,12 @@ OK, NOTE, WRONG, UNKNOWN = "ok", "note", "wrong", "unknown"
 class Screen:
     """Standard output, with colours and renewal only if it is a terminal."""
 
-    def __init__(self, environ: dict[str, str], options: Namespace) -> None:
+    def __init__(self, options: Namespace) -> None:
         import shutil
 
         self.json, self.watch = options.json, options.watch
         self.terminal = sys.stdout.isatty()
-        plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colours = self.terminal and not plain
         size = shutil.get_terminal_size()
         self.width, self.height = max(40, size.columns), size.lines
@@ -5752,11 +5752,9 @@ def amount(size: float) -> str:
 # ---- The machines, as the hook would find them --------------------------------------
 
 
-def calling_nix(environ: dict[str, str], machines: str) -> Nix:
-    """What the Nix here would tell the hook.  machines: another file of them, or "".
-
-    Raises Error if there is a Nix here that does not tell its settings.
-    """
+def calling_nix(machines: str) -> Nix:
+    """What the Nix here would tell the hook, or Error; machines: another file of them."""
+    environ = dict(os.environ)
     if machines and not os.path.isfile(machines):
         raise Error(f"there is no machines file {machines}")
     machines = machines and os.path.abspath(machines)
@@ -5788,8 +5786,7 @@ def label(machine: Machine) -> str:
 
 
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
-    """Those that people mean by these words, or all if there are none; and complaints
-    about the file."""
+    """The machines that people name, or all of them; and complaints about the file."""
     known, complaints = load_machines(nix)
     chosen = []
     for word in words:
@@ -5896,8 +5893,7 @@ class Inspection:
         return f"ssh {self.identity}{self.target} {command}"
 
     def log_in(self) -> bool:
-        """By an ssh of its own: a shared connection may have been made before something
-        changed."""
+        """By an ssh of its own: a shared one may be older than what has changed."""
         import subprocess
 
         self.phase = "logging in"
@@ -6350,8 +6346,7 @@ class Holder(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Holder:
-        """What is said of a process that has ended, or by another program, is not
-        believed."""
+        """What is said by another program, or of an ended process, is not believed."""
         with suppress(ValueError):
             pid, start, since, phase, derivation = text.partition("\n")[0].split(" ")
             if is_alive(pid, start) and math.isfinite(float(since)):
@@ -6387,8 +6382,7 @@ class Waiter(NamedTuple):
 
 def look(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
     """How things are with these machines, and who waits; Error if we may not read that.
-    Hooks that want the main lock, too, have to wait for no more than one machine to be
-    looked at."""
+    Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
         own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
         with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
@@ -6419,8 +6413,7 @@ def waiters_in(slots: Slots, own: list[str]) -> list[Waiter]:
 
 
 def held(slots: Slots, paths: list[str]) -> dict[str, str]:
-    """Those locks that somebody holds, and what they say, without ever seeming to hold
-    one."""
+    """Those locks that somebody holds, and what they say; nobody takes us for a holder."""
     with slots.main_lock() as lock:
         if slots.is_stuck:
             raise Error(f"somebody holds {lock.path} (fuser says who)")
@@ -6510,8 +6503,7 @@ def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]
 
 
 def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]:
-    """The request that Nix would make for that derivation, or for the options; and the
-    digests of what is read for it."""
+    """What Nix would ask of that derivation, or the options; digests of what it reads."""
     import json
 
     features = frozenset(listed(options.features))
@@ -6677,12 +6669,11 @@ def run_for_people(arguments: list[str]) -> int:
         print(version if arguments == ["--version"] else str(__doc__).strip())
         return 0
     options = parse_options(arguments)
-    environ = dict(os.environ)
     os.dup2(os.open(os.devnull, os.O_RDWR), LOG)  # of a build, for a hook
     signal.signal(signal.SIGTERM, terminate)
     try:
-        nix = calling_nix(environ, options.machines)
-        return int(options.run(options, nix, Screen(environ, options)))
+        nix = calling_nix(options.machines)
+        return int(options.run(options, nix, Screen(options)))
     except Error as error:
         print(f"nix_build_remote.py: {error}", file=sys.stderr)
     except (KeyboardInterrupt, BrokenPipeError, Stop):
