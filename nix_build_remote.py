@@ -5688,11 +5688,12 @@ OK, NOTE, WRONG, UNKNOWN = "ok", "note", "wrong", "unknown"
 class Screen:
     """Standard output, with colours and renewal only if it is a terminal."""
 
-    def __init__(self, environ: dict[str, str]) -> None:
+    def __init__(self, options: Namespace) -> None:
         import shutil
 
+        self.json, self.watch = options.json, options.watch
         self.terminal = sys.stdout.isatty()
-        plain = environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colours = self.terminal and not plain
         size = shutil.get_terminal_size()
         self.width, self.height = max(40, size.columns), size.lines
@@ -5710,9 +5711,16 @@ class Screen:
         wrapper.break_long_words = wrapper.break_on_hyphens = False
         return wrapper.wrap(printable(text))
 
-    def say(self, text: str, first: str = "", indent: str = "    ") -> None:
-        """Print it, wrapped."""
-        print("\n".join(self.wrap(text, first, indent)))
+    def show(self, value: object, lines: list[str]) -> None:
+        """Print the lines for people, or the value for programs that ask for it."""
+        import json
+
+        text = "\n".join(lines)
+        if self.json:  # what is watched is one line each time
+            text = json.dumps(value, indent=None if self.watch else 2)
+        elif self.watch and self.terminal:
+            text = "\x1b[H\x1b[J" + "\n".join(self.fit(lines))
+        print(text, flush=self.watch)
 
     def fit(self, lines: list[str]) -> list[str]:
         """As many as there is room for; a long one takes several rows."""
@@ -5746,21 +5754,12 @@ def amount(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def as_json(value: object, indent: int | None = 2) -> str:
-    """For programs."""
-    import json
-
-    return json.dumps(value, indent=indent)
-
-
 # ---- The machines, as the hook would find them --------------------------------------
 
 
-def calling_nix(environ: dict[str, str], machines: str) -> Nix:
-    """What the Nix here would tell the hook.  machines: another file of them, or "".
-
-    Raises Error if there is a Nix here that does not tell its settings.
-    """
+def calling_nix(machines: str) -> Nix:
+    """What the Nix here would tell the hook, or Error; machines: another file of them."""
+    environ = dict(os.environ)
     if machines and not os.path.isfile(machines):
         raise Error(f"there is no machines file {machines}")
     machines = machines and os.path.abspath(machines)
@@ -5794,8 +5793,7 @@ def label(machine: Machine) -> str:
 
 
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
-    """Those that people mean by these words, or all if there are none; and complaints
-    about the file."""
+    """The machines that people name, or all of them; and complaints about the file."""
     known, complaints = load_machines(nix)
     chosen = []
     for word in words:
@@ -5854,6 +5852,11 @@ class Inspection:
 
     def __init__(self, machine: Machine, nix: Nix, folder: str) -> None:
         self.machine, self.nix, self.folder = machine, nix, folder
+        self.key = os.path.expanduser(machine.key)
+        # What a person types behind `ssh`, to get there.
+        self.port = f"-p {machine.port} " if machine.port else ""
+        self.identity = f"-i {self.key} " if self.key else ""
+        self.target = self.port + machine.destination
         self.found: list[Finding] = []
         self.phase = "waiting"  # what is done now, for people
         self.facts: dict[str, str] = {}  # what LOOK says
@@ -5863,11 +5866,8 @@ class Inspection:
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
-            self.slots = Slots.find(self.nix)
-            self.programs = Programs(Talk(self.nix))
-            directory = ssh_directory(self.slots.path)
-            self.ssh = Ssh.find(self.machine, self.nix, directory)
-            self.seat = Seat(self.ssh, self.programs, directory)
+            self.site = Site(self.nix, Talk(self.nix), Slots.find(self.nix))
+            self.seat = self.site.new_seat(self.machine)
             self.seat.chosen = 0  # what was found out before may have changed
             steps = (self.log_in, self.find_nix, self.measure, self.build)
             all(step() for step in steps)  # until one says no
@@ -5892,19 +5892,12 @@ class Inspection:
         self.found.append(Finding(what, state, brief, text, remedy))
         return state != WRONG
 
-    def target(self) -> str:
-        """What a person gives to ssh to get there."""
-        port = f"-p {self.machine.port} " if self.machine.port else ""
-        return port + self.machine.destination
-
     def ssh_line(self, command: str) -> str:
         """What a person types to do something there."""
-        key = f"-i {self.machine.key} " if self.machine.key else ""
-        return f"ssh {key}{self.target()} {command}"
+        return f"ssh {self.identity}{self.target} {command}"
 
     def log_in(self) -> bool:
-        """By an ssh of its own: a shared connection may have been made before something
-        changed."""
+        """By an ssh of its own: a shared one may be older than what has changed."""
         import subprocess
 
         self.phase = "logging in"
@@ -5914,9 +5907,9 @@ class Inspection:
             for what in ("ssh", "login"):
                 self.add(what, UNKNOWN, "-", "it is a store here")
             return True
-        key = os.path.expanduser(self.machine.key)
+        key = self.key
         if key and "%" not in key and not os.path.isfile(key):
-            make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key(key)}"
+            make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key()}"
             remedy = f"if {self.machine.where} names the right file: {make}"
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
         if key.endswith(".pub"):
@@ -5938,7 +5931,7 @@ class Inspection:
 
     def refused(self, words: str) -> bool:
         """Tell of ssh's own words, and what to type, as exactly as they tell it."""
-        error = self.ssh.refusal(words) or Unreachable("ssh ended without a word")
+        error = self.seat.ssh.refusal(words) or Unreachable("ssh ended without a word")
         text, remedy = self.explain_refusal(error)
         brief = "DENIED" if error.meaning == "DENIED" else "FAILED"
         column = "ssh" if error.meaning in ("NAMELESS", "SILENT") else "login"
@@ -5947,17 +5940,14 @@ class Inspection:
     def explain_refusal(self, error: Error) -> tuple[str, str]:
         """ssh's words, or ours if they are clearer, and the remedy."""
         machine, host, once = self.machine, self.machine.host, self.ssh_line("true")
-        port = f"-p {machine.port} " if machine.port else ""
         name = f"[{host}]:{machine.port}" if machine.port else host
-        key, text = machine.key, str(error)
+        key, text = self.key, str(error)
         if isinstance(error, WrongHostKey):
             # From OpenSSH 10 on it prints comments, too.
-            scan = f"ssh-keyscan -t ed25519 {port}{host} | grep -v '^#'"
+            scan = f"ssh-keyscan -t ed25519 {self.port}{host} | grep -v '^#'"
             scan += " | cut -d' ' -f2- | base64 -w0"
-            hint = (
-                "the machine has a new key, write this into the last field of its line"
-            )
-            return text, f"if that is right, and {hint}: {scan}"
+            hint = "if that is right, and the machine has a new key, write this into"
+            return text, f"{hint} the last field of its line: {scan}"
         if error.meaning == "DENIED":
             return self.denied(text)
         forget, places = f"ssh-keygen -R '{name}'", "DNS, /etc/hosts or ~/.ssh/config"
@@ -5972,19 +5962,16 @@ class Inspection:
 
     def denied(self, text: str) -> tuple[str, str]:
         """Why a key does not let us in, as far as it can be seen from here."""
-        key = os.path.expanduser(self.machine.key)
-        command = ["ssh-keygen", "-y", "-P", "", "-f", key]
-        if key and self.programs.output(command, self.ssh.environ)[0] != 0:
+        key, command = self.key, ["ssh-keygen", "-y", "-P", "", "-f", self.key]
+        if key and self.site.programs.output(command, self.seat.ssh.environ)[0] != 0:
             text = f"the key {key} has a passphrase, or is none; {text}"
             return text, f"take the passphrase off: ssh-keygen -p -N '' -f {key}"
-        return text, self.copy_key(key)
+        return text, self.copy_key()
 
-    def copy_key(self, key: str) -> str:
-        """How to have that key accepted, or the user's own if none is named."""
-        option, public = (
-            (f"-i {key} ", f"{key}.pub") if key else ("", "your public key")
-        )
-        copy = f"ssh-copy-id {option}{self.target()} (it asks for a password)"
+    def copy_key(self) -> str:
+        """How to have its key accepted, or the user's own if none is named."""
+        public = f"{self.key}.pub" if self.key else "your public key"
+        copy = f"ssh-copy-id {self.identity}{self.target} (it asks for a password)"
         return f"{copy}, or append {public} to ~/.ssh/authorized_keys there"
 
     def find_nix(self) -> bool:
@@ -6030,9 +6017,11 @@ class Inspection:
                 with suppress(OSError):
                     remove(f"{folder}/{file}")
             elif "." not in file:
-                Connection(self.ssh, self.programs, f"{folder}/{file}").retire()
+                Connection(
+                    self.seat.ssh, self.site.programs, f"{folder}/{file}"
+                ).retire()
         self.seat.keep_way()
-        Outages(self.slots).end(self.machine)
+        self.site.outages.end(self.machine)
 
     def logged_in(self, round_trip: str = "") -> None:
         """Note that ssh works, if that is what we use."""
@@ -6130,13 +6119,11 @@ class Inspection:
         if not cores.isdigit():
             text = "it does not say how many cores it has"
             return self.add("cores", UNKNOWN, "-", text)
-        state, text = (
-            OK,
-            f"{cores} cores for {jobs} jobs, load {''.join(load) or 'unknown'}",
-        )
-        if jobs > 2 * int(cores):
-            state, text = NOTE, f"{text}: a lower maxJobs would be quicker"
-        return self.add("cores", state, f"{cores}/{jobs}", text)
+        text = f"{cores} cores for {jobs} jobs, load {''.join(load) or 'unknown'}"
+        if jobs <= 2 * int(cores):
+            return self.add("cores", OK, f"{cores}/{jobs}", text)
+        text += ": a lower maxJobs would be quicker"
+        return self.add("cores", NOTE, f"{cores}/{jobs}", text)
 
     def build(self) -> bool:
         """A real build, by the Nix here and this very hook."""
@@ -6150,10 +6137,11 @@ class Inspection:
             words = f"'{sys.executable}' -IS '{hook}' \"$@\""
             hook = f"{self.folder}/hook"
             write_private(hook, f"#!/bin/sh\nexec {words}\n", 0o700)
-        command, environ = self.tiny_build(self.folder, hook)
+        command, environ = self.tiny_build(hook)
         with open(f"{self.folder}/log", "w+b") as log:
             start = time.monotonic()
-            self.process = self.programs.start(command, environ, stdout=log, stderr=log)
+            start_it = self.site.programs.start
+            self.process = start_it(command, environ, stdout=log, stderr=log)
             status = status_within(self.process, CHECK_TIMEOUT_S)
             took = time.monotonic() - start
             end(self.process)
@@ -6161,10 +6149,10 @@ class Inspection:
             said = decode(log.read())
         return self.judge(status, took, said)
 
-    def tiny_build(self, folder: str, hook: str) -> tuple[list[str], dict[str, str]]:
+    def tiny_build(self, hook: str) -> tuple[list[str], dict[str, str]]:
         """A command, and its environment, that builds something new on this machine."""
         features = " ".join(f'"{name}"' for name in sorted(self.machine.mandatory))
-        tiny, machines = f"{folder}/tiny.nix", f"{folder}/machines"
+        tiny, machines = f"{self.folder}/tiny.nix", f"{self.folder}/machines"
         write_private(machines, f"{self.machine.text}\n")
         text = f"""derivation {{
             name = "check"; system = "{self.machine.systems[0]}";
@@ -6190,11 +6178,9 @@ class Inspection:
             text += "; all its slots may be taken"
             return self.add("build", WRONG, "NO END", text)
         if status != 0:
-            lines = [line for line in said.splitlines() if line.strip()]
-            told = (
-                n for n, line in enumerate(lines) if re.search("cannot|error", line)
-            )
-            text = "\n".join(lines[next(told, -3) :])
+            said = "\n".join(line for line in said.splitlines() if line.strip())
+            found = re.search("^.*(cannot|error)", said, re.MULTILINE)
+            text = said[found.start() :] if found else "\n".join(said.split("\n")[-3:])
             text = text.partition("\nerror:")[0]  # Nix's own comes last
             error = heard(Error, " ".join(text.removeprefix("error: ").split()))
             remedy = error.remedy_for(self.machine.destination)
@@ -6257,7 +6243,7 @@ def wrong_hook(nix: Nix) -> Iterator[str]:
 
 
 def check(options: Namespace, nix: Nix, screen: Screen) -> int:
-    """Inspect the machines, all at once; 0 only if all is well."""
+    """Try each machine, and say what is wrong and what to do."""
     machines, complaints = machines_named(options.names, nix)
     if not machines:
         example = "a line such as: nix@builder x86_64-linux /root/.ssh/id_builder 8"
@@ -6268,21 +6254,18 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     note = unused(nix)
     complaints += wrong_hook(nix)
     inspections = inspect_all(machines, nix, screen)
-    if options.json:
-        found = [
-            {
-                "machine": inspection.machine.name,
-                "where": inspection.machine.where,
-                "well": inspection.well,
-                "findings": [finding._asdict() for finding in inspection.found],
-            }
-            for inspection in inspections
-        ]
-        print(as_json({"complaints": complaints, "note": note, "machines": found}))
-    else:
-        show_inspections(inspections, complaints, screen)
-        if note:
-            screen.say(note)
+    found = [
+        {
+            "machine": inspection.machine.name,
+            "where": inspection.machine.where,
+            "well": inspection.well,
+            "findings": [finding._asdict() for finding in inspection.found],
+        }
+        for inspection in inspections
+    ]
+    value = {"complaints": complaints, "note": note, "machines": found}
+    lines = inspection_lines(inspections, complaints, screen)
+    screen.show(value, lines + screen.wrap(note))
     return 0 if all(i.well for i in inspections) and not complaints else 1
 
 
@@ -6313,7 +6296,7 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
         watch_inspections(inspections, screen)
     finally:  # what has a pipe of ours ends with us
         for inspection in inspections:
-            if inspection.process and inspection.process.returncode is None:
+            if inspection.process:
                 inspection.process.kill()
         shutil.rmtree(folder, ignore_errors=True)
     return inspections
@@ -6338,41 +6321,42 @@ def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def show_inspections(
+def inspection_lines(
     inspections: list[Inspection], complaints: list[str], screen: Screen
-) -> None:
+) -> list[str]:
     """A table, and below each line what is wrong."""
-    for complaint in complaints:
-        print(screen.paint("\n".join(screen.wrap(complaint)), WRONG))
+    lines = [screen.paint("\n".join(screen.wrap(text)), WRONG) for text in complaints]
     rows = [["machine", *COLUMNS]]
     for inspection in inspections:
         brief = {found.what: found.brief for found in inspection.found}
         cells = [brief.get(column, "-") for column in COLUMNS]
         rows.append([label(inspection.machine), *cells])
-    lines = table(rows)
-    if max(map(len, lines)) > screen.width:  # then each machine's name has its own line
-        lines = table([row[1:] for row in rows])
-        lines = [lines[0], *(f"{r[0]}\n{line}" for r, line in zip(rows[1:], lines[1:]))]
-    if inspections:
-        print(lines[0])
-    for line, inspection in zip(lines[1:], inspections):
-        print(screen.paint(line, OK if inspection.well else WRONG))
-        show_findings(inspection, screen)
+    head, *heads = table(rows)
+    if max(map(len, [head, *heads])) > screen.width:  # then each name has its own line
+        head, *heads = table([row[1:] for row in rows])
+        heads = [f"{row[0]}\n{text}" for row, text in zip(rows[1:], heads)]
+    lines += [head] if inspections else []
+    for text, inspection in zip(heads, inspections):
+        lines.append(screen.paint(text, OK if inspection.well else WRONG))
+        lines += finding_lines(inspection, screen)
     ill = sum(not inspection.well for inspection in inspections)
     verdict = "Not all is well." if complaints else "All machines are well."
     if ill:
-        verdict = f"{ill} of {len(inspections)} machines are not well."
-        verdict = verdict.replace("of 1 machines are", "of 1 machine is")
-    print(screen.paint(verdict, WRONG if ill or complaints else OK))
+        are = "machine is" if len(inspections) == 1 else "machines are"
+        verdict = f"{ill} of {len(inspections)} {are} not well."
+    return [*lines, screen.paint(verdict, WRONG if ill or complaints else OK)]
 
 
-def show_findings(inspection: Inspection, screen: Screen) -> None:
+def finding_lines(inspection: Inspection, screen: Screen) -> list[str]:
     """What is wrong with one machine, and what else to note."""
+    lines = []
     for found in inspection.found:
         if found.state in (WRONG, NOTE):
-            screen.say(f"{found.what}: {found.text}", "    ", "        ")
+            lines += screen.wrap(f"{found.what}: {found.text}", "    ", "        ")
         if found.state == WRONG and found.remedy:
-            print(f"    to do: {printable(found.remedy)}")  # whole, to be pasted
+            # Whole, to be pasted.
+            lines.append(f"    to do: {printable(found.remedy)}")
+    return lines
 
 
 # ---- status -------------------------------------------------------------------------
@@ -6388,8 +6372,7 @@ class Holder(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Holder:
-        """What is said of a process that has ended, or by another program, is not
-        believed."""
+        """What is said by another program, or of an ended process, is not believed."""
         with suppress(ValueError):
             pid, start, since, phase, derivation = text.partition("\n")[0].split(" ")
             if is_alive(pid, start) and math.isfinite(float(since)):
@@ -6425,8 +6408,7 @@ class Waiter(NamedTuple):
 
 def look(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
     """How things are with these machines, and who waits; Error if we may not read that.
-    Hooks that want the main lock, too, have to wait for no more than one machine to be
-    looked at."""
+    Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
         own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
         with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
@@ -6457,8 +6439,7 @@ def waiters_in(slots: Slots, own: list[str]) -> list[Waiter]:
 
 
 def held(slots: Slots, paths: list[str]) -> dict[str, str]:
-    """Those locks that somebody holds, and what they say, without ever seeming to hold
-    one."""
+    """Those locks that somebody holds, and what they say; nobody takes us for a holder."""
     with slots.main_lock() as lock:
         if slots.is_stuck:
             raise Error(f"somebody holds {lock.path} (fuser says who)")
@@ -6468,22 +6449,16 @@ def held(slots: Slots, paths: list[str]) -> dict[str, str]:
 
 
 def status(options: Namespace, nix: Nix, screen: Screen) -> int:
-    """Show what runs where, once or again and again."""
+    """Show what is built where, and who waits."""
     while True:
         machines, complaints = machines_named(options.names, nix)
         loads, waiters = look(Slots.find(nix), machines)
-        if options.json:
-            indent = None if options.watch else 2  # then it is one line each time
-            print(as_json(overview_json(loads, waiters), indent), flush=True)
-        else:
-            lines = overview_lines(loads, waiters, screen)
-            if not machines:
-                lines = [f"no machines are listed ({where_machines_stand(nix)})"]
-            lines += [line for words in complaints for line in screen.wrap(words)]
-            if options.watch and screen.terminal:
-                lines = screen.fit(lines)
-                print("\x1b[H\x1b[J", end="")
-            print("\n".join(lines), flush=True)
+        lines = overview_lines(loads, waiters, screen)
+        if not machines:
+            lines = [f"no machines are listed ({where_machines_stand(nix)})"]
+        for complaint in complaints:
+            lines += screen.wrap(complaint)
+        screen.show(overview_json(loads, waiters), lines)
         if not options.watch:
             return 0
         time.sleep(1)
@@ -6491,17 +6466,13 @@ def status(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 def slots_line(load: Load) -> list[str]:
     """What the machine is called, a character for each slot, or fewer, and the count."""
-    taken, slots = len(load.building), load.machine.max_jobs
-    if not load.machine.ways:
-        return [
-            label(load.machine),
-            "",
-            f"this machine, of speed {load.machine.speed:g}",
-        ]
+    machine, taken, slots = load.machine, len(load.building), load.machine.max_jobs
+    if not machine.ways:
+        return [label(machine), "", f"this machine, of speed {machine.speed:g}"]
     width = min(slots, BAR)
     full = math.ceil(width * taken / slots) if slots else 0
     bar = f"[{'#' * full}{'.' * (width - full)}]"
-    return [label(load.machine), bar, f"{taken} of {slots} slots taken"]
+    return [label(machine), bar, f"{taken} of {slots} slots taken"]
 
 
 def left_alone(outage: Outage) -> str:
@@ -6558,8 +6529,7 @@ def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]
 
 
 def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]:
-    """The request that Nix would make for that derivation, or for the options; and the
-    digests of what is read for it."""
+    """What Nix would ask of that derivation, or the options; digests of what it reads."""
     import json
 
     features = frozenset(listed(options.features))
@@ -6587,10 +6557,16 @@ def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]
     return request, derivation.digests()
 
 
+# What rank and Slots.choose do, for people.
+RANKING = """The first is asked first.  Of equals: the faster, then the less loaded, then
+the one that has had more of the inputs, then the one that is written first."""
+
+
 class Choice(NamedTuple):
     """Where a build would go now.
 
-    ranked: the machines that could take it, the best first; out: the others, and why; itself: whether Nix here might build it.
+    ranked: the machines that could take it, the best first; out: the others, and why;
+    itself: whether Nix here might build it.
     """
 
     request: Request
@@ -6640,12 +6616,12 @@ class Choice(NamedTuple):
             ],
         }
 
-    def show(self, screen: Screen) -> None:
+    def lines(self, screen: Screen) -> list[str]:
         """For people."""
         request = self.request
         features = ", ".join(sorted(request.features)) or "no features"
         what = request.derivation or "A build"
-        screen.say(f"{what} needs {request.system} and {features}.")
+        lines = screen.wrap(f"{what} needs {request.system} and {features}.")
         rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
         for number, load in enumerate(self.ranked, 1):
             machine, taken = load.machine, len(load.building)
@@ -6653,28 +6629,22 @@ class Choice(NamedTuple):
             rows.append([f"{number}.", label(machine), slots, f"{machine.speed:g}"])
             rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
         if self.ranked:
-            print("\n".join(table(rows)))
-            text = "The first is asked first.  Of equals: the faster, then the less loaded, "
-            text += (
-                "then the one that has had more of the inputs, then the one that is "
-            )
-            screen.say(f"{text}written first.")
+            lines += [*table(rows), *screen.wrap(RANKING)]
         else:
-            print(screen.paint("No machine can take it now.", WRONG))
-        if self.out:
-            print("Left out:")
+            lines.append(screen.paint("No machine can take it now.", WRONG))
+        lines += ["Left out:"] if self.out else []
         for machine, reason in self.out:
             text = f"{label(machine)} {reason} ({machine.where})"
-            screen.say(text, "    ", "        ")
+            lines += screen.wrap(text, "    ", "        ")
         itself = "may build it itself"
         if any(not machine.ways for machine, _ in self.out):
             itself += ", if it has a job free and no better machine has a free slot"
         never = "can never build it itself (max-jobs, system or features)"
-        screen.say(f"Nix here {itself if self.itself else never}.")
+        return lines + screen.wrap(f"Nix here {itself if self.itself else never}.")
 
 
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
-    """Show where a build would go now, and why not elsewhere; 0 if anywhere."""
+    """Show where a build would go, and why not elsewhere."""
     request, digests = wanted_build(options, nix)
     machines, complaints = load_machines(nix)
     try:
@@ -6685,12 +6655,10 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
         complaints.append(f"{error}; all slots are taken to be free")
         loads = [Load(machine, [], [], None) for machine in machines]
     choice = Choice.of(loads, request, nix)
-    if options.json:
-        print(as_json({**choice.as_dict(), "complaints": complaints}))
-    else:
-        choice.show(screen)
-        for complaint in complaints:
-            screen.say(complaint)
+    lines = choice.lines(screen)
+    for complaint in complaints:
+        lines += screen.wrap(complaint)
+    screen.show({**choice.as_dict(), "complaints": complaints}, lines)
     return 0 if choice.ranked else 1
 
 
@@ -6704,14 +6672,9 @@ def parse_options(arguments: list[str]) -> Namespace:
     usage = "nix_build_remote.py check | status | explain | --help | --version"
     parser = argparse.ArgumentParser(prog="nix_build_remote.py", usage=usage)
     verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
-    texts = {
-        check: "try each machine, and say what is wrong and what to do",
-        status: "show what is built where, and who waits",
-        explain: "show where a build would go, and why not elsewhere",
-    }
-    for run, text in texts.items():
-        part = verbs.add_parser(run.__name__, help=text, description=text)
-        part.set_defaults(run=run)
+    for run in (check, status, explain):
+        part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        part.set_defaults(run=run, watch=False)
         hint = "instead of those that the hook would use"
         part.add_argument("--machines", default="", metavar="FILE", help=hint)
         part.add_argument("--json", action="store_true", help="for programs")
@@ -6735,20 +6698,16 @@ def run_for_people(arguments: list[str]) -> int:
         print(version if arguments == ["--version"] else str(__doc__).strip())
         return 0
     options = parse_options(arguments)
-    environ = dict(os.environ)
     os.dup2(os.open(os.devnull, os.O_RDWR), LOG)  # of a build, for a hook
     signal.signal(signal.SIGTERM, terminate)
     try:
-        nix = calling_nix(environ, options.machines)
-        return int(options.run(options, nix, Screen(environ)))
+        nix = calling_nix(options.machines)
+        return int(options.run(options, nix, Screen(options)))
     except Error as error:
         print(f"nix_build_remote.py: {error}", file=sys.stderr)
     except (KeyboardInterrupt, BrokenPipeError, Stop):
         return 130
     return 1
-
-
-# ---- Started by Nix or by people ----------------------------------------------------
 
 
 def main(arguments: list[str]) -> int:
