@@ -387,11 +387,10 @@ class Terminated(Stop):
 
 # All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
 # it lasts; who says it: ssh, or far, a program on the builder (FAR: if that is sure); a name,
-# if the code asks for it; the words; behind ` = ` a remedy.  The first row that fits counts: an
-# ssh that is refused may add that the connection was closed.
+# if the code asks for it; the words, one of which is enough; behind ` = ` a remedy.  The first
+# row that fits counts: an ssh that is refused may add that the connection was closed.
 SIGNS = """\
-lasts   far -        daemon-socket/socket: Permission = as root there, on Debian: usermod -aG nix-users USER
-lasts   far -        daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
+lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
 lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
 lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
 lasts   ssh OPEN     bad permissions = chmod 600 the key file
@@ -400,65 +399,37 @@ lasts   ssh -        Bad configuration option = correct that file of ssh's confi
 lasts   ssh -        no matching = ssh here and sshd there have no cipher or key type in common
 lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
 lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase?
-lasts   far -        command not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
-lasts   far -        nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
-lasts   far DAEMON   protocol mismatch = if that login allows only nix-daemon, write ssh-ng://HOST in its line
-lasts   far DAEMON   EOF from daemon socket = if that login allows only nix-daemon, write ssh-ng://HOST in its line
+lasts   far -        command not found | nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
+lasts   far DAEMON   protocol mismatch | EOF from daemon socket = if that login allows only nix-daemon, write ssh-ng://HOST in its line
 lasts   any READONLY paths is not allowed = the command of that key there must be: nix-store --serve --write
 lasts   far -        is not in the Nix store = its store is in another directory than the one here: no build of yours can run there
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
-lasts   FAR -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
-lasts   FAR -        peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
+lasts   FAR -        ermission denied | peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
 passes  far -        daemon-socket = as root there: systemctl start nix-daemon.socket
-lasts   FAR -        onnection reset by peer = allowed-users in nix.conf there must name USER
-lasts   FAR -        Broken pipe = allowed-users in nix.conf there must name USER
+lasts   FAR -        onnection reset by peer | Broken pipe = allowed-users in nix.conf there must name USER
 passes  any UNSHARED Control socket connect(
 passes  ssh SILENT   Connection refused = is sshd running there, on that port?
-passes  ssh SILENT   onnection timed out = is the machine on, and can it be reached from here?
-passes  ssh SILENT   peration timed out = is the machine on, and can it be reached from here?
+passes  ssh SILENT   onnection timed out | peration timed out = is the machine on, and can it be reached from here?
 passes  ssh SLOW     timed out = is the machine on, and can it be reached from here?
-passes  ssh SILENT   No route to host = is the machine on, and can it be reached from here?
-passes  ssh SILENT   is down = is the machine on, and can it be reached from here?
+passes  ssh SILENT   No route to host | is down = is the machine on, and can it be reached from here?
 passes  ssh NAMELESS resolve hostname = is the name right, in the machines file and in DNS?
 passes  ssh -        kex_exchange_identification = if logins have just failed, sshd there may refuse this host: wait a minute
-passes  any FULL     disk is full = make room there, with nix-collect-garbage
-passes  any FULL     No space left on device = make room there, with nix-collect-garbage
-passes  any FULL     lack of free disk space = make room there, with nix-collect-garbage
+passes  any FULL     disk is full | No space left on device | lack of free disk space = make room there, with nix-collect-garbage
 passes  ssh SLOW     not responding
-passes  any -        Broken pipe
-passes  any -        onnection reset
-passes  any -        onnection closed
-passes  any -        closed by
-passes  any -        unreachable
-passes  any -        shutting down
-passes  any -        emporarily unavailable
-passes  any -        annot allocate memory
-passes  any -        is busy
-passes  FAR -        disconnected unexpectedly = is nix-daemon well? as root there: systemctl start nix-daemon.socket
-passes  FAR -        end-of-file = is nix-daemon well? as root there: systemctl start nix-daemon.socket
-passes  FAR -        Too many open files
-passes  FAR -        creating thread
-passes  FAR -        interrupted by
+passes  any -        Broken pipe | onnection reset | onnection closed | closed by | unreachable | shutting down
+passes  any -        emporarily unavailable | annot allocate memory | is busy
+passes  FAR -        disconnected unexpectedly | end-of-file = is nix-daemon well? as root there: systemctl start nix-daemon.socket
+passes  FAR -        Too many open files | creating thread | interrupted by
 unknown any UNSEATED refused by peer
 unknown any UNSHARED disabling multiplexing
 unknown any LACKS    experimental Nix feature = in nix.conf there: extra-experimental-features = ca-derivations
-unknown any LACKS    is required to build
-unknown any LACKS    platform mismatch
-unknown any LACKS    missing system features
-unknown any SPOILT   hash mismatch importing
-unknown any SPOILT   size mismatch importing
-unknown any SPOILT   is not valid
-unknown any SPOILT   bad archive
-unknown any SPOILT   Nix archive
+unknown any LACKS    is required to build | platform mismatch | missing system features
+unknown any SPOILT   hash mismatch importing | size mismatch importing | is not valid | bad archive | Nix archive
 unknown any SPOILT   look like something created by
 unknown far OVERTIME timed out after
-unknown far BROKEN   builder for '
-unknown far BROKEN   builder failed
-unknown far FAILED   in fixed-output derivation
-unknown far FAILED   may not be deterministic
-unknown far FAILED   is not allowed to
-unknown far FAILED   bytes of log output
+unknown far BROKEN   builder for ' | builder failed
+unknown far FAILED   in fixed-output derivation | may not be deterministic | is not allowed to | bytes of log output
 """
 LASTING = {"lasts": True, "passes": False, "unknown": None}
 # Whose words a row may be in; "" if that is not known.
@@ -470,41 +441,29 @@ USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --ver
 HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
 
 
-class Sign(NamedTuple):
-    """What a row of SIGNS makes of its words."""
-
-    lasting: bool | None
-    meaning: str
-    remedy: str
-
-
-def signs_in(words: str, speaker: str = "") -> Iterator[Sign]:
-    """The rows whose words are in these, if it may be their speaker who said it."""
+def signs_in(words: str, speaker: str = "") -> Iterator[tuple[bool | None, str, str]]:
+    """What the rows say whose words are in these, if it may be their speaker who said it:
+    whether it lasts, its name, a remedy."""
     for row in SIGNS.splitlines():
         lasting, who, meaning, rest = row.split(None, 3)
-        sign, _, remedy = rest.partition(" = ")
-        if sign in words and speaker in SPEAKERS[who]:
-            yield Sign(LASTING[lasting], meaning, remedy)
+        said, _, remedy = rest.partition(" = ")
+        if speaker in SPEAKERS[who] and any(s in words for s in said.split(" | ")):
+            yield LASTING[lasting], meaning, remedy
 
 
 def heard(kind: type[E], words: str, speaker: str = "") -> E:
-    """The error that tells these words, which knows what they mean.
-
-    speaker: as in SIGNS, "" if that is not known.  What else ssh says mostly passes; what
-    a program says that is to be nix-store, and does not even answer a question, lasts.
-    """
+    """The error that tells these words, and knows what they mean.  What else ssh says mostly
+    passes; what a program says lasts if it is to be nix-store and answers no question."""
+    lasting = {"ssh": False, "far": True}.get(speaker)
+    unknown = lasting, "", USELESS if speaker == "far" else ""
     error = kind(words)
-    error.lasting = {"ssh": False, "far": True}.get(speaker)
-    error.remedy = USELESS if speaker == "far" else ""
-    for sign in signs_in(words, speaker):
-        error.lasting, error.meaning, error.remedy = sign
-        break
+    error.lasting, error.meaning, error.remedy = next(signs_in(words, speaker), unknown)
     return error
 
 
 def means(words: str, meaning: str) -> bool:
     """Whether ssh or Nix says, among other things, what means that."""
-    return any(sign.meaning == meaning for sign in signs_in(words))
+    return any(found == meaning for _, found, _ in signs_in(words))
 
 
 # ---- Wire: Nix's integers and strings -----------------------------------------------
