@@ -675,23 +675,12 @@ allow-symlinked-store ignored-acls min-free max-free"""
 
 
 class Nix:
-    """The Nix that started us, as far as it told us.
-
-    old: whether it is a Nix 1.x, whose arguments are turned into the settings they stand
-    for.  verbosity: in its own levels, see Talk.  trace: whether it wants build traces.
-    """
+    """The Nix that started us: its settings, arguments among them; old: it is a 1.x."""
 
     def __init__(
-        self,
-        old: bool,
-        settings: dict[str, str],
-        environ: dict[str, str],
-        *,
-        verbosity: int = 0,
-        trace: bool = False,
+        self, old: bool, settings: dict[str, str], environ: dict[str, str]
     ) -> None:
         self.old, self.settings, self.environ = old, settings, environ
-        self.verbosity, self.trace = verbosity, trace
         default = environ.get("NIX_REMOTE", "") if old else ""
         uri = settings.get("store", default) or "auto"
         if uri.startswith("."):  # up to 2.26: as seen from where Nix runs
@@ -789,14 +778,14 @@ def is_old_call(arguments: list[str]) -> bool:
 
 def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     """The Nix 1.x that calls with these arguments."""
-    system, max_silent_time, trace, timeout = [*arguments, "0"][:4]
+    names = ("system", "max-silent-time", "print-build-trace", "timeout")
+    settings = dict(zip(names, [*arguments, "0"]))
     if environ.get("NIX_REMOTE") == "daemon":  # which we work for: it holds the locks
         environ = {**environ, "NIX_REMOTE": ""}
-    limits = {"max-silent-time": max_silent_time, "timeout": timeout}
     # From 1.2 on it says what its nix.conf and its command line have set.
     options = environ.get("_NIX_OPTIONS", "").splitlines()
-    limits["max-jobs"] = "0" if "build-max-jobs=0" in options else ""
-    return Nix(True, {"system": system, **limits}, environ, trace=trace != "0")
+    settings["max-jobs"] = "0" if "build-max-jobs=0" in options else ""
+    return Nix(True, settings, environ)
 
 
 def new_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
@@ -805,7 +794,7 @@ def new_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     while read_integer(read_stdin):
         name = read_string(read_stdin)
         settings[name] = read_string(read_stdin)
-    return Nix(False, settings, environ, verbosity=int(arguments[-1]))
+    return Nix(False, {**settings, "verbosity": arguments[-1]}, environ)
 
 
 def requests(nix: Nix) -> Iterator[Request]:
@@ -876,11 +865,11 @@ class Talk:
     def __init__(self, nix: Nix) -> None:
         self.old = nix.old
         self.debug = "NIX_DEBUG_HOOK" in nix.environ
-        self.verbosity = nix.verbosity
+        self.verbosity = nix.number("verbosity")
         # The numbers of the levels above: 2.3 inserted warn, 2.4 notice.
         self.levels = (0, 0, 1, 2, 4)
         if nix.old:
-            self.levels, self.verbosity = (0, 0, 0, 1, 1), 0
+            self.levels = (0, 0, 0, 1, 1)
         elif nix.since_2_4:
             self.levels = (0, 1, 3, 4, 6)
         elif nix.since_2_3:
@@ -4888,7 +4877,7 @@ class Attempt:
 
     def trace(self, event: str) -> None:
         """A line for the programs that Nix 1.x is to write these for."""
-        if self.nix.trace:
+        if self.nix.number("print-build-trace"):
             self.talk.write(f"@ {event} {self.wanted.path} {self.machine.name}")
 
     def failed(self, error: Error) -> str:
@@ -5596,7 +5585,7 @@ def with_all_settings(nix: Nix, talk: Talk) -> Nix:
     except Error as error:
         talk.say(ERROR, f"no machines are known: {error}")
         return nix
-    return Nix(False, settings, nix.environ, verbosity=nix.verbosity)
+    return Nix(False, settings, nix.environ)
 
 
 def serve(arguments: list[str]) -> int:
