@@ -836,16 +836,15 @@ ERROR, WARN, INFO, TALKATIVE, DEBUG = range(5)
 # Nix's types of an activity, and of news of one:
 COPY_PATH, COPY_PATHS, WAITING = 100, 103, 111
 LOG_LINE, PHASE, PROGRESS = 101, 104, 105
+CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*b"\n\t"})
 
 
 def printable(text: str) -> str:
     """The text without colours and other control characters, which a builder may send."""
     first, *parts = text.split("\x1b[")
     text = first + "".join(part.lstrip(DIGITS + ";")[1:] for part in parts)
-    text = encode(text).decode("utf-8", "replace")  # Nix reads no other JSON
-    return "".join(
-        c for c in text if c in "\n\t" or c >= " " and not "\x7f" <= c <= "\x9f"
-    )
+    text = decode(encode(text))  # Nix reads no JSON that is not UTF-8
+    return text.translate(CONTROLS)
 
 
 def quoted(text: str) -> str:
@@ -886,10 +885,8 @@ class Talk:
         write_all(MESSAGES, encode(line) + b"\n")
 
     def say(self, level: int, text: str) -> None:
-        """Show a message of one or more lines, if the user wants that level.
-
-        2.x drops plain lines once a build is accepted, so for it all are @nix lines.
-        """
+        """Show a message, if the user wants that level.  2.x drops plain lines once a build
+        is accepted, so for it all are @nix lines."""
         if not self.debug and self.levels[level] > self.verbosity:
             return
         if level == DEBUG:
@@ -901,32 +898,29 @@ class Talk:
         for line in printable(text).splitlines():
             self.write(f" {line}" if line[:2] in ("# ", "@ ") else line)
 
-    def begin(
-        self, depth: int, text: str, level: int = TALKATIVE, kind: int = 0, *fields: str
-    ) -> None:
-        """Begin an activity, something that takes time, for the progress bar of 2.x.
-
-        depth: 0 for a step of the build, 1 for paths that are copied in it, 2 for each of
-        them.  What runs at that depth, and deeper, is over.
-        """
+    def begin(self, depth: int, text: str, *fields: str) -> None:
+        """Begin an activity for the progress bar of 2.x; what runs at that depth, or deeper,
+        is over.  depth: 0 for a step of the build, 1 for paths copied in it, 2 for each."""
         self.end(depth)
         if not self.old:
             self.started += 1
             self.running.append(self.started)
             values = ",".join(map(quoted, fields))
-            head = f'"id":{self.started},"level":{self.levels[level]},"type":{kind}'
+            level = self.levels[INFO if depth else TALKATIVE]
+            kind = (0, COPY_PATHS, COPY_PATH)[depth]
+            head = f'"id":{self.started},"level":{level},"type":{kind}'
             tail = f'"text":{quoted(text)},"parent":0,"fields":[{values}]'
             self.write(f'@nix {{"action":"start",{head},{tail}}}')
 
     def begin_paths(self, count: int) -> None:
         """Begin to copy so many paths."""
         self.paths, self.expected = 0, count
-        self.begin(1, f"copying {count} paths", INFO, COPY_PATHS)
+        self.begin(1, f"copying {count} paths")
 
     def begin_path(self, size: int, text: str, *fields: str) -> None:
         """Begin to copy one, of so many bytes."""
         self.moved, self.size = 0, size
-        self.begin(2, text, INFO, COPY_PATH, *fields)
+        self.begin(2, text, *fields)
 
     def progress(self, more: int) -> None:
         """Tell that so many bytes more of a path were copied, at most ten times a second,
@@ -956,8 +950,7 @@ class Talk:
         if self.old:
             self.say(ERROR, f"error: {error}")
         else:
-            text = quoted(f" {error}")[1:]
-            text = f'"\\u001b[31;1merror:\\u001b[0m{text}'
+            text = '"\\u001b[31;1merror:\\u001b[0m ' + quoted(str(error))[1:]
             self.write(f'@nix {{"action":"msg","level":0,"msg":{text}}}')
 
     def say_bug(self) -> None:
@@ -984,24 +977,20 @@ def write_all(descriptor: int, data: bytes) -> None:
             raise NixGone from None
 
 
-NO_READER = select.POLLERR | select.POLLHUP
-
-
 def nix_has_gone() -> bool:
     """Whether nobody reads our messages any more."""
     poll = select.poll()
     poll.register(MESSAGES, select.POLLHUP)  # which macOS says, and Linux does not
-    return any(event & NO_READER for _, event in poll.poll(0))
+    gone = select.POLLERR | select.POLLHUP
+    return any(event & gone for _, event in poll.poll(0))
 
 
 def wait_readable(
     descriptors: Iterable[int], timeout_s: float, full: Iterable[int] = ()
 ) -> set[int]:
-    """Wait for one of these to have something to read, or to end, or for one of those
-    that were full to take something again; returns all that do.
-
-    The set is empty if the time is over.  NixGone if Nix ends meanwhile.
-    """
+    """Wait for one of these to have something to read, or to end, or for one of those that
+    were full to take something again; returns all that do, none if the time is over.
+    NixGone if Nix ends meanwhile."""
     poll = select.poll()
     poll.register(MESSAGES, select.POLLHUP)
     for descriptor in descriptors:
@@ -1010,18 +999,15 @@ def wait_readable(
         poll.register(descriptor, select.POLLOUT)
     most = (1 << 31) - 1  # milliseconds that poll can take: 24 days
     events = poll.poll(None if timeout_s == math.inf else min(timeout_s * 1000, most))
-    ready = {descriptor for descriptor, event in events if descriptor != MESSAGES}
-    if not ready and any(event & NO_READER for _, event in events):
+    ready = {descriptor for descriptor, _ in events if descriptor != MESSAGES}
+    if not ready and nix_has_gone():
         raise NixGone
     return ready
 
 
 def wait_until_read() -> None:
-    """Wait until Nix has read the whole log and, for 1.x, all messages.
-
-    What is unread when we exit is dropped (2.x reads the messages to their end, 1.x
-    neither of them).
-    """
+    """Wait until Nix has read the log and all messages: what is unread when we exit is
+    dropped (2.x reads the messages to their end, 1.x neither of them)."""
     unread: int | None = None  # bytes, at the last look
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
     while unread != 0 and time.monotonic() < deadline and not nix_has_gone():
