@@ -287,10 +287,6 @@ class Error(Exception):
         return self.remedy.replace("HOST", host).replace("USER", user or "USER")
 
 
-class BadMachine(Error):
-    """One machine's line cannot be used: `file:line: reason`."""
-
-
 class Unreachable(Error):
     """There is no session with the builder; another machine may do."""
 
@@ -342,10 +338,7 @@ class Spoilt(Error):
 
 
 class NotHere(Error):
-    """This machine could not do the build, and another might.
-
-    verdict is the error to end with if no other machine may try.
-    """
+    """This machine could not do it; verdict is the error if no other machine may try."""
 
     def __init__(self, words: str, verdict: Error) -> None:
         super().__init__(words)
@@ -369,20 +362,14 @@ class BuildTimedOut(Error):
 
 
 class Stop(Exception):
-    """Nobody waits for the build any more, so we clean up and end."""
+    """Nobody waits for the build any more, so we clean up and end with that status."""
 
-    status = 1
+    def __init__(self, status: int = 1) -> None:
+        self.status = status
 
 
 class NixGone(Stop):
     """Nobody reads our messages: the Nix that started us has ended."""
-
-
-class Terminated(Stop):
-    """A signal asked us to end."""
-
-    def __init__(self, number: int) -> None:
-        self.status = 128 + number
 
 
 # All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
@@ -1072,7 +1059,7 @@ class Machine(NamedTuple):
 
     @classmethod
     def parse(cls, where: str, text: str, nix: Nix) -> Machine:
-        """Understand one entry, which is at `file:line`; BadMachine if that cannot be."""
+        """Understand one entry, which is at `file:line`; Error if that cannot be."""
         given = ["" if field == "-" else field for field in text.split()] + [""] * 8
         uri, systems, key, jobs, speed, supported, mandatory, host_key = given[:8]
         try:
@@ -1102,7 +1089,7 @@ class Machine(NamedTuple):
                 ways=parse_ways(uri, {*listed(supported), *listed(mandatory)}, nix),
             )
         except ValueError as error:
-            raise BadMachine(f"{where}: {error}") from None
+            raise Error(f"{where}: {error}") from None
 
     @property
     def host(self) -> str:
@@ -1366,13 +1353,12 @@ def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
     for where, text in found:
         try:
             if not text:
-                raise BadMachine(where)
+                raise Error(where)
             machine = Machine.parse(where, text, nix)
-        except BadMachine as error:
-            complaints.append(f"{error} (left out)")
-        else:
             machines.append(machine)
             complaints += [f"{where}: {slip}" for slip in slips(machine)]
+        except Error as error:
+            complaints.append(f"{error} (left out)")
     return machines, complaints
 
 
@@ -5488,7 +5474,7 @@ class Hook:
 
 def terminate(number: int, frame: object) -> None:
     """The handler of signals that ask us to end."""
-    raise Terminated(number)
+    raise Stop(128 + number)
 
 
 def heed_signals() -> None:

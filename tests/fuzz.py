@@ -433,7 +433,7 @@ class Taker:
             assert machine.slots.isprintable() and "/" not in machine.slots
             assert len(machine.slots.encode()) < 236  # and a number, or the like
         if not machines:
-            raise hook.BadMachine("; ".join(complaints))
+            raise hook.Error("; ".join(complaints))
         return True
 
     def stdin(self, case: bytes, old: bool) -> bool:
