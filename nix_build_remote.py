@@ -128,7 +128,8 @@ PATIENCE_S = 1.0  # a request waits so long for a slot, before Nix shall ask aga
 IMPATIENCE_S = 4.0  # after which for so long none waits
 BEGIN_S = 1.0  # for Nix to begin a build itself
 LINE_LIMIT = 64  # hooks that wait for one set of machines
-PASSES = 3  # of who stands first in a line, by lines of fewer machines
+PASSES = 3  # of who stands first in a line, by lines of fewer machines,
+OVERDUE = "overdue"  # who then says that
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
@@ -1565,9 +1566,6 @@ def is_alive(pid: str, start: str) -> bool:
     return True
 
 
-LOCK_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-
-
 class Lock:
     """A file that one process at a time may hold, and whose text says who does.
 
@@ -1576,23 +1574,24 @@ class Lock:
     is removed.  Raises Error if there is no room for the file.
     """
 
+    FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
     def __init__(self, path: str) -> None:
         self.path = path
         try:  # to ask for a file to be made is dear, also if it is there
-            self.descriptor = os.open(path, LOCK_FLAGS)
+            self.descriptor = os.open(path, self.FLAGS)
         except OSError:
-            self.descriptor = self.make(path)
+            self.descriptor = self.make()
 
-    @staticmethod
-    def make(path: str) -> int:
+    def make(self) -> int:
         """Make the file, and open it."""
         try:
             with suppress(FileNotFoundError):
-                if not stat.S_ISREG(os.lstat(path).st_mode):
-                    remove(path)
-            return os.open(path, LOCK_FLAGS | os.O_CREAT, 0o600)
+                if not stat.S_ISREG(os.lstat(self.path).st_mode):
+                    remove(self.path)
+            return os.open(self.path, self.FLAGS | os.O_CREAT, 0o600)
         except OSError as error:
-            raise Error(f"cannot open {path}: {error.strerror}") from None
+            raise Error(f"cannot open {self.path}: {error.strerror}") from None
 
     @classmethod
     def take(cls, path: str) -> Lock | None:
@@ -1684,15 +1683,14 @@ def holder(phase: str, derivation: str, since: float) -> str:
 
 
 class Slot:
-    """A machine's slot, ours for as long as its file is locked.
+    """A machine's slot, ours for as long as its file is locked; load: the machine's, without us.
 
     The build's ssh does not hold it too.  If we are killed, that finds the end of its pipes
     and ends, and with it the remote build.
     """
 
-    def __init__(self, machine: Machine, lock: Lock) -> None:
-        self.machine, self.lock = machine, lock
-        self.load = 0  # the machine's, without us
+    def __init__(self, machine: Machine, lock: Lock, load: int = 0) -> None:
+        self.machine, self.lock, self.load = machine, lock, load
         self.outage: Outage | None = None  # of the machine, as it was when we took it
         self.is_ours = True  # until it is freed
 
@@ -1712,19 +1710,16 @@ class Slots:
     """Nix's directory current-load, with the locks that count, and in it one, `own`, for
     what the stock hook does not know."""
 
-    def __init__(
-        self, path: str, complain: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, path: str, talk: Talk | None = None) -> None:
         self.path, self.own = path, f"{path}/own"
-        self.complain = complain  # is told if somebody keeps the main lock
+        self.talk = talk  # is told if somebody keeps the main lock
         self.is_stuck = False  # whether somebody did
 
     @classmethod
-    def find(cls, nix: Nix, complain: Callable[[str], None] | None = None) -> Slots:
+    def find(cls, nix: Nix, talk: Talk | None = None) -> Slots:
         """The directory that Nix names, unless others could change what is in it."""
         wanted = nix.slot_directory
-        path = wanted if is_private(wanted) else spare_directory(wanted)
-        return cls(path, complain)
+        return cls(wanted if is_private(wanted) else spare_directory(wanted), talk)
 
     def make(self) -> None:
         """Have the directories; Error if that cannot be."""
@@ -1737,20 +1732,17 @@ class Slots:
         make_directory(self.own)
 
     def main_lock(self) -> Lock:
-        """Taken while we choose, which lasts milliseconds.
-
-        Who holds it for long means harm or stands still, and we go on without it: what it
-        keeps apart then costs a message said twice, or a slot that is not seen as free.
-        """
+        """Taken while we choose, for milliseconds.  If somebody holds it for long, we go on
+        without: a message may be said twice, or a slot not be seen as free."""
         lock = Lock(f"{self.path}/main-lock")
         if os.fstat(lock.descriptor).st_mode & 0o077:  # others could open and hold it
             with suppress(OSError):
                 os.fchmod(lock.descriptor, 0o600)
         if not lock.hold() and not self.is_stuck and not lock.wait(MAIN_LOCK_TIMEOUT_S):
             self.is_stuck = True
-            if self.complain:
+            if self.talk:
                 text = f"somebody has held {lock.path} for {MAIN_LOCK_TIMEOUT_S} s"
-                self.complain(f"{text} (fuser says who); going on without it")
+                self.talk.say(WARN, f"{text} (fuser says who); going on without it")
         return lock
 
     def survey(self, machine: Machine) -> tuple[int, Lock | None]:
@@ -1801,8 +1793,7 @@ class Slots:
                     continue
                 if best:
                     best.lock.release()
-                best = Slot(machine, lock)
-                best.load = loads[machine]
+                best = Slot(machine, lock, loads[machine])
         if failure and not loads:
             raise failure
         return best, loads
@@ -1846,11 +1837,8 @@ class Slots:
         return None
 
     def remember(self, text: str) -> bool:
-        """Note that the Nix that started us has been told this; False if it was already.
-
-        Each build has a hook process of its own, so what was said is remembered in the
-        main lock's file, with the process of the Nix it was said to.
-        """
+        """Note in the main lock's file, for hooks to come, that the Nix that started us has
+        been told this; False if it was already."""
         nix = os.getppid()  # which in each container may be 1
         entry = f"{nix}.{start_time(nix)}-{checksum(text)}"
         with self.main_lock() as lock:
@@ -1911,9 +1899,9 @@ class Outage(NamedTuple):
         """The same after one more failure."""
         # The delay doubles with each failure, and is not the same for all.
         delay = min(PAUSE_S * 2 ** min(self.failures + 1, 9), PAUSE_LIMIT_S)
-        until = round(time.time() + delay * (0.5 + os.urandom(1)[0] / 512), 3)
-        since = self.since or round(time.time(), 3)
+        until = time.time() + delay * (0.5 + os.urandom(1)[0] / 512)
         words = " ".join(str(error).split())[:OUTAGE_LIMIT]
+        since = self.since or time.time()
         return Outage(self.failures + 1, since, until, error.lasting, words)
 
 
@@ -1987,10 +1975,10 @@ class Outages:
         with suppress(OSError):
             remove(self.file(machine))
 
-    def find_out(self, noted: dict[Machine, Outage]) -> None:
+    def find_out(self, machines: Iterable[Machine]) -> None:
         """See to it that somebody finds out whether those whose time is over are of use
         again, in the background; who comes next hears of it."""
-        for machine, outage in noted.items():
+        for machine, outage in self.noted(machines).items():
             if time.time() < outage.until:
                 continue
             path = f"{self.slots.own}/{machine.slots}.probe"
@@ -2045,7 +2033,8 @@ class Need(NamedTuple):
 
     path: its derivation's; kind: its system and features; digests: of what it reads, see
     Derivation.digests; since: when it began to wait, in seconds since 1970; shunned: the
-    machine that it should go to only if no other has a free slot, or None.
+    machine that it should go to only if no other has a free slot, or None; impatient: not
+    to wait if all machines are away.
     """
 
     path: str
@@ -2053,9 +2042,7 @@ class Need(NamedTuple):
     digests: frozenset[str]
     since: float
     shunned: Machine | None = None
-
-
-OVERDUE = "overdue"  # what is said of one that was passed too often
+    impatient: bool = False
 
 
 def turn(who: str, names: list[str]) -> tuple[bool, int, list[str]]:
@@ -2073,22 +2060,14 @@ class Line:
     (but who finds no place, as the line is full, looks for a slot, too).
     A place's file says who stands there, and names the machines: lines of more machines
     leave those alone that somebody waits for in first place.  But who stands first and was
-    passed by PASSES of these comes before them all.  Machines that are away are waited for,
-    unless the line is `impatient`.
+    passed by PASSES of these comes before them all.
     """
 
     def __init__(
-        self,
-        outages: Outages,
-        talk: Talk,
-        machines: list[Machine],
-        need: Need,
-        *,
-        impatient: bool = False,
+        self, outages: Outages, talk: Talk, machines: list[Machine], need: Need
     ) -> None:
         self.outages, self.slots, self.talk = outages, outages.slots, talk
         self.machines, self.need = machines, need
-        self.impatient = impatient
         self.all_away = False  # whether all machines were when we last looked
         self.has_told = False  # whether the first look was told of
         self.names = "\n".join(sorted(machine.slots for machine in machines))
@@ -2103,15 +2082,9 @@ class Line:
         return f"{self.slots.own}/line-{checksum(self.names)}.{number}"
 
     def find(self) -> Slot | None:
-        """A free slot, if nobody should have it before the first of this line.
-
-        Of machines whose time to be left alone is over we begin to find out whether they
-        are of use again, but do not wait for that.
-        """
-        away: set[Machine] = set()
-        if noted := self.outages.noted(self.machines):  # mostly there is none
-            self.outages.find_out(noted)
-            away = self.outages.away(self.machines)
+        """A free slot, if nobody should have it before the first of this line."""
+        self.outages.find_out(self.machines)
+        away = self.outages.away(self.machines)
         self.all_away = len(away) == len(self.machines)
         reserved = self.reserved()
         self.note_passes({*reserved.values()})
@@ -2206,7 +2179,7 @@ class Line:
             start = time.monotonic()
             if slot := self.find_if_possible():
                 return slot
-            if self.all_away and self.impatient:
+            if self.all_away and self.need.impatient:
                 raise Away("it failed for another build, too")
             if self.all_away and (despair := self.outages.despair(self.machines)):
                 raise despair
@@ -4682,9 +4655,9 @@ class Failure(NamedTuple):
 class Turn(NamedTuple):
     """Where a build goes on after a failure.
 
-    machines: any of them will do; shunned: see Need; impatient: not to wait if they are
-    away; pause_s: to wait before; outage: all hooks are to leave the failed machine alone;
-    renew: its connection may be the trouble, and should be a new one.
+    machines: any of them will do; shunned, impatient: see Need; pause_s: to wait before;
+    outage: all hooks are to leave the failed machine alone; renew: its connection may be the
+    trouble, and should be a new one.
     """
 
     machines: list[Machine]
@@ -5168,9 +5141,8 @@ class Build:
             if despair := self.site.outages.despair(self.fit):
                 raise self.final(attempt, despair)
             wait_readable([], turn.pause_s)
-        need = self.need._replace(shunned=turn.shunned)
-        outages, impatient = self.site.outages, turn.impatient
-        line = Line(outages, self.talk, turn.machines, need, impatient=impatient)
+        need = self.need._replace(shunned=turn.shunned, impatient=turn.impatient)
+        line = Line(self.site.outages, self.talk, turn.machines, need)
         line.join()
         return line
 
@@ -5265,7 +5237,7 @@ class Hook:
             found = {m: addresses(m.host) or from_there for m in others}
             self.back = {m for m in others if self.origin in found[m]}
         if machines:
-            slots = Slots.find(self.nix, lambda text: self.talk.say(WARN, text))
+            slots = Slots.find(self.nix, self.talk)
             slots.make()
             if slots.path != self.nix.slot_directory:
                 hint = f"slots are counted in {slots.path}"
