@@ -172,16 +172,13 @@ STILL_S = 60  # in which not a byte is copied: that is told
 STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given up
 COPY_TIMEOUT_S = 30 * 60  # the same of a store, which may have to wait for others
 OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
-COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB in a
-# variable (MAX_ARG_STRLEN)
+COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
 AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it,
-DAEMON_MARGIN_S = (
-    5  # or than that where a daemon there is asked, which is not told them,
-)
+DAEMON_MARGIN_S = 5  # or than that where a daemon is asked, which is not told them,
 HERE_MARGIN_S = 2  # or than that behind a nix-store here, which tells no daemon of them
 
 # Of Nix's serve protocol (serve-protocol.hh)
@@ -197,7 +194,6 @@ SIGTERM = 15  # POSIX has fixed it; to import signal takes 2 ms
 MESSAGES, LOG = 2, 4  # the descriptors that Nix reads messages and the build's log from
 
 DIGITS = "0123456789"
-HEX = DIGITS + "abcdefABCDEF"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 WORD = DIGITS + LETTERS + "_"
 STORE_DIGITS = "0123456789abcdfghijklmnpqrsvwxyz"  # of Nix's base 32
@@ -218,11 +214,9 @@ if not TYPE_CHECKING:
         """A class of tuples whose fields have names, as typing's with that name."""
 
         def __init_subclass__(cls):
-            cls._fields = tuple(cls.__annotations__)
-            cls._field_defaults = {
-                n: vars(cls)[n] for n in cls._fields if n in vars(cls)
-            }
-            for number, name in enumerate(cls._fields):
+            names = cls._fields = tuple(cls.__annotations__)
+            cls._field_defaults = {n: vars(cls)[n] for n in names if n in vars(cls)}
+            for number, name in enumerate(names):
                 setattr(cls, name, property(lambda self, number=number: self[number]))
 
         def __new__(cls, *values, **named):
@@ -504,7 +498,7 @@ def read_strings(read: Read) -> list[str]:
     """A list or set; its count is believed only as far as strings arrive."""
     result: list[str] = []
     size = 0
-    for _ in range(min(read_integer(read), sys.maxsize)):
+    for _ in range(read_integer(read)):
         result.append(read_string(read))
         size += 64 + len(result[-1])
         if size > WIRE_LIMIT_BYTES:
@@ -514,10 +508,8 @@ def read_strings(read: Read) -> list[str]:
 
 def base32(sha256: bytes) -> str:
     """A hash in the digits of Nix's own base 32."""
-    number = int.from_bytes(sha256, "little")
-    return "".join(
-        STORE_DIGITS[number >> 5 * place & 31] for place in reversed(range(52))
-    )
+    number, places = int.from_bytes(sha256, "little"), reversed(range(52))
+    return "".join(STORE_DIGITS[number >> 5 * place & 31] for place in places)
 
 
 class PathInfo(NamedTuple):
@@ -631,12 +623,8 @@ class Store(NamedTuple):
         directory, _, last = path.rpartition("/")
         digest, dash, name = last[:32], last[32:33], last[33:]
         right = only(digest, STORE_DIGITS) and only(name, WORD + "+-.?=")
-        return (
-            directory == self.directory
-            and right
-            and dash == "-"
-            and 0 < len(name) < 212
-        )
+        whole = dash == "-" and 0 < len(name) < 212
+        return directory == self.directory and right and whole
 
     def name(self, path: str) -> str:
         """The last part of a store path; Error if it is not one of this store."""
@@ -716,10 +704,7 @@ class Nix:
 
 
 class Request(NamedTuple):
-    """One question of Nix: may this derivation be built elsewhere?
-
-    willing: whether Nix has a slot of its own free for it.
-    """
+    """Nix asks: may this be built elsewhere?  willing: it has a slot of its own free."""
 
     willing: bool
     system: str
@@ -729,16 +714,16 @@ class Request(NamedTuple):
 
 def might_build_itself(nix: Nix, request: Request) -> bool:
     """Whether the calling Nix could build this, perhaps later."""
+    if nix.settings.get("max-jobs") == "0":
+        return False
     if nix.old:  # it has no features, and builds what requires some all the same
-        here = nix.settings.get("max-jobs") != "0"
-        return here and request.system == nix.settings["system"]
+        return request.system == nix.settings["system"]
     systems = [*nix.words("system"), *nix.words("extra-platforms"), "builtin"]
     if f'"{request.system}"' in nix.settings.get("external-builders", "[]"):
         systems.append(request.system)  # that is JSON, from 2.33 on
     # Some experimental features are system features too, which it does not tell us.
     features = nix.words("system-features") + nix.words("experimental-features")
-    able = request.system in systems and request.features.issubset(features)
-    return able and nix.settings.get("max-jobs") != "0"
+    return request.system in systems and request.features.issubset(features)
 
 
 def read_stdin(count: int) -> bytes:
@@ -1017,6 +1002,14 @@ def unread_in(pipe: int) -> int:
 
 # ---- Machines -----------------------------------------------------------------------
 
+# What store URIs may say; only those of the first line mean something to a hook.
+PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remote-store
+max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
+OWN_STORES = ("auto", "daemon", "local")  # of this machine, without any scheme
+# How people name the machine that they are on:
+THIS_MACHINE = ("localhost", "ssh://localhost", "ssh-ng://localhost")
+SERVE = ("nix-store", "--serve", "--write")
+
 
 class Way(NamedTuple):
     """How a session with a machine is had.
@@ -1081,7 +1074,7 @@ class Machine(NamedTuple):
                 port=port,
                 systems=known,
                 key=parse_key(key or parameters.get("ssh-key", "")),
-                max_jobs=parse_whole("maxJobs", jobs),
+                max_jobs=parse_max_jobs(jobs),
                 speed=parse_speed(speed),
                 supported=frozenset(listed(supported)),
                 mandatory=frozenset(listed(mandatory)),
@@ -1123,9 +1116,6 @@ def machine_name(uri: str, nix: Nix) -> str:
     return with_parameters(base, parameters)  # and parameters
 
 
-OWN_STORES = ("auto", "daemon", "local")  # of this machine, without any scheme
-
-
 def file_name(text: str, *, in_lix: bool = False) -> str:
     """The stock hook's way to make one; too long a name ends in its hash, and in Lix each."""
     name = text.replace("/", "_")
@@ -1143,12 +1133,11 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     """[user@]host, "" for a store here, port and parameters; ValueError says what is wrong."""
     base, parameters = split_parameters(uri)
     scheme, separator, authority = base.rpartition("://")
-    if is_here(base, parameters) or is_this_machine(base):
+    if is_here(base, parameters) or base.removesuffix("/") in THIS_MACHINE:
         return "", 0, parameters
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
-        raise ValueError(
-            f"{uri!r} is no store to build in; use ssh://[user@]host[:port]"
-        )
+        hint = "use ssh://[user@]host[:port]"
+        raise ValueError(f"{uri!r} is no store to build in; {hint}")
     user, at, rest = authority.removesuffix("/" if separator else "").rpartition("@")
     if separator:
         user, rest = unquote(user), unquote(rest)
@@ -1184,7 +1173,7 @@ def parse_host(text: str) -> tuple[str, int]:
 def is_address(text: str) -> bool:
     """Whether that is an address of IPv6, perhaps with a zone."""
     address, percent, zone = text.partition("%")
-    right = address.count(":") > 1 and only(address, HEX + ":.")
+    right = address.count(":") > 1 and only(address, DIGITS + "abcdefABCDEF:.")
     return right and (not percent or is_word(zone))
 
 
@@ -1204,25 +1193,11 @@ def is_here(base: str, parameters: dict[str, str]) -> bool:
     return another or (not separator and base.startswith("/"))
 
 
-def is_this_machine(base: str) -> bool:
-    """Whether that is how people name the machine that they are on."""
-    return base.removesuffix("/") in (
-        "localhost",
-        "ssh://localhost",
-        "ssh-ng://localhost",
-    )
-
-
-# What store URIs may say; only those of the first line mean something to a hook.
-PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remote-store
-max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
-
-
 def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
     """What that store URI makes of a session.  offered: the features that its line lists;
     as with Nix's own hook, a store here has no others."""
     base, parameters = split_parameters(uri)
-    if is_this_machine(base) and "remote-store" not in parameters:
+    if base.removesuffix("/") in THIS_MACHINE and "remote-store" not in parameters:
         return ()
     program = parameters.get("remote-program", "").split()
     store, here = parameters.get("remote-store", ""), is_here(base, parameters)
@@ -1254,9 +1229,6 @@ def for_shell(words: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(shlex.quote, words))
 
 
-SERVE = ("nix-store", "--serve", "--write")
-
-
 def parse_key(text: str) -> str:
     """The name of a private key's file."""
     if not only(text, PLAIN) or text.startswith("-"):
@@ -1265,10 +1237,10 @@ def parse_key(text: str) -> str:
     return text
 
 
-def parse_whole(name: str, text: str) -> int:
+def parse_max_jobs(text: str) -> int:
     """A whole number, 1 if it is missing."""
     if len(text) > 6 or not only(text, DIGITS):
-        raise ValueError(f"{name} is {text!r}, not a whole number")
+        raise ValueError(f"maxJobs is {text!r}, not a whole number")
     return int(text or 1)
 
 
@@ -1314,9 +1286,8 @@ def slips(machine: Machine) -> Iterator[str]:
 
 
 def entries(text: str, file: str, seen: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """The entries of a `builders` setting or a machines file, includes in place: where
-    each stands, and its text.  Without one it is a complaint of a file that was to be there.
-    """
+    """The entries of a `builders` setting or a machines file, includes in place: where each
+    stands, and its text; without text, it is a complaint of a file that was to be there."""
     for number, line in enumerate(text.split("\n"), 1):
         for entry in map(str.strip, line.partition("#")[0].split(";")):
             if entry.startswith("@"):
@@ -1419,11 +1390,8 @@ def is_shut(info: os.stat_result, owners: set[int]) -> bool:
 
 def is_private(path: str) -> bool:
     """Whether nobody but us and root can change what is in that directory, or put another
-    in its place.
-
-    So each directory above must be theirs or ours alone, too, or sticky, as /tmp is; and
-    so on for each link on the way.  What is not there yet counts as private.
-    """
+    in its place: each directory above, too, and above each link on the way, must be theirs
+    or ours alone, or sticky, as /tmp is.  What is not there yet counts as private."""
     # Whoever owns the root can do everything: not always 0 in a user namespace.
     trusted = {0, os.geteuid(), os.stat("/").st_uid}
     goal = os.path.realpath(path)
@@ -1516,11 +1484,8 @@ def read_private(path: str, limit: int = TAIL_BYTES) -> str | None:
 def write_private(
     path: str, text: str, mode: int = 0o600, *, lasting: bool = True
 ) -> None:
-    """Make or replace a file in a private directory: as a whole, or not at all.
-
-    A lasting one also survives a power loss, which a busy disk may take seconds for.
-    Raises OSError, as when the disk is full.
-    """
+    """Make or replace a file in a private directory: as a whole, or not at all (OSError).  A
+    lasting one also survives a power loss, which a busy disk may take seconds for."""
     temporary = f"{path}.{os.urandom(8).hex()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
@@ -2238,16 +2203,16 @@ class Derivation(NamedTuple):
         try:
             if not text.startswith("Derive("):
                 raise ValueError(text[:7])
-            outputs, inputs, sources, platform, *rest = parse_term(text[6:])
-            builder, arguments, environment = rest
+            outputs, inputs, sources, *run, arguments, variables = parse_term(text[6:])
+            platform, builder = texts(run)
             return cls(
                 tuple(Output(*texts(output)) for output in outputs),
-                tuple(texts([path])[0] for path, _ in inputs),
+                texts([path for path, _ in inputs]),
                 texts(sources),
-                texts([platform])[0],
-                texts([builder])[0],
+                platform,
+                builder,
                 texts(arguments),
-                tuple((key, value) for key, value in map(texts, environment)),
+                tuple((key, value) for key, value in map(texts, variables)),
                 text,
             )
         except (TypeError, ValueError):
@@ -2276,11 +2241,8 @@ class Derivation(NamedTuple):
         return frozenset(map(digest, (*self.input_derivations, *self.sources)))
 
     def encode(self, inputs: Iterable[str]) -> bytes:
-        """As BuildDerivation wants it.
-
-        The inputs replace what the input derivations make; a derivation without those
-        names all its inputs itself, and they enter its hash.
-        """
+        """As BuildDerivation wants it.  The inputs replace what the input derivations make; a
+        derivation without those names all its inputs itself, and they enter its hash."""
         fields = [field for output in self.outputs for field in output]
         pairs = [word for pair in self.environment for word in pair]
         outputs = integer(len(self.outputs)) + b"".join(map(string, fields))
@@ -2288,9 +2250,6 @@ class Derivation(NamedTuple):
         run = string(self.platform) + string(self.builder) + strings(self.arguments)
         variables = integer(len(self.environment)) + b"".join(map(string, pairs))
         return outputs + reads + run + variables
-
-
-ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # any other stands for itself
 
 
 def parse_term(text: str) -> list:  # type: ignore[type-arg]  # nested lists of strings
@@ -2334,7 +2293,8 @@ def unescape(text: str) -> str:
     if "\\" not in text:
         return text
     parts = text.split("\\\\")  # from the left, so these are the escaped backslashes
-    for escape, meant in ESCAPES.items():
+    # Any other character stands for itself.
+    for escape, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
         parts = [part.replace(escape, meant) for part in parts]
     return "\\".join(part.replace("\\", "") for part in parts)
 
