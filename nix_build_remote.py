@@ -128,7 +128,8 @@ PATIENCE_S = 1.0  # a request waits so long for a slot, before Nix shall ask aga
 IMPATIENCE_S = 4.0  # after which for so long none waits
 BEGIN_S = 1.0  # for Nix to begin a build itself
 LINE_LIMIT = 64  # hooks that wait for one set of machines
-PASSES = 3  # of who stands first in a line, by lines of fewer machines
+PASSES = 3  # of who stands first in a line, by lines of fewer machines,
+OVERDUE = "overdue"  # who then says that
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
@@ -172,8 +173,7 @@ STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given
 FAREWELL_S = 0.2  # for it to end by itself, when it is told that there is no more
 COPY_TIMEOUT_S = 30 * 60  # the same of a store, which may have to wait for others
 OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
-COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB in a
-# variable (MAX_ARG_STRLEN)
+COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
 AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
@@ -195,7 +195,6 @@ SIGTERM = 15  # POSIX has fixed it; to import signal takes 2 ms
 MESSAGES, LOG = 2, 4  # the descriptors that Nix reads messages and the build's log from
 
 DIGITS = "0123456789"
-HEX = DIGITS + "abcdefABCDEF"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 WORD = DIGITS + LETTERS + "_"
 STORE_DIGITS = "0123456789abcdfghijklmnpqrsvwxyz"  # of Nix's base 32
@@ -216,11 +215,9 @@ if not TYPE_CHECKING:
         """A class of tuples whose fields have names, as typing's with that name."""
 
         def __init_subclass__(cls):
-            cls._fields = tuple(cls.__annotations__)
-            cls._field_defaults = {
-                n: vars(cls)[n] for n in cls._fields if n in vars(cls)
-            }
-            for number, name in enumerate(cls._fields):
+            names = cls._fields = tuple(cls.__annotations__)
+            cls._field_defaults = {n: vars(cls)[n] for n in names if n in vars(cls)}
+            for number, name in enumerate(names):
                 setattr(cls, name, property(lambda self, number=number: self[number]))
 
         def __new__(cls, *values, **named):
@@ -286,10 +283,6 @@ class Error(Exception):
         return self.remedy.replace("HOST", host).replace("USER", user or "USER")
 
 
-class BadMachine(Error):
-    """One machine's line cannot be used: `file:line: reason`."""
-
-
 class Unreachable(Error):
     """There is no session with the builder; another machine may do."""
 
@@ -341,10 +334,7 @@ class Spoilt(Error):
 
 
 class NotHere(Error):
-    """This machine could not do the build, and another might.
-
-    verdict is the error to end with if no other machine may try.
-    """
+    """This machine could not do it; verdict is the error if no other machine may try."""
 
     def __init__(self, words: str, verdict: Error) -> None:
         super().__init__(words)
@@ -368,29 +358,22 @@ class BuildTimedOut(Error):
 
 
 class Stop(Exception):
-    """Nobody waits for the build any more, so we clean up and end."""
+    """Nobody waits for the build any more, so we clean up and end with that status."""
 
-    status = 1
+    def __init__(self, status: int = 1) -> None:
+        self.status = status
 
 
 class NixGone(Stop):
     """Nobody reads our messages: the Nix that started us has ended."""
 
 
-class Terminated(Stop):
-    """A signal asked us to end."""
-
-    def __init__(self, number: int) -> None:
-        self.status = 128 + number
-
-
 # All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
 # it lasts; who says it: ssh, or far, a program on the builder (FAR: if that is sure); a name,
-# if the code asks for it; the words; behind ` = ` a remedy.  The first row that fits counts: an
-# ssh that is refused may add that the connection was closed.
+# if the code asks for it; the words, one of which is enough; behind ` = ` a remedy.  The first
+# row that fits counts: an ssh that is refused may add that the connection was closed.
 SIGNS = """\
-lasts   far -        daemon-socket/socket: Permission = as root there, on Debian: usermod -aG nix-users USER
-lasts   far -        daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
+lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
 lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
 lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
 lasts   ssh -        .pub": = name the private key in the machines file: that is the public one
@@ -400,65 +383,37 @@ lasts   ssh -        Bad configuration option = correct that file of ssh's confi
 lasts   ssh -        no matching = ssh here and sshd there have no cipher or key type in common
 lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
 lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase? nix_build_remote.py check tells more
-lasts   far -        command not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
-lasts   far -        nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
-lasts   far DAEMON   protocol mismatch = if that login allows only nix-daemon, write ssh-ng://HOST in its line
-lasts   far DAEMON   EOF from daemon socket = if that login allows only nix-daemon, write ssh-ng://HOST in its line
+lasts   far -        command not found | nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
+lasts   far DAEMON   protocol mismatch | EOF from daemon socket = if that login allows only nix-daemon, write ssh-ng://HOST in its line
 lasts   any READONLY paths is not allowed = the command of that key there must be: nix-store --serve --write
 lasts   far -        is not in the Nix store = its store is in another directory than the one here: no build of yours can run there
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
-lasts   FAR -        ermission denied = USER cannot write the store there: have nix-daemon run there, or log in as root
-lasts   FAR -        peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
+lasts   FAR -        ermission denied | peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
 passes  far -        daemon-socket = as root there: systemctl start nix-daemon.socket
-lasts   FAR -        onnection reset by peer = allowed-users in nix.conf there must name USER, or its disk is full
-lasts   FAR -        Broken pipe = allowed-users in nix.conf there must name USER, or its disk is full
+lasts   FAR -        onnection reset by peer | Broken pipe = allowed-users in nix.conf there must name USER, or its disk is full
 passes  any UNSHARED Control socket connect(
 passes  ssh SILENT   Connection refused = is sshd running there, on that port?
-passes  ssh SILENT   onnection timed out = is the machine on, and can it be reached from here?
-passes  ssh SILENT   peration timed out = is the machine on, and can it be reached from here?
+passes  ssh SILENT   onnection timed out | peration timed out = is the machine on, and can it be reached from here?
 passes  ssh SLOW     timed out = is the machine on, and can it be reached from here?
-passes  ssh SILENT   No route to host = is the machine on, and can it be reached from here?
-passes  ssh SILENT   is down = is the machine on, and can it be reached from here?
+passes  ssh SILENT   No route to host | is down = is the machine on, and can it be reached from here?
 passes  ssh NAMELESS resolve hostname = is the name right, in the machines file and in DNS?
 passes  ssh -        kex_exchange_identification = if logins have just failed, sshd there may refuse this host: wait a minute
-passes  any FULL     disk is full = make room there, with nix-collect-garbage
-passes  any FULL     No space left on device = make room there, with nix-collect-garbage
-passes  any FULL     lack of free disk space = make room there, with nix-collect-garbage
+passes  any FULL     disk is full | No space left on device | lack of free disk space = make room there, with nix-collect-garbage
 passes  ssh SLOW     not responding
-passes  any -        Broken pipe
-passes  any -        onnection reset
-passes  any -        onnection closed
-passes  any -        closed by
-passes  any -        unreachable
-passes  any -        shutting down
-passes  any -        emporarily unavailable
-passes  any -        annot allocate memory
-passes  any -        is busy
-passes  FAR -        disconnected unexpectedly = is nix-daemon well? as root there: systemctl start nix-daemon.socket
-passes  FAR -        end-of-file = is nix-daemon well? as root there: systemctl start nix-daemon.socket
-passes  FAR -        Too many open files
-passes  FAR -        creating thread
-passes  FAR -        interrupted by
+passes  any -        Broken pipe | onnection reset | onnection closed | closed by | unreachable | shutting down
+passes  any -        emporarily unavailable | annot allocate memory | is busy
+passes  FAR -        disconnected unexpectedly | end-of-file = is nix-daemon well? as root there: systemctl start nix-daemon.socket
+passes  FAR -        Too many open files | creating thread | interrupted by
 unknown any UNSEATED refused by peer
 unknown any UNSHARED disabling multiplexing
 unknown any LACKS    experimental Nix feature = in nix.conf there: extra-experimental-features = ca-derivations
-unknown any LACKS    is required to build
-unknown any LACKS    platform mismatch
-unknown any LACKS    missing system features
-unknown any SPOILT   hash mismatch importing
-unknown any SPOILT   size mismatch importing
-unknown any SPOILT   is not valid
-unknown any SPOILT   bad archive
-unknown any SPOILT   Nix archive
+unknown any LACKS    is required to build | platform mismatch | missing system features
+unknown any SPOILT   hash mismatch importing | size mismatch importing | is not valid | bad archive | Nix archive
 unknown any SPOILT   look like something created by
 unknown far OVERTIME timed out after
-unknown far BROKEN   builder for '
-unknown far BROKEN   builder failed
-unknown far FAILED   in fixed-output derivation
-unknown far FAILED   may not be deterministic
-unknown far FAILED   is not allowed to
-unknown far FAILED   bytes of log output
+unknown far BROKEN   builder for ' | builder failed
+unknown far FAILED   in fixed-output derivation | may not be deterministic | is not allowed to | bytes of log output
 """
 LASTING = {"lasts": True, "passes": False, "unknown": None}
 # Whose words a row may be in; "" if that is not known.
@@ -470,41 +425,29 @@ USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --ver
 HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
 
 
-class Sign(NamedTuple):
-    """What a row of SIGNS makes of its words."""
-
-    lasting: bool | None
-    meaning: str
-    remedy: str
-
-
-def signs_in(words: str, speaker: str = "") -> Iterator[Sign]:
-    """The rows whose words are in these, if it may be their speaker who said it."""
+def signs_in(words: str, speaker: str = "") -> Iterator[tuple[bool | None, str, str]]:
+    """What the rows say whose words are in these, if it may be their speaker who said it:
+    whether it lasts, its name, a remedy."""
     for row in SIGNS.splitlines():
         lasting, who, meaning, rest = row.split(None, 3)
-        sign, _, remedy = rest.partition(" = ")
-        if sign in words and speaker in SPEAKERS[who]:
-            yield Sign(LASTING[lasting], meaning, remedy)
+        said, _, remedy = rest.partition(" = ")
+        if speaker in SPEAKERS[who] and any(s in words for s in said.split(" | ")):
+            yield LASTING[lasting], meaning, remedy
 
 
 def heard(kind: type[E], words: str, speaker: str = "") -> E:
-    """The error that tells these words, which knows what they mean.
-
-    speaker: as in SIGNS, "" if that is not known.  What else ssh says mostly passes; what
-    a program says that is to be nix-store, and does not even answer a question, lasts.
-    """
+    """The error that tells these words, and knows what they mean.  What else ssh says mostly
+    passes; what a program says lasts if it is to be nix-store and answers no question."""
+    lasting = {"ssh": False, "far": True}.get(speaker)
+    unknown = lasting, "", USELESS if speaker == "far" else ""
     error = kind(words)
-    error.lasting = {"ssh": False, "far": True}.get(speaker)
-    error.remedy = USELESS if speaker == "far" else ""
-    for sign in signs_in(words, speaker):
-        error.lasting, error.meaning, error.remedy = sign
-        break
+    error.lasting, error.meaning, error.remedy = next(signs_in(words, speaker), unknown)
     return error
 
 
 def means(words: str, meaning: str) -> bool:
     """Whether ssh or Nix says, among other things, what means that."""
-    return any(sign.meaning == meaning for sign in signs_in(words))
+    return any(found == meaning for _, found, _ in signs_in(words))
 
 
 # ---- Wire: Nix's integers and strings -----------------------------------------------
@@ -557,7 +500,7 @@ def read_strings(read: Read) -> list[str]:
     """A list or set; its count is believed only as far as strings arrive."""
     result: list[str] = []
     size = 0
-    for _ in range(min(read_integer(read), sys.maxsize)):
+    for _ in range(read_integer(read)):
         result.append(read_string(read))
         size += 64 + len(result[-1])
         if size > WIRE_LIMIT_BYTES:
@@ -567,10 +510,8 @@ def read_strings(read: Read) -> list[str]:
 
 def base32(sha256: bytes) -> str:
     """A hash in the digits of Nix's own base 32."""
-    number = int.from_bytes(sha256, "little")
-    return "".join(
-        STORE_DIGITS[number >> 5 * place & 31] for place in reversed(range(52))
-    )
+    number, places = int.from_bytes(sha256, "little"), reversed(range(52))
+    return "".join(STORE_DIGITS[number >> 5 * place & 31] for place in places)
 
 
 class PathInfo(NamedTuple):
@@ -684,12 +625,8 @@ class Store(NamedTuple):
         directory, _, last = path.rpartition("/")
         digest, dash, name = last[:32], last[32:33], last[33:]
         right = only(digest, STORE_DIGITS) and only(name, WORD + "+-.?=")
-        return (
-            directory == self.directory
-            and right
-            and dash == "-"
-            and 0 < len(name) < 212
-        )
+        whole = dash == "-" and 0 < len(name) < 212
+        return directory == self.directory and right and whole
 
     def name(self, path: str) -> str:
         """The last part of a store path; Error if it is not one of this store."""
@@ -716,23 +653,12 @@ allow-symlinked-store ignored-acls min-free max-free"""
 
 
 class Nix:
-    """The Nix that started us, as far as it told us.
-
-    old: whether it is a Nix 1.x, whose arguments are turned into the settings they stand
-    for.  verbosity: in its own levels, see Talk.  trace: whether it wants build traces.
-    """
+    """The Nix that started us: its settings, arguments among them; old: it is a 1.x."""
 
     def __init__(
-        self,
-        old: bool,
-        settings: dict[str, str],
-        environ: dict[str, str],
-        *,
-        verbosity: int = 0,
-        trace: bool = False,
+        self, old: bool, settings: dict[str, str], environ: dict[str, str]
     ) -> None:
         self.old, self.settings, self.environ = old, settings, environ
-        self.verbosity, self.trace = verbosity, trace
         default = environ.get("NIX_REMOTE", "") if old else ""
         uri = settings.get("store", default) or "auto"
         if uri.startswith("."):  # up to 2.26: as seen from where Nix runs
@@ -780,10 +706,7 @@ class Nix:
 
 
 class Request(NamedTuple):
-    """One question of Nix: may this derivation be built elsewhere?
-
-    willing: whether Nix has a slot of its own free for it.
-    """
+    """Nix asks: may this be built elsewhere?  willing: it has a slot of its own free."""
 
     willing: bool
     system: str
@@ -793,16 +716,16 @@ class Request(NamedTuple):
 
 def might_build_itself(nix: Nix, request: Request) -> bool:
     """Whether the calling Nix could build this, perhaps later."""
+    if nix.settings.get("max-jobs") == "0":
+        return False
     if nix.old:  # it has no features, and builds what requires some all the same
-        here = nix.settings.get("max-jobs") != "0"
-        return here and request.system == nix.settings["system"]
+        return request.system == nix.settings["system"]
     systems = [*nix.words("system"), *nix.words("extra-platforms"), "builtin"]
     if f'"{request.system}"' in nix.settings.get("external-builders", "[]"):
         systems.append(request.system)  # that is JSON, from 2.33 on
     # Some experimental features are system features too, which it does not tell us.
     features = nix.words("system-features") + nix.words("experimental-features")
-    able = request.system in systems and request.features.issubset(features)
-    return able and nix.settings.get("max-jobs") != "0"
+    return request.system in systems and request.features.issubset(features)
 
 
 def read_stdin(count: int) -> bytes:
@@ -830,14 +753,14 @@ def is_old_call(arguments: list[str]) -> bool:
 
 def old_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     """The Nix 1.x that calls with these arguments."""
-    system, max_silent_time, trace, timeout = [*arguments, "0"][:4]
+    names = ("system", "max-silent-time", "print-build-trace", "timeout")
+    settings = dict(zip(names, [*arguments, "0"]))
     if environ.get("NIX_REMOTE") == "daemon":  # which we work for: it holds the locks
         environ = {**environ, "NIX_REMOTE": ""}
-    limits = {"max-silent-time": max_silent_time, "timeout": timeout}
     # From 1.2 on it says what its nix.conf and its command line have set.
     options = environ.get("_NIX_OPTIONS", "").splitlines()
-    limits["max-jobs"] = "0" if "build-max-jobs=0" in options else ""
-    return Nix(True, {"system": system, **limits}, environ, trace=trace != "0")
+    settings["max-jobs"] = "0" if "build-max-jobs=0" in options else ""
+    return Nix(True, settings, environ)
 
 
 def new_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
@@ -846,7 +769,7 @@ def new_nix(arguments: list[str], environ: dict[str, str]) -> Nix:
     while read_integer(read_stdin):
         name = read_string(read_stdin)
         settings[name] = read_string(read_stdin)
-    return Nix(False, settings, environ, verbosity=int(arguments[-1]))
+    return Nix(False, {**settings, "verbosity": arguments[-1]}, environ)
 
 
 def requests(nix: Nix) -> Iterator[Request]:
@@ -888,16 +811,15 @@ ERROR, WARN, INFO, TALKATIVE, DEBUG = range(5)
 # Nix's types of an activity, and of news of one:
 COPY_PATH, COPY_PATHS, WAITING = 100, 103, 111
 LOG_LINE, PHASE, PROGRESS = 101, 104, 105
+CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*b"\n\t"})
 
 
 def printable(text: str) -> str:
     """The text without colours and other control characters, which a builder may send."""
     first, *parts = text.split("\x1b[")
     text = first + "".join(part.lstrip(DIGITS + ";")[1:] for part in parts)
-    text = encode(text).decode("utf-8", "replace")  # Nix reads no other JSON
-    return "".join(
-        c for c in text if c in "\n\t" or c >= " " and not "\x7f" <= c <= "\x9f"
-    )
+    text = decode(encode(text))  # Nix reads no JSON that is not UTF-8
+    return text.translate(CONTROLS)
 
 
 def quoted(text: str) -> str:
@@ -917,11 +839,11 @@ class Talk:
     def __init__(self, nix: Nix) -> None:
         self.old = nix.old
         self.debug = "NIX_DEBUG_HOOK" in nix.environ
-        self.verbosity = nix.verbosity
+        self.verbosity = nix.number("verbosity")
         # The numbers of the levels above: 2.3 inserted warn, 2.4 notice.
         self.levels = (0, 0, 1, 2, 4)
         if nix.old:
-            self.levels, self.verbosity = (0, 0, 0, 1, 1), 0
+            self.levels = (0, 0, 0, 1, 1)
         elif nix.since_2_4:
             self.levels = (0, 1, 3, 4, 6)
         elif nix.since_2_3:
@@ -938,10 +860,8 @@ class Talk:
         write_all(MESSAGES, encode(line) + b"\n")
 
     def say(self, level: int, text: str) -> None:
-        """Show a message of one or more lines, if the user wants that level.
-
-        2.x drops plain lines once a build is accepted, so for it all are @nix lines.
-        """
+        """Show a message, if the user wants that level.  2.x drops plain lines once a build
+        is accepted, so for it all are @nix lines."""
         if not self.debug and self.levels[level] > self.verbosity:
             return
         if level == DEBUG:
@@ -953,32 +873,29 @@ class Talk:
         for line in printable(text).splitlines():
             self.write(f" {line}" if line[:2] in ("# ", "@ ") else line)
 
-    def begin(
-        self, depth: int, text: str, level: int = TALKATIVE, kind: int = 0, *fields: str
-    ) -> None:
-        """Begin an activity, something that takes time, for the progress bar of 2.x.
-
-        depth: 0 for a step of the build, 1 for paths that are copied in it, 2 for each of
-        them.  What runs at that depth, and deeper, is over.
-        """
+    def begin(self, depth: int, text: str, *fields: str) -> None:
+        """Begin an activity for the progress bar of 2.x; what runs at that depth, or deeper,
+        is over.  depth: 0 for a step of the build, 1 for paths copied in it, 2 for each."""
         self.end(depth)
         if not self.old:
             self.started += 1
             self.running.append(self.started)
             values = ",".join(map(quoted, fields))
-            head = f'"id":{self.started},"level":{self.levels[level]},"type":{kind}'
+            level = self.levels[INFO if depth else TALKATIVE]
+            kind = (0, COPY_PATHS, COPY_PATH)[depth]
+            head = f'"id":{self.started},"level":{level},"type":{kind}'
             tail = f'"text":{quoted(text)},"parent":0,"fields":[{values}]'
             self.write(f'@nix {{"action":"start",{head},{tail}}}')
 
     def begin_paths(self, count: int) -> None:
         """Begin to copy so many paths."""
         self.paths, self.expected = 0, count
-        self.begin(1, f"copying {count} paths", INFO, COPY_PATHS)
+        self.begin(1, f"copying {count} paths")
 
     def begin_path(self, size: int, text: str, *fields: str) -> None:
         """Begin to copy one, of so many bytes."""
         self.moved, self.size = 0, size
-        self.begin(2, text, INFO, COPY_PATH, *fields)
+        self.begin(2, text, *fields)
 
     def progress(self, more: int) -> None:
         """Tell that so many bytes more of a path were copied, at most ten times a second,
@@ -1008,8 +925,7 @@ class Talk:
         if self.old:
             self.say(ERROR, f"error: {error}")
         else:
-            text = quoted(f" {error}")[1:]
-            text = f'"\\u001b[31;1merror:\\u001b[0m{text}'
+            text = '"\\u001b[31;1merror:\\u001b[0m ' + quoted(str(error))[1:]
             self.write(f'@nix {{"action":"msg","level":0,"msg":{text}}}')
 
     def say_bug(self) -> None:
@@ -1036,24 +952,20 @@ def write_all(descriptor: int, data: bytes) -> None:
             raise NixGone from None
 
 
-NO_READER = select.POLLERR | select.POLLHUP
-
-
 def nix_has_gone() -> bool:
     """Whether nobody reads our messages any more."""
     poll = select.poll()
     poll.register(MESSAGES, select.POLLHUP)  # which macOS says, and Linux does not
-    return any(event & NO_READER for _, event in poll.poll(0))
+    gone = select.POLLERR | select.POLLHUP
+    return any(event & gone for _, event in poll.poll(0))
 
 
 def wait_readable(
     descriptors: Iterable[int], timeout_s: float, full: Iterable[int] = ()
 ) -> set[int]:
-    """Wait for one of these to have something to read, or to end, or for one of those
-    that were full to take something again; returns all that do.
-
-    The set is empty if the time is over.  NixGone if Nix ends meanwhile.
-    """
+    """Wait for one of these to have something to read, or to end, or for one of those that
+    were full to take something again; returns all that do, none if the time is over.
+    NixGone if Nix ends meanwhile."""
     poll = select.poll()
     poll.register(MESSAGES, select.POLLHUP)
     for descriptor in descriptors:
@@ -1062,18 +974,15 @@ def wait_readable(
         poll.register(descriptor, select.POLLOUT)
     most = (1 << 31) - 1  # milliseconds that poll can take: 24 days
     events = poll.poll(None if timeout_s == math.inf else min(timeout_s * 1000, most))
-    ready = {descriptor for descriptor, event in events if descriptor != MESSAGES}
-    if not ready and any(event & NO_READER for _, event in events):
+    ready = {descriptor for descriptor, _ in events if descriptor != MESSAGES}
+    if not ready and nix_has_gone():
         raise NixGone
     return ready
 
 
 def wait_until_read() -> None:
-    """Wait until Nix has read the whole log and, for 1.x, all messages.
-
-    What is unread when we exit is dropped (2.x reads the messages to their end, 1.x
-    neither of them).
-    """
+    """Wait until Nix has read the log and all messages: what is unread when we exit is
+    dropped (2.x reads the messages to their end, 1.x neither of them)."""
     unread: int | None = None  # bytes, at the last look
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
     while unread != 0 and time.monotonic() < deadline and not nix_has_gone():
@@ -1094,6 +1003,14 @@ def unread_in(pipe: int) -> int:
 
 
 # ---- Machines -----------------------------------------------------------------------
+
+# What store URIs may say; only those of the first line mean something to a hook.
+PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remote-store
+max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
+OWN_STORES = ("auto", "daemon", "local")  # of this machine, without any scheme
+# How people name the machine that they are on:
+THIS_MACHINE = ("localhost", "ssh://localhost", "ssh-ng://localhost")
+SERVE = ("nix-store", "--serve", "--write")
 
 
 class Way(NamedTuple):
@@ -1138,7 +1055,7 @@ class Machine(NamedTuple):
 
     @classmethod
     def parse(cls, where: str, text: str, nix: Nix) -> Machine:
-        """Understand one entry, which is at `file:line`; BadMachine if that cannot be."""
+        """Understand one entry, which is at `file:line`; Error if that cannot be."""
         given = ["" if field == "-" else field for field in text.split()] + [""] * 8
         uri, systems, key, jobs, speed, supported, mandatory, host_key = given[:8]
         try:
@@ -1159,7 +1076,7 @@ class Machine(NamedTuple):
                 port=port,
                 systems=known,
                 key=parse_key(key or parameters.get("ssh-key", "")),
-                max_jobs=parse_whole("maxJobs", jobs),
+                max_jobs=parse_max_jobs(jobs),
                 speed=parse_speed(speed),
                 supported=frozenset(listed(supported)),
                 mandatory=frozenset(listed(mandatory)),
@@ -1168,7 +1085,7 @@ class Machine(NamedTuple):
                 ways=parse_ways(uri, {*listed(supported), *listed(mandatory)}, nix),
             )
         except ValueError as error:
-            raise BadMachine(f"{where}: {error}") from None
+            raise Error(f"{where}: {error}") from None
 
     @property
     def host(self) -> str:
@@ -1201,9 +1118,6 @@ def machine_name(uri: str, nix: Nix) -> str:
     return with_parameters(base, parameters)  # and parameters
 
 
-OWN_STORES = ("auto", "daemon", "local")  # of this machine, without any scheme
-
-
 def file_name(text: str, *, in_lix: bool = False) -> str:
     """The stock hook's way to make one; too long a name ends in its hash, and in Lix each."""
     name = text.replace("/", "_")
@@ -1221,12 +1135,11 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     """[user@]host, "" for a store here, port and parameters; ValueError says what is wrong."""
     base, parameters = split_parameters(uri)
     scheme, separator, authority = base.rpartition("://")
-    if is_here(base, parameters) or is_this_machine(base):
+    if is_here(base, parameters) or base.removesuffix("/") in THIS_MACHINE:
         return "", 0, parameters
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
-        raise ValueError(
-            f"{uri!r} is no store to build in; use ssh://[user@]host[:port]"
-        )
+        hint = "use ssh://[user@]host[:port]"
+        raise ValueError(f"{uri!r} is no store to build in; {hint}")
     user, at, rest = authority.removesuffix("/" if separator else "").rpartition("@")
     if separator:
         user, rest = unquote(user), unquote(rest)
@@ -1262,7 +1175,7 @@ def parse_host(text: str) -> tuple[str, int]:
 def is_address(text: str) -> bool:
     """Whether that is an address of IPv6, perhaps with a zone."""
     address, percent, zone = text.partition("%")
-    right = address.count(":") > 1 and only(address, HEX + ":.")
+    right = address.count(":") > 1 and only(address, DIGITS + "abcdefABCDEF:.")
     return right and (not percent or is_word(zone))
 
 
@@ -1282,25 +1195,11 @@ def is_here(base: str, parameters: dict[str, str]) -> bool:
     return another or (not separator and base.startswith("/"))
 
 
-def is_this_machine(base: str) -> bool:
-    """Whether that is how people name the machine that they are on."""
-    return base.removesuffix("/") in (
-        "localhost",
-        "ssh://localhost",
-        "ssh-ng://localhost",
-    )
-
-
-# What store URIs may say; only those of the first line mean something to a hook.
-PARAMETERS = """ssh-key compress base64-ssh-public-host-key remote-program remote-store
-max-connections max-connection-age trusted path-info-cache-size priority want-mass-query system-features"""
-
-
 def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
     """What that store URI makes of a session.  offered: the features that its line lists;
     as with Nix's own hook, a store here has no others."""
     base, parameters = split_parameters(uri)
-    if is_this_machine(base) and "remote-store" not in parameters:
+    if base.removesuffix("/") in THIS_MACHINE and "remote-store" not in parameters:
         return ()
     program = parameters.get("remote-program", "").split()
     store, here = parameters.get("remote-store", ""), is_here(base, parameters)
@@ -1332,9 +1231,6 @@ def for_shell(words: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(shlex.quote, words))
 
 
-SERVE = ("nix-store", "--serve", "--write")
-
-
 def parse_key(text: str) -> str:
     """The name of a private key's file."""
     if not only(text, PLAIN) or text.startswith("-"):
@@ -1343,10 +1239,10 @@ def parse_key(text: str) -> str:
     return text
 
 
-def parse_whole(name: str, text: str) -> int:
+def parse_max_jobs(text: str) -> int:
     """A whole number, 1 if it is missing."""
     if len(text) > 6 or not only(text, DIGITS):
-        raise ValueError(f"{name} is {text!r}, not a whole number")
+        raise ValueError(f"maxJobs is {text!r}, not a whole number")
     return int(text or 1)
 
 
@@ -1392,9 +1288,8 @@ def slips(machine: Machine) -> Iterator[str]:
 
 
 def entries(text: str, file: str, seen: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """The entries of a `builders` setting or a machines file, includes in place: where
-    each stands, and its text.  Without one it is a complaint of a file that was to be there.
-    """
+    """The entries of a `builders` setting or a machines file, includes in place: where each
+    stands, and its text; without text, it is a complaint of a file that was to be there."""
     for number, line in enumerate(text.split("\n"), 1):
         for entry in map(str.strip, line.partition("#")[0].split(";")):
             if entry.startswith("@"):
@@ -1432,13 +1327,12 @@ def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
     for where, text in found:
         try:
             if not text:
-                raise BadMachine(where)
+                raise Error(where)
             machine = Machine.parse(where, text, nix)
-        except BadMachine as error:
-            complaints.append(f"{error} (left out)")
-        else:
             machines.append(machine)
             complaints += [f"{where}: {slip}" for slip in slips(machine)]
+        except Error as error:
+            complaints.append(f"{error} (left out)")
     return machines, complaints
 
 
@@ -1498,11 +1392,8 @@ def is_shut(info: os.stat_result, owners: set[int]) -> bool:
 
 def is_private(path: str) -> bool:
     """Whether nobody but us and root can change what is in that directory, or put another
-    in its place.
-
-    So each directory above must be theirs or ours alone, too, or sticky, as /tmp is; and
-    so on for each link on the way.  What is not there yet counts as private.
-    """
+    in its place: each directory above, too, and above each link on the way, must be theirs
+    or ours alone, or sticky, as /tmp is.  What is not there yet counts as private."""
     # Whoever owns the root can do everything: not always 0 in a user namespace.
     trusted = {0, os.geteuid(), os.stat("/").st_uid}
     goal = os.path.realpath(path)
@@ -1595,11 +1486,8 @@ def read_private(path: str, limit: int = TAIL_BYTES) -> str | None:
 def write_private(
     path: str, text: str, mode: int = 0o600, *, lasting: bool = True
 ) -> None:
-    """Make or replace a file in a private directory: as a whole, or not at all.
-
-    A lasting one also survives a power loss, which a busy disk may take seconds for.
-    Raises OSError, as when the disk is full.
-    """
+    """Make or replace a file in a private directory: as a whole, or not at all (OSError).  A
+    lasting one also survives a power loss, which a busy disk may take seconds for."""
     temporary = f"{path}.{os.urandom(8).hex()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
@@ -1645,9 +1533,6 @@ def is_alive(pid: str, start: str) -> bool:
     return True
 
 
-LOCK_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-
-
 class Lock:
     """A file that one process at a time may hold, and whose text says who does.
 
@@ -1656,23 +1541,24 @@ class Lock:
     is removed.  Raises Error if there is no room for the file.
     """
 
+    FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
     def __init__(self, path: str) -> None:
         self.path = path
         try:  # to ask for a file to be made is dear, also if it is there
-            self.descriptor = os.open(path, LOCK_FLAGS)
+            self.descriptor = os.open(path, self.FLAGS)
         except OSError:
-            self.descriptor = self.make(path)
+            self.descriptor = self.make()
 
-    @staticmethod
-    def make(path: str) -> int:
+    def make(self) -> int:
         """Make the file, and open it."""
         try:
             with suppress(FileNotFoundError):
-                if not stat.S_ISREG(os.lstat(path).st_mode):
-                    remove(path)
-            return os.open(path, LOCK_FLAGS | os.O_CREAT, 0o600)
+                if not stat.S_ISREG(os.lstat(self.path).st_mode):
+                    remove(self.path)
+            return os.open(self.path, self.FLAGS | os.O_CREAT, 0o600)
         except OSError as error:
-            raise Error(f"cannot open {path}: {error.strerror}") from None
+            raise Error(f"cannot open {self.path}: {error.strerror}") from None
 
     @classmethod
     def take(cls, path: str) -> Lock | None:
@@ -1764,15 +1650,14 @@ def holder(phase: str, derivation: str, since: float) -> str:
 
 
 class Slot:
-    """A machine's slot, ours for as long as its file is locked.
+    """A machine's slot, ours for as long as its file is locked; load: the machine's, without us.
 
     The build's ssh does not hold it too.  If we are killed, that finds the end of its pipes
     and ends, and with it the remote build.
     """
 
-    def __init__(self, machine: Machine, lock: Lock) -> None:
-        self.machine, self.lock = machine, lock
-        self.load = 0  # the machine's, without us
+    def __init__(self, machine: Machine, lock: Lock, load: int = 0) -> None:
+        self.machine, self.lock, self.load = machine, lock, load
         self.outage: Outage | None = None  # of the machine, as it was when we took it
         self.is_ours = True  # until it is freed
 
@@ -1792,19 +1677,16 @@ class Slots:
     """Nix's directory current-load, with the locks that count, and in it one, `own`, for
     what the stock hook does not know."""
 
-    def __init__(
-        self, path: str, complain: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, path: str, talk: Talk | None = None) -> None:
         self.path, self.own = path, f"{path}/own"
-        self.complain = complain  # is told if somebody keeps the main lock
+        self.talk = talk  # is told if somebody keeps the main lock
         self.is_stuck = False  # whether somebody did
 
     @classmethod
-    def find(cls, nix: Nix, complain: Callable[[str], None] | None = None) -> Slots:
+    def find(cls, nix: Nix, talk: Talk | None = None) -> Slots:
         """The directory that Nix names, unless others could change what is in it."""
         wanted = nix.slot_directory
-        path = wanted if is_private(wanted) else spare_directory(wanted)
-        return cls(path, complain)
+        return cls(wanted if is_private(wanted) else spare_directory(wanted), talk)
 
     def make(self) -> None:
         """Have the directories; Error if that cannot be."""
@@ -1817,20 +1699,17 @@ class Slots:
         make_directory(self.own)
 
     def main_lock(self) -> Lock:
-        """Taken while we choose, which lasts milliseconds.
-
-        Who holds it for long means harm or stands still, and we go on without it: what it
-        keeps apart then costs a message said twice, or a slot that is not seen as free.
-        """
+        """Taken while we choose, for milliseconds.  If somebody holds it for long, we go on
+        without: a message may be said twice, or a slot not be seen as free."""
         lock = Lock(f"{self.path}/main-lock")
         if os.fstat(lock.descriptor).st_mode & 0o077:  # others could open and hold it
             with suppress(OSError):
                 os.fchmod(lock.descriptor, 0o600)
         if not lock.hold() and not self.is_stuck and not lock.wait(MAIN_LOCK_TIMEOUT_S):
             self.is_stuck = True
-            if self.complain:
+            if self.talk:
                 text = f"somebody has held {lock.path} for {MAIN_LOCK_TIMEOUT_S} s"
-                self.complain(f"{text} (fuser says who); going on without it")
+                self.talk.say(WARN, f"{text} (fuser says who); going on without it")
         return lock
 
     def survey(self, machine: Machine) -> tuple[int, Lock | None]:
@@ -1881,8 +1760,7 @@ class Slots:
                     continue
                 if best:
                     best.lock.release()
-                best = Slot(machine, lock)
-                best.load = loads[machine]
+                best = Slot(machine, lock, loads[machine])
         if failure and not loads:
             raise failure
         return best, loads
@@ -1926,11 +1804,8 @@ class Slots:
         return None
 
     def remember(self, text: str) -> bool:
-        """Note that the Nix that started us has been told this; False if it was already.
-
-        Each build has a hook process of its own, so what was said is remembered in the
-        main lock's file, with the process of the Nix it was said to.
-        """
+        """Note in the main lock's file, for hooks to come, that the Nix that started us has
+        been told this; False if it was already."""
         nix = os.getppid()  # which in each container may be 1
         entry = f"{nix}.{start_time(nix)}-{checksum(text)}"
         with self.main_lock() as lock:
@@ -1991,9 +1866,9 @@ class Outage(NamedTuple):
         """The same after one more failure."""
         # The delay doubles with each failure, and is not the same for all.
         delay = min(PAUSE_S * 2 ** min(self.failures + 1, 9), PAUSE_LIMIT_S)
-        until = round(time.time() + delay * (0.5 + os.urandom(1)[0] / 512), 3)
-        since = self.since or round(time.time(), 3)
+        until = time.time() + delay * (0.5 + os.urandom(1)[0] / 512)
         words = " ".join(str(error).split())[:OUTAGE_LIMIT]
+        since = self.since or time.time()
         return Outage(self.failures + 1, since, until, error.lasting, words)
 
 
@@ -2067,10 +1942,10 @@ class Outages:
         with suppress(OSError):
             remove(self.file(machine))
 
-    def find_out(self, noted: dict[Machine, Outage]) -> None:
+    def find_out(self, machines: Iterable[Machine]) -> None:
         """See to it that somebody finds out whether those whose time is over are of use
         again, in the background; who comes next hears of it."""
-        for machine, outage in noted.items():
+        for machine, outage in self.noted(machines).items():
             if time.time() < outage.until:
                 continue
             path = f"{self.slots.own}/{machine.slots}.probe"
@@ -2125,7 +2000,8 @@ class Need(NamedTuple):
 
     path: its derivation's; kind: its system and features; digests: of what it reads, see
     Derivation.digests; since: when it began to wait, in seconds since 1970; shunned: the
-    machine that it should go to only if no other has a free slot, or None.
+    machine that it should go to only if no other has a free slot, or None; impatient: not
+    to wait if all machines are away.
     """
 
     path: str
@@ -2133,9 +2009,7 @@ class Need(NamedTuple):
     digests: frozenset[str]
     since: float
     shunned: Machine | None = None
-
-
-OVERDUE = "overdue"  # what is said of one that was passed too often
+    impatient: bool = False
 
 
 def turn(who: str, names: list[str]) -> tuple[bool, int, list[str]]:
@@ -2153,22 +2027,14 @@ class Line:
     (but who finds no place, as the line is full, looks for a slot, too).
     A place's file says who stands there, and names the machines: lines of more machines
     leave those alone that somebody waits for in first place.  But who stands first and was
-    passed by PASSES of these comes before them all.  Machines that are away are waited for,
-    unless the line is `impatient`.
+    passed by PASSES of these comes before them all.
     """
 
     def __init__(
-        self,
-        outages: Outages,
-        talk: Talk,
-        machines: list[Machine],
-        need: Need,
-        *,
-        impatient: bool = False,
+        self, outages: Outages, talk: Talk, machines: list[Machine], need: Need
     ) -> None:
         self.outages, self.slots, self.talk = outages, outages.slots, talk
         self.machines, self.need = machines, need
-        self.impatient = impatient
         self.all_away = False  # whether all machines were when we last looked
         self.has_told = False  # whether the first look was told of
         self.names = "\n".join(sorted(machine.slots for machine in machines))
@@ -2183,15 +2049,9 @@ class Line:
         return f"{self.slots.own}/line-{checksum(self.names)}.{number}"
 
     def find(self) -> Slot | None:
-        """A free slot, if nobody should have it before the first of this line.
-
-        Of machines whose time to be left alone is over we begin to find out whether they
-        are of use again, but do not wait for that.
-        """
-        away: set[Machine] = set()
-        if noted := self.outages.noted(self.machines):  # mostly there is none
-            self.outages.find_out(noted)
-            away = self.outages.away(self.machines)
+        """A free slot, if nobody should have it before the first of this line."""
+        self.outages.find_out(self.machines)
+        away = self.outages.away(self.machines)
         self.all_away = len(away) == len(self.machines)
         reserved = self.reserved()
         self.note_passes({*reserved.values()})
@@ -2286,7 +2146,7 @@ class Line:
             start = time.monotonic()
             if slot := self.find_if_possible():
                 return slot
-            if self.all_away and self.impatient:
+            if self.all_away and self.need.impatient:
                 raise Away("it failed for another build, too")
             if self.all_away and (despair := self.outages.despair(self.machines)):
                 raise despair
@@ -2345,16 +2205,16 @@ class Derivation(NamedTuple):
         try:
             if not text.startswith("Derive("):
                 raise ValueError(text[:7])
-            outputs, inputs, sources, platform, *rest = parse_term(text[6:])
-            builder, arguments, environment = rest
+            outputs, inputs, sources, *run, arguments, variables = parse_term(text[6:])
+            platform, builder = texts(run)
             return cls(
                 tuple(Output(*texts(output)) for output in outputs),
-                tuple(texts([path])[0] for path, _ in inputs),
+                texts([path for path, _ in inputs]),
                 texts(sources),
-                texts([platform])[0],
-                texts([builder])[0],
+                platform,
+                builder,
                 texts(arguments),
-                tuple((key, value) for key, value in map(texts, environment)),
+                tuple((key, value) for key, value in map(texts, variables)),
                 text,
             )
         except (TypeError, ValueError):
@@ -2383,11 +2243,8 @@ class Derivation(NamedTuple):
         return frozenset(map(digest, (*self.input_derivations, *self.sources)))
 
     def encode(self, inputs: Iterable[str]) -> bytes:
-        """As BuildDerivation wants it.
-
-        The inputs replace what the input derivations make; a derivation without those
-        names all its inputs itself, and they enter its hash.
-        """
+        """As BuildDerivation wants it.  The inputs replace what the input derivations make; a
+        derivation without those names all its inputs itself, and they enter its hash."""
         fields = [field for output in self.outputs for field in output]
         pairs = [word for pair in self.environment for word in pair]
         outputs = integer(len(self.outputs)) + b"".join(map(string, fields))
@@ -2395,9 +2252,6 @@ class Derivation(NamedTuple):
         run = string(self.platform) + string(self.builder) + strings(self.arguments)
         variables = integer(len(self.environment)) + b"".join(map(string, pairs))
         return outputs + reads + run + variables
-
-
-ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # any other stands for itself
 
 
 def parse_term(text: str) -> list:  # type: ignore[type-arg]  # nested lists of strings
@@ -2441,7 +2295,8 @@ def unescape(text: str) -> str:
     if "\\" not in text:
         return text
     parts = text.split("\\\\")  # from the left, so these are the escaped backslashes
-    for escape, meant in ESCAPES.items():
+    # Any other character stands for itself.
+    for escape, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
         parts = [part.replace(escape, meant) for part in parts]
     return "\\".join(part.replace("\\", "") for part in parts)
 
@@ -4767,9 +4622,9 @@ class Failure(NamedTuple):
 class Turn(NamedTuple):
     """Where a build goes on after a failure.
 
-    machines: any of them will do; shunned: see Need; impatient: not to wait if they are
-    away; pause_s: to wait before; outage: all hooks are to leave the failed machine alone;
-    renew: its connection may be the trouble, and should be a new one.
+    machines: any of them will do; shunned, impatient: see Need; pause_s: to wait before;
+    outage: all hooks are to leave the failed machine alone; renew: its connection may be the
+    trouble, and should be a new one.
     """
 
     machines: list[Machine]
@@ -4934,7 +4789,7 @@ class Attempt:
 
     def trace(self, event: str) -> None:
         """A line for the programs that Nix 1.x is to write these for."""
-        if self.nix.trace:
+        if self.nix.number("print-build-trace"):
             self.talk.write(f"@ {event} {self.wanted.path} {self.machine.name}")
 
     def failed(self, error: Error) -> str:
@@ -5253,9 +5108,8 @@ class Build:
             if despair := self.site.outages.despair(self.fit):
                 raise self.final(attempt, despair)
             wait_readable([], turn.pause_s)
-        need = self.need._replace(shunned=turn.shunned)
-        outages, impatient = self.site.outages, turn.impatient
-        line = Line(outages, self.talk, turn.machines, need, impatient=impatient)
+        need = self.need._replace(shunned=turn.shunned, impatient=turn.impatient)
+        line = Line(self.site.outages, self.talk, turn.machines, need)
         line.join()
         return line
 
@@ -5350,7 +5204,7 @@ class Hook:
             found = {m: addresses(m.host) or from_there for m in others}
             self.back = {m for m in others if self.origin in found[m]}
         if machines:
-            slots = Slots.find(self.nix, lambda text: self.talk.say(WARN, text))
+            slots = Slots.find(self.nix, self.talk)
             slots.make()
             if slots.path != self.nix.slot_directory:
                 hint = f"slots are counted in {slots.path}"
@@ -5559,7 +5413,7 @@ class Hook:
 
 def terminate(number: int, frame: object) -> None:
     """The handler of signals that ask us to end."""
-    raise Terminated(number)
+    raise Stop(128 + number)
 
 
 def heed_signals() -> None:
@@ -5642,7 +5496,7 @@ def with_all_settings(nix: Nix, talk: Talk) -> Nix:
     except Error as error:
         talk.say(ERROR, f"no machines are known: {error}")
         return nix
-    return Nix(False, settings, nix.environ, verbosity=nix.verbosity)
+    return Nix(False, settings, nix.environ)
 
 
 def serve(arguments: list[str]) -> int:

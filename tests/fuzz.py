@@ -402,7 +402,7 @@ class Taker:
         environ = {"PATH": str(directory), "NIX_CURRENT_LOAD": load}
         self.old = Nix(True, {"system": SYSTEM}, environ)
         settings = {"experimental-features": "", "timeout": "9", "system": SYSTEM}
-        self.new = Nix(False, settings, environ, verbosity=9)
+        self.new = Nix(False, {**settings, "verbosity": "9"}, environ)
         self.talks = [hook.Talk(nix) for nix in (self.old, self.new)]
         self.machine = Machine.parse("machines:1", "ssh://root@b1", self.new)
         slots = hook.Slots(load)
@@ -433,7 +433,7 @@ class Taker:
             assert machine.slots.isprintable() and "/" not in machine.slots
             assert len(machine.slots.encode()) < 236  # and a number, or the like
         if not machines:
-            raise hook.BadMachine("; ".join(complaints))
+            raise hook.Error("; ".join(complaints))
         return True
 
     def stdin(self, case: bytes, old: bool) -> bool:

@@ -93,7 +93,8 @@ def test_old_arguments_become_settings(
 def test_old_build_traces_are_printed_when_asked_for(
     argument: str, trace: bool
 ) -> None:
-    assert old_nix(["i686-linux", "0", argument], {}).trace is trace
+    nix = old_nix(["i686-linux", "0", argument], {})
+    assert bool(nix.number("print-build-trace")) is trace
 
 
 def test_old_machines_come_from_nix_remote_systems(tmp_path: Path) -> None:

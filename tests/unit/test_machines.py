@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nix_build_remote import (
-    BadMachine,
+    Error,
     Machine,
     Nix,
     Slots,
@@ -297,7 +297,7 @@ def test_what_speaks_the_daemons_protocol_is_reached_by_a_nix_store_here(
     ],
 )
 def test_a_line_that_cannot_be_used_is_refused(line: str, reason: str) -> None:
-    with pytest.raises(BadMachine) as caught:
+    with pytest.raises(Error) as caught:
         parse(line)
     assert reason in str(caught.value)
 
@@ -309,7 +309,7 @@ def test_a_line_that_cannot_be_used_is_refused(line: str, reason: str) -> None:
 )
 def test_a_host_key_that_would_say_more_than_one_key_is_refused(key: str) -> None:
     encoded = base64.b64encode(key.encode()).decode()
-    with pytest.raises(BadMachine, match="the host key is not"):
+    with pytest.raises(Error, match="the host key is not"):
         parse(f"b1 - - 1 1 - - {encoded}")
 
 
