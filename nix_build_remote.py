@@ -2601,7 +2601,7 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
 
 def ssh_defaults(configured: str = "", *, patient: bool = False) -> list[str]:
     """What stands behind the user's NIX_SSHOPTS, so that those win, as does what `ssh -G`
-    says is configured.  A patient ssh may be left without an answer until the login, too."""
+    says is configured.  A patient ssh goes without an answer for as long as a login takes."""
     pairs = (line.partition(" ") for line in configured.splitlines())
     settings = {name: value for name, _, value in pairs}
     options = ["-oBatchMode=yes"]
@@ -2897,18 +2897,15 @@ class Connection:
             options = {"stderr": lock.descriptor, "start_new_session": True}
             self.master = self.programs.start(command, environ, **options)
 
-    def connect(self, patience_s: float) -> bool:
-        """Wait until it is up; False if this ssh shares nothing, though it does not fail.
-        Raises Unreachable with ssh's own words."""
-        start = time.monotonic()
-        if self.socket == ALONE:
-            return False
+    def connect(self, patience_s: float) -> None:
+        """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
+        fail.  Raises Unreachable with ssh's own words."""
+        start, told = time.monotonic(), ""
         try:
             self.start()
         except Error:  # no room for its file
-            return False
-        told = ""
-        while not self.is_up():
+            self.socket = ALONE
+        while self.socket != ALONE and not self.is_up():
             words, connecting = self.words()
             if words != told and time.monotonic() > start + TELL_S:
                 told, who = words, self.ssh.machine.name
@@ -2916,16 +2913,15 @@ class Connection:
             if means(words, "UNSHARED"):  # it would stay, of no use
                 if self.master and connecting:
                     self.master.terminate()
-                return False
-            if not connecting and not self.is_up():
+                self.socket = ALONE
+            elif not connecting and not self.is_up():
                 if refusal := self.ssh.refusal(words):
                     raise refusal
-                return False
-            if time.monotonic() > start + patience_s:
+                self.socket = ALONE
+            elif time.monotonic() > start + patience_s:
                 late = Late(f"no connection within {patience_s:.0f} s")
                 raise late.become(Unreachable)
             wait_readable([], 0.005)
-        return True
 
     def retire(self) -> None:
         """Let whoever comes next make a new connection, since this may be the trouble:
@@ -2954,9 +2950,9 @@ class Spare:
 
     Two of the three or four round trips of a build over a live connection are ssh's own: to
     open a channel, and to start nix-store in it.  So while a build runs, its hook begins a
-    session for the next one, where that is far: 50 ms away that saves 100 ms, and to start
-    ssh.  That reads and writes named pipes, whose other ends a `sleep` holds until somebody
-    comes; if nobody does, it ends, and so does ssh.
+    session for the next one, where that is far: 50 ms away that saves 100 ms and ssh's
+    start.  Its ssh reads and writes named pipes, whose other ends a `sleep` holds until
+    somebody comes; if nobody does, it ends, and so does ssh.
     """
 
     def __init__(self, connection: Connection, ssh: list[str], *pipes: int) -> None:
@@ -3136,11 +3132,6 @@ class Seat:
             if not can or not os.path.lexists(f"{self.base}.tells"):
                 keep(f"{self.base}.tells", str(int(can)))
 
-    def connect(self, patience_s: float) -> None:
-        """Wait for the connection; an ssh that shares nothing is used without one."""
-        if not self.connection.connect(patience_s):
-            self.connection = Connection(self.ssh, self.programs, ALONE)
-
     def prepare(self) -> None:
         """Begin a session for who comes next, on the first free seat, if that is of use."""
         proof = self.connection.proof()
@@ -3196,7 +3187,7 @@ class Seat:
         return environ
 
     def margin_s(self) -> float:
-        """What a build there may outlast Nix's limits; for others than root a daemon builds."""
+        """How long a build there may outlast Nix's limits; without root, a daemon builds."""
         if self.way.here:
             return HERE_MARGIN_S
         configured = self.ssh.configured(self.programs).splitlines()
@@ -3553,7 +3544,7 @@ class Session:
         end(self.process)
 
     def ask_valid(self, paths: Iterable[str], substitute: bool = False) -> Answer:
-        """Ask which of the paths, a set, it has, and will keep until the session ends."""
+        """Ask which of the paths (a set) it has, and is to keep until the session ends."""
         self.write(valid_question(paths, substitute))
         time_s = SUBSTITUTE_TIMEOUT_S if substitute else ANSWER_TIMEOUT_S
         return Answer(self, lambda until: set(read_strings(self.reader(until))), time_s)
@@ -4568,7 +4559,7 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     is proved, that is not answered yet, so that the next question can go along.
     Raises Unreachable, if there is another way only after that has failed, too."""
     deadline = time.monotonic() + patience_s
-    seat.connect(min(LOGIN_TIMEOUT_S, patience_s))
+    seat.connection.connect(min(LOGIN_TIMEOUT_S, patience_s))
     try:
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
@@ -5133,7 +5124,7 @@ def origin() -> str:
     """The address of the machine that sends builds to the Nix that started us, if that
     serves another machine; "" if not, or if the system does not tell."""
     process = os.getppid()
-    try:
+    with suppress(OSError, ValueError, IndexError):
         words = process_words(process, "cmdline")
         if words[0].endswith("nix-daemon") and words[1].isdecimal():
             process = int(words[1])  # of its client, as nix-daemon shows it
@@ -5142,8 +5133,7 @@ def origin() -> str:
         variables = process_words(process, "environ") if serves else []
         found = [word for word in variables if word.startswith("SSH_CONNECTION=")]
         return found[0].partition("=")[2].split()[0]
-    except (OSError, ValueError, IndexError):
-        return ""
+    return ""
 
 
 def process_words(process: int, file: str) -> list[str]:
