@@ -2926,7 +2926,8 @@ class Connection:
     def retire(self) -> None:
         """Let whoever comes next make a new connection, since this may be the trouble:
         its logins keep the groups that the user had.  Sessions that it has go on."""
-        if os.path.exists(self.socket) and self.ask("stop")[0] != 0:
+        is_there = self.socket != ALONE and os.path.exists(self.socket)
+        if is_there and self.ask("stop")[0] != 0:
             with suppress(OSError):  # its master stands still
                 remove(self.socket)
 
@@ -3109,6 +3110,8 @@ class Seat:
 
     def lose(self) -> None:
         """Remember how many sessions sshd allows, since it has refused us one more."""
+        if self.connection.socket == ALONE:
+            return
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed())]
         proof = self.connection.proof()
         with suppress(Error, OSError):  # a full disk
