@@ -4129,7 +4129,7 @@ class Relay:
             raise Error(f"nix-copy-closure asks for something unknown ({command})")
 
     def ask_for_archive(self, path: str) -> None:
-        """Ask for it, if that was not done with the build; after the last, to end."""
+        """Ask for an archive, unless that was done with the build; after the last, no more."""
         if path != self.session.dumped:
             self.session.write(dump_question(path))
         self.dumps_left -= 1
@@ -4244,7 +4244,7 @@ class Copier:
         return heard(Error, problem) if here else self.with_words(lost, problem)
 
     def lost_session(self) -> SessionLost | None:
-        """What it has ended with, if not in peace nor for what nobody has (no_path)."""
+        """What it has ended with; None if in peace, for what nobody has, or not at all."""
         if not status_within(self.session.process, 1):
             return None
         self.session.drain()
@@ -4378,7 +4378,7 @@ class Copier:
     def run(
         self, copy: Copy, way: str, count: int, join: Callable[[Relay], None]
     ) -> str:
-        """Have it copy so many, "to" or "from" the builder; returns what went wrong."""
+        """Have it copy so many, "to" or "from" the builder; returns what is wrong, or ""."""
 
         def begin(path: str, size: int) -> None:
             machine, here = self.session.seat.ssh.machine.name, self.nix.store.remote
