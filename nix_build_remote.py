@@ -173,13 +173,13 @@ STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given
 FAREWELL_S = 0.2  # for it to end by itself, when it is told that there is no more
 COPY_TIMEOUT_S = 30 * 60  # the same of a store, which may have to wait for others
 OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
-COPY_BATCH_BYTES = 100_000  # of store paths on a command line: Linux takes 128 KiB
+COPY_BATCH_BYTES = 100_000  # of paths at once: MAX_ARG_STRLEN of Linux is 128 KiB
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
 AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
 LOSSES = 5  # of a session with a builder, before a build is given up
 MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it,
-DAEMON_MARGIN_S = 5  # or than that where a daemon is asked, which is not told them,
+DAEMON_MARGIN_S = 5  # or than that where a daemon there is asked, without them,
 HERE_MARGIN_S = 2  # or than that behind a nix-store here, which tells no daemon of them
 
 # Of Nix's serve protocol (serve-protocol.hh)
@@ -423,6 +423,8 @@ DAEMON = "if that login allows only nix-daemon, write ssh-ng://HOST in its line"
 # What to do if a program there ends, or ssh does, and nothing above tells why.
 USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
 HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
+CHATTY = "a start-up file there may print nothing; or is USER's shell none?"
+CHATTY += " as root there: chsh -s /bin/sh USER"
 
 
 def signs_in(words: str, speaker: str = "") -> Iterator[tuple[bool | None, str, str]]:
@@ -2335,11 +2337,8 @@ PROFILES = """/run/current-system/sw/bin /nix/var/nix/profiles/default/bin
 
 
 def nix_directories(environ: dict[str, str]) -> Iterator[str]:
-    """Where the programs of the Nix that called us are, the surest place first.
-
-    Their flags and their way with locks differ between versions, so those on PATH, of
-    whatever version, come after our own prefix and the directory of the caller.
-    """
+    """Where the programs of the Nix that called us are, the surest place first: their flags
+    and their way with locks differ between versions, and on PATH may be any."""
     directory = os.path.dirname(os.path.abspath(__file__))
     if directory.endswith("/libexec/nix"):
         yield directory[: -len("libexec/nix")] + "bin"
@@ -2365,6 +2364,9 @@ def find_program(name: str, directories: Iterable[str]) -> str:
     raise Error(f"cannot find the program {name}; looked in {', '.join(looked)}")
 
 
+STREAMS = ("stdin", "stdout", "stderr")
+
+
 class Programs:
     """Starts programs, and with NIX_DEBUG_HOOK says what a shell would be told."""
 
@@ -2376,21 +2378,18 @@ class Programs:
     def start(
         self, command: list[str], environ: dict[str, str], *piped: str, **options: Any
     ) -> subprocess.Popen[bytes]:
-        """Start a program, with pipes for those of "stdin", "stdout" and "stderr".
-
-        Where the options, which are those of subprocess.Popen, say nothing else, it reads
-        and writes nothing.  Error if it cannot be started.
-        """
+        """Start a program, with pipes for those of STREAMS, unless the options, which are
+        those of subprocess.Popen, say otherwise; with the others it reads and writes
+        nothing.  Error if it cannot be started."""
         import subprocess
 
         if self.talk.debug:
             import shlex
 
-            shown = [
-                f"{n}={shlex.quote(environ[n])}" for n in self.SHOWN if n in environ
-            ]
+            told = [name for name in self.SHOWN if name in environ]
+            shown = [f"{name}={shlex.quote(environ[name])}" for name in told]
             self.talk.say(DEBUG, " ".join(["+", *shown, shlex.join(command)]))
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        streams = dict.fromkeys(STREAMS, subprocess.DEVNULL)
         streams.update(dict.fromkeys(piped, subprocess.PIPE))
         options = {**streams, "bufsize": 0, "env": environ, **options}
         try:
@@ -2399,22 +2398,17 @@ class Programs:
             raise Error(f"cannot start {command[0]}: {error.strerror}") from None
 
     def output(
-        self,
-        command: list[str],
-        environ: dict[str, str],
-        timeout_s: float | None = None,
+        self, command: list[str], environ: dict[str, str], within_s: float | None = None
     ) -> tuple[int, str, str]:
-        """Run it; returns its exit status, and what it wrote on stdout and stderr.
-
-        What has not ended in time is killed: a negative status, and no words.
-        """
+        """Run it; returns its exit status, and what it wrote on stdout and stderr.  What has
+        not ended in time is killed: a negative status, and no words."""
         import subprocess
 
         process = self.start(command, environ, "stdout", "stderr")
         said = b"", b""
         try:
             with suppress(subprocess.TimeoutExpired):
-                said = process.communicate(timeout=timeout_s)
+                said = process.communicate(timeout=within_s)
         finally:
             end(process)
         return process.returncode, decode(said[0]), decode(said[1])
@@ -2441,12 +2435,9 @@ def end(process: subprocess.Popen[bytes] | Spare) -> None:
 
 
 def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
-    """For our sessions and, in NIX_SSHOPTS, for nix-copy-closure's.
-
-    ssh takes the first value it meets, from the command line before its files: these
-    switch off what a user's ssh_config may set and would spoil a session.  Nothing here
-    may hold a space or a shell's character, see PLAIN.
-    """
+    """For our sessions and, in NIX_SSHOPTS, for nix-copy-closure's: they switch off what a
+    user's ssh_config may set and would spoil a session, as ssh takes the first value it
+    meets.  Nothing here may hold a space or a shell's character, see PLAIN."""
     # Not every ssh knows StdinNull, ForkAfterAuthentication and SessionType (8.7), nor all
     # that a user's IgnoreUnknown, which ours replaces, lets pass.
     options = ["-x", "-a", "-oIgnoreUnknown=*", "-oStdinNull=no", "-oLogLevel=ERROR"]
@@ -2459,22 +2450,18 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     if machine.compress:
         options.append("-oCompression=yes")
     if known_hosts:
-        options += [
-            "-oStrictHostKeyChecking=yes",
-            f"-oUserKnownHostsFile={known_hosts}",
-        ]
-        options += ["-oGlobalKnownHostsFile=/dev/null", "-oKnownHostsCommand=none"]
+        options.append(f"-oUserKnownHostsFile={known_hosts}")
+        options += ["-oGlobalKnownHostsFile=/dev/null", "-oStrictHostKeyChecking=yes"]
         options += ["-oVerifyHostKeyDNS=no", "-oUpdateHostKeys=no", "-oCheckHostIP=no"]
+        options.append("-oKnownHostsCommand=none")
     return options
 
 
 def ssh_defaults(configured: str = "", *, patient: bool = False) -> list[str]:
-    """What stands behind the user's NIX_SSHOPTS, so that those win; what `ssh -G` says that
-    is configured wins, too.  A patient one has time to log in: until then, too, ssh counts
-    how often it was not answered."""
-    settings = dict(
-        line.split(" ", 1) for line in configured.splitlines() if " " in line
-    )
+    """What stands behind the user's NIX_SSHOPTS, so that those win, as does what `ssh -G`
+    says is configured.  A patient ssh goes without an answer for as long as a login takes."""
+    pairs = (line.partition(" ") for line in configured.splitlines())
+    settings = {name: value for name, _, value in pairs}
     options = ["-oBatchMode=yes"]
     if settings.get("connecttimeout", "none") == "none":
         options.append(f"-oConnectTimeout={CONNECT_TIMEOUT_S}")
@@ -2509,9 +2496,8 @@ def pin_host_key(machine: Machine, directory: str) -> str:
     try:
         keep(path, f"* {machine.host_key}\n")
     except OSError as error:
-        raise Unreachable(
-            f"cannot keep its host key in {path}: {error.strerror}"
-        ) from None
+        text = f"cannot keep its host key in {path}: {error.strerror}"
+        raise Unreachable(text) from None
     return path
 
 
@@ -2520,8 +2506,7 @@ CHATTER = ("Warning:", "** WARNI", "** This ", "** The s")
 
 
 def command_here(way: Way, nix: Nix) -> list[str]:
-    """What a way runs here, if anything.  It builds one thing, and sends nothing on to
-    machines of its own."""
+    """What a way runs here, if anything, which has no machines of its own."""
     if not way.here:
         return []
     name, *words = way.here
@@ -2531,19 +2516,14 @@ def command_here(way: Way, nix: Nix) -> list[str]:
 
 
 class Ssh(NamedTuple):
-    """The ssh for one machine: command lines and an environment.
-
-    program: its file; own: our options; user: those of NIX_SSHOPTS, and user_text: all of
-    that as it is; here: for each of the machine's ways the command that runs here.
-    """
+    """The ssh for one machine: command lines and an environment."""
 
     machine: Machine
-    program: str
-    own: tuple[str, ...]
-    user: tuple[str, ...]
-    user_text: str
+    program: str  # its file
+    own: tuple[str, ...]  # our options
+    user: tuple[str, ...]  # those of NIX_SSHOPTS
     environ: dict[str, str]
-    here: tuple[list[str], ...]
+    here: tuple[list[str], ...]  # for each of the machine's ways what runs here
 
     @classmethod
     def find(cls, machine: Machine, nix: Nix, directory: str) -> Ssh:
@@ -2555,7 +2535,6 @@ class Ssh(NamedTuple):
             program,
             own=tuple(ssh_options(machine, pin_host_key(machine, directory))),
             user=tuple(user_ssh_options(nix.environ)),
-            user_text=nix.environ.get("NIX_SSHOPTS", ""),
             environ=nix.child_environ(PATH=path),
             here=tuple(command_here(way, nix) for way in machine.ways),
         )
@@ -2579,13 +2558,9 @@ class Ssh(NamedTuple):
         options = [*sharing, *self.options(socket), *defaults]
         return [self.program, *options, "--", self.machine.destination]
 
-    def defaults(self, programs: Programs, *, patient: bool) -> list[str]:
-        """See ssh_defaults.  BatchMode is not asked for, since Debian's ssh would then say
-        that probes are configured; to ask takes 8 ms."""
-        return ssh_defaults(self.configured(programs), patient=patient)
-
     def configured(self, programs: Programs) -> str:
-        """All that ssh finds in its configuration and our options, as `ssh -G` says it."""
+        """All that ssh finds in its configuration and our options, as `ssh -G` says it in
+        8 ms.  Without BatchMode: Debian's would then say that probes are configured."""
         command = [self.program, "-G", "-oCanonicalizeHostname=no", *self.own]
         command += [*self.user, "--", self.machine.destination]
         return programs.output(command, self.environ, RETIRE_S)[1]
@@ -2595,8 +2570,8 @@ class Ssh(NamedTuple):
         return [self.program, "-O", word, "-S", socket, "--", self.machine.destination]
 
     def socket_name(self) -> str:
-        """What the names of this machine's sockets begin with: eight digits for where they
-        lead, then others for each way to connect."""
+        """What the names of its sockets begin with: eight digits for where they lead, then
+        others for each way to connect."""
         import zlib
 
         whole = [self.program, *self.own, *self.user]
@@ -2605,16 +2580,13 @@ class Ssh(NamedTuple):
         parts = encode(self.machine.destination), encode("\0".join(whole))
         return "".join(f"{zlib.crc32(part):08x}" for part in parts)
 
-    def here_environ(self) -> dict[str, str]:
-        """For a session that runs here, whose store is not the one that Nix is told of."""
-        return {n: text for n, text in self.environ.items() if n != "NIX_REMOTE"}
-
     def copy_environ(self) -> dict[str, str]:
         """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
         that the user's part goes on as it came.  If it must have an ssh of its own,
         that has its own connection: on ours, sshd may refuse a second session."""
         own = ["-oControlMaster=no", "-oControlPath=none", *self.own]
-        text = " ".join([*own, self.user_text, "-S none", *ssh_defaults()])
+        user = self.environ.get("NIX_SSHOPTS", "")
+        text = " ".join([*own, user, "-S none", *ssh_defaults()])
         return {**self.environ, "NIX_SSHOPTS": text}
 
     def refusal(self, words: str) -> Unreachable | None:
@@ -2630,18 +2602,13 @@ class Ssh(NamedTuple):
 
 
 class Proof(NamedTuple):
-    """That somebody has talked with nix-store over a connection.
+    """That somebody has talked with nix-store over a connection."""
 
-    pid, start: of its master, see is_alive; version: of the serve protocol, such as 0x207;
-    trusted: whether that login may build a bare derivation, as far as is known; is_far:
-    whether a question and its answer take long, so that spare sessions are of use.
-    """
-
-    pid: str
+    pid: str  # of its master, see is_alive
     start: str
-    version: int
-    trusted: bool = True
-    is_far: bool = False
+    version: int  # of the serve protocol, such as 0x207
+    trusted: bool = True  # whether that login may build a bare derivation, if known
+    is_far: bool = False  # whether a question takes long, so that spares are of use
 
     @classmethod
     def parse(cls, text: str) -> Proof | None:
@@ -2783,25 +2750,21 @@ class Connection:
             for stale in (f"{self.socket}.proved", self.socket):
                 with suppress(OSError):
                     remove(stale)
-            defaults = self.ssh.defaults(self.programs, patient=os.path.exists(slow))
+            configured = self.ssh.configured(self.programs)
+            defaults = ssh_defaults(configured, patient=os.path.exists(slow))
             command, environ = self.ssh.master(self.socket, defaults), self.ssh.environ
             options = {"stderr": lock.descriptor, "start_new_session": True}
             self.master = self.programs.start(command, environ, **options)
 
-    def connect(self, patience_s: float) -> bool:
-        """Wait until it is up; False if this ssh shares nothing, though it does not fail.
-
-        Raises Unreachable with ssh's own words.
-        """
-        start = time.monotonic()
-        if self.socket == ALONE:
-            return False
+    def connect(self, patience_s: float) -> None:
+        """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
+        fail.  Raises Unreachable with ssh's own words."""
+        start, told = time.monotonic(), ""
         try:
             self.start()
         except Error:  # no room for its file
-            return False
-        told = ""
-        while not self.is_up():
+            self.socket = ALONE
+        while self.socket != ALONE and not self.is_up():
             words, connecting = self.words()
             if words != told and time.monotonic() > start + TELL_S:
                 told, who = words, self.ssh.machine.name
@@ -2809,22 +2772,22 @@ class Connection:
             if means(words, "UNSHARED"):  # it would stay, of no use
                 if self.master and connecting:
                     self.master.terminate()
-                return False
-            if not connecting and not self.is_up():
+                self.socket = ALONE
+            elif not connecting and not self.is_up():
                 if refusal := self.ssh.refusal(words):
                     raise refusal
-                return False
-            if time.monotonic() > start + patience_s:
+                self.socket = ALONE
+            elif time.monotonic() > start + patience_s:
                 late = Late(f"no connection within {patience_s:.0f} s")
                 late.remedy = "is the machine on, and can it be reached from here?"
                 raise late.become(Unreachable)
             wait_readable([], 0.005)
-        return True
 
     def retire(self) -> None:
         """Let whoever comes next make a new connection, since this may be the trouble:
         its logins keep the groups that the user had.  Sessions that it has go on."""
-        if os.path.exists(self.socket) and self.ask("stop")[0] != 0:
+        is_there = self.socket != ALONE and os.path.exists(self.socket)
+        if is_there and self.ask("stop")[0] != 0:
             with suppress(OSError):  # its master stands still
                 remove(self.socket)
 
@@ -2844,19 +2807,16 @@ def make_pipe(path: str) -> tuple[int, int]:
 
 
 class Spare:
-    """A session on a seat, begun in advance: what stands for its ssh, as subprocess.Popen does
-    for one of ours.
+    """A session on a seat, begun in advance: stands for its ssh, as subprocess.Popen does.
 
     Two of the three or four round trips of a build over a live connection are ssh's own: to
     open a channel, and to start nix-store in it.  So while a build runs, its hook begins a
-    session for the next one, where that is far.  Its ssh reads and writes named pipes, whose
-    other ends a `sleep` holds until somebody comes; if nobody does, it ends, and so does
-    ssh.  To a build at 50 ms that saves 100 ms, and the time to start ssh.
+    session for the next one, where that is far: 50 ms away that saves 100 ms and ssh's
+    start.  Its ssh reads and writes named pipes, whose other ends a `sleep` holds until
+    somebody comes; if nobody does, it ends, and so does ssh.
     """
 
-    def __init__(
-        self, connection: Connection, ssh: list[str], pipes: list[int]
-    ) -> None:
+    def __init__(self, connection: Connection, ssh: list[str], *pipes: int) -> None:
         self.connection, self.ssh = connection, ssh
         self.stdin = os.fdopen(pipes[0], "wb", 0)
         self.stdout, self.stderr = (os.fdopen(pipe, "rb", 0) for pipe in pipes[1:])
@@ -2865,16 +2825,16 @@ class Spare:
     @staticmethod
     def begin(seat: Seat, file: str, proof: Proof) -> None:
         """Begin one on the seat of that file, which we hold."""
-        program = find_program("sleep", program_directories(seat.ssh.environ))
-        command, environ = [program, str(SPARE_S)], seat.ssh.environ
+        environ, apart = seat.ssh.environ, {"start_new_session": True}
+        program = find_program("sleep", program_directories(environ))
+        command = [program, str(SPARE_S)]
         pipes = [*map(make_pipe, (f"{file}.in", f"{file}.out", f"{file}.err"))]
         (reads, feeds), (hears, says), (listens, complains) = pipes
-        options: dict[str, Any] = {"start_new_session": True, "stdin": hears}
-        options.update(stdout=feeds, stderr=listens)
-        keeper = seat.programs.start(command, environ, **options)
+        theirs = dict(zip(STREAMS, (reads, says, complains)))
+        others = dict(zip(STREAMS, (hears, feeds, listens)))
+        keeper = seat.programs.start(command, environ, **apart, **others)
         try:
-            options.update(stdin=reads, stdout=says, stderr=complains)
-            ssh = seat.serve(tells=seat.tells(), **options)
+            ssh = seat.serve(tells=seat.tells(), **apart, **theirs)
             pids = [proof.pid, proof.start]
             for process in (keeper, ssh):
                 pids += [str(process.pid), start_time(process.pid)]
@@ -2901,25 +2861,21 @@ class Spare:
         if not cls.at(file, proof):
             return None
         with suppress(OSError):
-            for name, way in (
-                ("in", os.O_WRONLY),
-                ("out", os.O_RDONLY),
-                ("err", os.O_RDONLY),
-            ):
+            ways = {"in": os.O_WRONLY, "out": os.O_RDONLY, "err": os.O_RDONLY}
+            for name, way in ways.items():
                 pipes.append(os.open(f"{file}.{name}", PIPE | way | os.O_NONBLOCK))
             whole = all(stat.S_ISFIFO(os.fstat(pipe).st_mode) for pipe in pipes)
             # What it reads was open all the time if its `sleep` still lives.
             if whole and (pids := cls.at(file, proof)):
                 remove(f"{file}.spare")
                 os.kill(int(pids[0]), SIGTERM)
-                return cls(connection, pids[2:], pipes)
+                return cls(connection, pids[2:], *pipes)
         for pipe in pipes:
             os.close(pipe)
         return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status, which nobody tells us: a guess, with ssh's 255 if the connection
-        has gone."""
+        """A guess at its exit status: ssh's 255 if the connection has gone."""
         import subprocess
 
         poll = select.poll()
@@ -2943,10 +2899,8 @@ class Spare:
 
 
 class Seat:
-    """One hook's right to a session with a machine, over a connection if there is one.
-
-    It is kept until we end.
-    """
+    """One hook's right to a session with a machine, over a connection if there is one; it is
+    kept until we end."""
 
     def __init__(self, ssh: Ssh, programs: Programs, directory: str) -> None:
         self.ssh, self.programs = ssh, programs
@@ -3016,6 +2970,8 @@ class Seat:
 
     def lose(self) -> None:
         """Remember how many sessions sshd allows, since it has refused us one more."""
+        if self.connection.socket == ALONE:
+            return
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed())]
         proof = self.connection.proof()
         with suppress(Error, OSError):  # a full disk
@@ -3038,11 +2994,6 @@ class Seat:
         with suppress(OSError):  # a full disk
             if not can or not os.path.lexists(f"{self.base}.tells"):
                 keep(f"{self.base}.tells", str(int(can)))
-
-    def connect(self, patience_s: float) -> None:
-        """Wait for the connection; an ssh that shares nothing is used without one."""
-        if not self.connection.connect(patience_s):
-            self.connection = Connection(self.ssh, self.programs, ALONE)
 
     def prepare(self) -> None:
         """Begin a session for who comes next, on the first free seat, if that is of use."""
@@ -3067,36 +3018,29 @@ class Seat:
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the machine, with pipes, but for what the options say."""
-        return self.launch(self.command(*remote), self.ssh.environ, options)
+        command, environ = self.command(*remote), self.ssh.environ
+        return self.programs.start(command, environ, *STREAMS, **options)
 
     def command(self, *remote: str) -> list[str]:
         """The command line that runs it there."""
         socket, defaults = self.connection.socket, ssh_defaults()
         if socket == ALONE:
-            defaults = self.ssh.defaults(self.programs, patient=True)
+            defaults = ssh_defaults(self.ssh.configured(self.programs), patient=True)
         return self.ssh.session(socket, defaults, *remote)
 
-    def launch(
-        self, command: list[str], environ: dict[str, str], options: dict[str, Any]
-    ) -> subprocess.Popen[bytes]:
-        """The same of a program here."""
-        piped = [name for name in ("stdin", "stdout", "stderr") if name not in options]
-        return self.programs.start(command, environ, *piped, **options)
-
     def serve(self, *, tells: bool = False, **options: Any) -> subprocess.Popen[bytes]:
-        """Start what speaks the serve protocol for the machine's store; tells: it shall tell of
-        its activities.  A nix-store here is not to be killed with us: it hears that we end,
-        and ends its build."""
+        """Start what speaks the serve protocol for the machine's store, to tell of its
+        activities or not.  A nix-store here hears that we end, and ends its build."""
         more = ["--log-format", "internal-json"] if tells else []
         if not self.way.here:
             return self.start(*self.way.there, *more, **options)
         options = {"start_new_session": True, **options}
-        command = [*self.ssh.here[self.chosen], *more]
-        return self.launch(command, self.here_environ(), options)
+        command, environ = [*self.ssh.here[self.chosen], *more], self.here_environ()
+        return self.programs.start(command, environ, *STREAMS, **options)
 
     def here_environ(self) -> dict[str, str]:
-        """For a nix-store here: with an ssh that leads there, if that is the way."""
-        environ = self.ssh.here_environ()
+        """For a nix-store here that opens another store, maybe by an ssh that leads there."""
+        environ = {n: v for n, v in self.ssh.environ.items() if n != "NIX_REMOTE"}
         if self.way.there:
             directory = os.path.dirname(self.base)
             if not (folder := stand_in(directory)):
@@ -3106,8 +3050,7 @@ class Seat:
         return environ
 
     def margin_s(self) -> float:
-        """How long after Nix's limits a build there ends because of them.  Others than root
-        mostly have a daemon build it."""
+        """How long a build there may outlast Nix's limits; without root, a daemon builds."""
         if self.way.here:
             return HERE_MARGIN_S
         configured = self.ssh.configured(self.programs).splitlines()
@@ -3118,11 +3061,8 @@ class Seat:
 
 
 class Answer:
-    """What a builder will say to something that it has been asked or told.
-
-    It answers in the order of the questions, so those before are heard first.  hear reads
-    it until some (monotonic) time; time_s: how long that may take.
-    """
+    """What a builder will say to something that it has been asked or told, when all that it
+    says before is heard.  hear reads it until a (monotonic) time, which is time_s away."""
 
     def __init__(
         self, session: Session, hear: Callable[[float], Any], time_s: float
@@ -3145,23 +3085,18 @@ class Answer:
 
 
 class Awaited(NamedTuple):
-    """A lock that a builder's Nix waits for, in its words; "" if there is none.
+    """A lock that a builder's Nix waits for, in its words; "" if there is none."""
 
-    activity: its number; since: in monotonic time.
-    """
-
-    activity: int = -1
+    activity: int = -1  # its number
     words: str = ""
-    since: float = 0.0
+    since: float = 0.0  # in monotonic time
     is_told: bool = False
 
 
 class Activities:
     """What nix-store tells of its activities if it is to (--log-format internal-json): a
-    line of JSON for each event, among them each line of a build's log.
-
-    Besides there are ssh's words, and the log itself where a login allows no options.
-    """
+    line of JSON for each event, among them each line of a build's log.  Besides there are
+    ssh's words, and the log itself where a login allows no options."""
 
     # How nearly all lines begin and end (JSONLogger in Nix's logging.cc).
     HEAD = b'@nix {"action":"result","fields":["'
@@ -3220,8 +3155,7 @@ class Activities:
         return None
 
     def is_excuse(self, words: bytes) -> bool:
-        """Whether that says that what may be missing `is not valid`, or `not a valid store
-        path`, with which nix-store ends."""
+        """Whether that says that what may be missing is not valid, so that nix-store ends."""
         about = any(path.encode() in words for path in self.absent)
         if about and b"error:" in words and b" is not " in words:
             self.are_over = True
@@ -3232,10 +3166,9 @@ class Activities:
 class Session:
     """One `nix-store --serve --write` on a builder.
 
-    It stays open from the first question to the last output, because what it was asked
-    about with the lock flag, and what it built, is safe from the builder's garbage
-    collector for just that long.  Its stderr carries ssh's own words until the
-    greeting, then the log of the build.
+    What it was asked about with the lock flag, and what it built, is safe from the builder's
+    garbage collector for as long as it is open.  Its stderr carries ssh's own words until
+    the greeting, then the log of the build.
     """
 
     def __init__(self, seat: Seat, patience_s: float) -> None:
@@ -3303,16 +3236,12 @@ class Session:
         self.seat.is_plain = self.tells
         line = printable(decode(begin)).strip()
         error = Refused(f"it says {line!r} before nix-store's own words")
-        remedy = (
-            "a start-up file there may print nothing; or is USER's shell none? as root"
-        )
-        error.lasting, error.remedy = True, f"{remedy} there: chsh -s /bin/sh USER"
+        error.lasting, error.remedy = True, CHATTY
         return error
 
     @property
     def spoken(self) -> int:
-        """The version of the protocol, such as 0x207, or what it must be; 0 if neither is
-        known."""
+        """The version of the protocol, as it is or as it must be; 0 if not known."""
         return self.version or (self.proof.version if self.proof else 0)
 
     def pipes(self) -> list[int]:
@@ -3338,11 +3267,9 @@ class Session:
         if not data:
             self.stderr = None
         data = self.activities.plain(data)
-        if not data:
-            pass
-        elif self.version and self.is_silent and means(decode(data), "LIMITED"):
-            pass  # we go on in another way, and say so
-        elif self.version:
+        # If it does not trust us, we go on in another way, and say so.
+        hidden = self.is_silent and means(decode(data), "LIMITED")
+        if data and self.version and not hidden:
             write_all(LOG, data)
             self.last = time.monotonic()
             self.first = self.last if self.is_silent else self.first
@@ -3365,8 +3292,7 @@ class Session:
         return min((t for t in (told_at, end_at) if t > now), default=math.inf)
 
     def read(self, count: int, deadline: float = math.inf) -> bytes:
-        """So much of what it says; Late if it does not come in time, BuildTimedOut if the
-        running build exceeds Nix's limits."""
+        """So much of what it says; Late, or BuildTimedOut if the running build is too late."""
         while len(self.inbox) < count:
             now, limit = time.monotonic(), self.build_limit()
             if now >= limit:
@@ -3481,16 +3407,14 @@ class Session:
         end(self.process)
 
     def ask_valid(self, paths: Iterable[str], substitute: bool = False) -> Answer:
-        """Ask which of the paths the builder has, and have it keep them until the
-        session ends.  The answer is a set."""
+        """Ask which of the paths (a set) it has, and is to keep until the session ends."""
         self.write(valid_question(paths, substitute))
         time_s = SUBSTITUTE_TIMEOUT_S if substitute else ANSWER_TIMEOUT_S
         return Answer(self, lambda until: set(read_strings(self.reader(until))), time_s)
 
     def first_answer(self, answer: Answer) -> Any:
-        """The answer to the first question, with the greeting before it: that needs the
-        builder's store, and so tells that it is of use.  Raises Unreachable if it does
-        not come in time."""
+        """The greeting, and the answer to the first question, which needs the builder's store,
+        and so tells that it is of use; Unreachable if that does not come in time."""
         try:
             self.greet()
             return answer.get(self.deadline - time.monotonic())
@@ -3509,10 +3433,7 @@ class Session:
 
     def infos_answer(self) -> Answer:
         """The answer to that question, if it was sent together with another."""
-
-        def hear(deadline: float) -> dict[str, PathInfo]:
-            return read_infos(self.reader(deadline), self.spoken)
-
+        hear = lambda until: read_infos(self.reader(until), self.spoken)
         return Answer(self, hear, ANSWER_TIMEOUT_S)
 
     def build_options(self, nix: Nix) -> bytes:
@@ -3529,9 +3450,8 @@ class Session:
         return b"".join(map(integer, numbers))
 
     def build_limit(self) -> float:
-        """When the running build will have exceeded Nix's limits by far.  They count from
-        the first of its log, before which it may have waited for its turn; as long as there
-        is none, from our question."""
+        """When the running build will have exceeded Nix's limits by far, counted from the first
+        of its log, before which it may have waited for its turn, or else from our question."""
         timeout, silence = self.limits
         ends = (
             self.first + timeout if timeout else math.inf,
@@ -3618,18 +3538,15 @@ def no_path(path: str) -> str:
 def program_version(
     program: str, nix: Nix, programs: Programs, directory: str
 ) -> tuple[int, ...]:
-    """(2, 26, 3) for a nix-copy-closure of that version.
-
-    Asking takes 30 ms, so the answer is kept in that directory for as long as the
-    program's file is the same.
-    """
+    """(2, 26, 3) for a nix-copy-closure of that version.  Asking takes 30 ms, so the answer
+    is kept in that directory for as long as the program's file is the same."""
     info = os.stat(program)
     key = f"{program} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}"
     path = f"{directory}/version-{checksum(key)}"
     kept = read_private(path) or ""
-    numbers = [number for number in kept.removesuffix("\n").split(".") if number]
-    if kept.endswith("\n") and len(numbers) > 1 and only("".join(numbers), DIGITS):
-        return tuple(map(int, numbers))
+    version = parse_version(kept)
+    if kept == ".".join(map(str, version)) + "\n":  # else it may have been cut off
+        return version
     status, said, _ = programs.output([program, "--version"], nix.child_environ())
     version = parse_version(said)
     if status == 0:
@@ -3639,9 +3556,8 @@ def program_version(
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    """Of `nix-copy-closure (Nix) 2.26.3`, behind which Lix has more lines from 2.92 on.
-    It counts on from Nix 2.18, whose locks it has; in Nix 1.x it is a Perl script that has no
-    --version."""
+    """Of `nix-copy-closure (Nix) 2.26.3`.  Lix, with more lines behind that, counts on from
+    Nix 2.18, whose locks it has; in Nix 1.x it is a Perl script without --version."""
     numbers: list[int] = []
     text = text.strip().split("\n")[0]
     for part in text.split(" ")[-1].split("."):
@@ -3655,11 +3571,8 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 
 class Site:
-    """What a hook knows of where it runs, and what several of its parts need.
-
-    directory: for what ssh reads, see Connection; copy_program: nix-copy-closure of the
-    calling Nix, and copy_version, such as (2, 26, 3).
-    """
+    """What a hook knows of where it runs, and what several of its parts need.  directory: for
+    what ssh reads, see Connection; copy_program: nix-copy-closure of the calling Nix."""
 
     def __init__(self, nix: Nix, talk: Talk, slots: Slots) -> None:
         self.nix, self.talk, self.slots = nix, talk, slots
@@ -3701,6 +3614,11 @@ class Site:
             self.seats[machine].take()
         return self.seats[machine]
 
+    def retire(self, machine: Machine) -> None:
+        """Let who comes next to that machine make a new connection, if we have one."""
+        if machine in self.seats:
+            self.seats[machine].connection.retire()
+
     def probe(self, machine: Machine, output: int) -> int:
         """Have nix-store on the machine answer a question, over a connection of its own,
         into that file, in the background; returns the process of its ssh."""
@@ -3736,11 +3654,8 @@ class CopyEnded(Exception):
 
 
 class Copy:
-    """A running program that copies.
-
-    input is what it reads and output what it writes, on its ssh's side if it is joined by
-    the stand-in; else it has only input, as its stdin.
-    """
+    """A running program that copies.  Joined by the stand-in, input and output are what its
+    ssh reads and writes; else it has only input, as its stdin."""
 
     def __init__(
         self,
@@ -3810,30 +3725,30 @@ class Relay:
         self.dumps_left: float = math.inf  # archives to ask for, before there is an end
         self.ahead: dict[str, bytes] = {}  # archives that were fetched already
         self.quiet: list[int] = []  # where nothing may be said while the program asks
-        # Sending: which of the inputs the builder has, and which it has not.
-        self.there: set[str] = set()
-        self.lacking: set[str] = set()
         os.set_blocking(copy.input, False)
         for pipe in (session.stdin, session.stdout, copy.input, copy.output):
             if sys.platform == "linux" and pipe is not None:
                 with suppress(OSError):  # more than the user may have
                     fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
 
-    def step(self, sources: list[int], full: Iterable[int] = ()) -> set[int]:
+    def step(
+        self, sources: list[int], full: Iterable[int] = (), most_s: float = math.inf
+    ) -> set[int]:
         """Wait for one of these, and pass on what is said on both stderrs meanwhile.
         Raises CopyEnded when the program's own has ended."""
+        patience_s = min(self.patience_s, most_s)
         while True:
             if self.ended:
                 raise CopyEnded
             logs = [] if self.session.stderr is None else [self.session.stderr]
             heard_from = [self.copy.stderr, *logs, *sources]
-            still_s = min(STILL_S, self.patience_s)
+            still_s = min(STILL_S, patience_s)
             ready = wait_readable(heard_from, still_s, full)
-            if not ready and still_s < self.patience_s:
+            if not ready and still_s < patience_s:
                 self.tell(f"no progress of copying for {still_s} s".encode())
-                ready = wait_readable(heard_from, self.patience_s - still_s, full)
+                ready = wait_readable(heard_from, patience_s - still_s, full)
             if not ready:
-                raise SessionLost(f"no progress of copying in {self.patience_s} s")
+                raise SessionLost(f"no progress of copying in {patience_s} s")
             self.session.pump(ready.intersection(logs))
             if self.copy.stderr in ready:
                 self.relay_stderr()
@@ -3842,11 +3757,7 @@ class Relay:
 
     def step_soon(self, sources: list[int]) -> set[int]:
         """The same for what a builder is sending, which has nothing to wait for."""
-        patience_s, self.patience_s = self.patience_s, min(self.patience_s, STALLED_S)
-        try:
-            return self.step(sources)
-        finally:
-            self.patience_s = patience_s
+        return self.step(sources, most_s=STALLED_S)
 
     def relay_stderr(self) -> None:
         """Pass on the lines of the program's stderr."""
@@ -3881,8 +3792,7 @@ class Relay:
         return data
 
     def expect_silence(self) -> None:
-        """From here on the builder has said all that it was asked for; more would mean that an
-        archive is longer than announced."""
+        """Let nothing more be said: it would mean that an archive is longer than announced."""
         self.quiet = [self.session.stdout]
         if self.session.inbox:
             raise Spoilt(LONGER)
@@ -3899,8 +3809,7 @@ class Relay:
                 raise CopyEnded from None
 
     def pass_on(self, count: int, see: Callable[[bytes], None] | None = None) -> bytes:
-        """Pass on so much of what the builder says, and show it to see; returns the last
-        TAIL_BYTES of it."""
+        """Pass on so much of what the builder says, and show it to see; returns its tail."""
         kept = b""
         while count:
             data = self.session.take(min(count, MOVE_BYTES), self.step_soon)
@@ -3915,25 +3824,22 @@ class Relay:
     def count(self, data: bytes) -> None:
         """Take note of bytes that were moved."""
         self.progress(len(data))
-        # Much is coming: let it pile up, to move more at once.
-        if len(data) >= BULK_BYTES:
+        if len(data) >= BULK_BYTES:  # let more pile up, to move it at once
             time.sleep(BULK_PAUSE_S)
 
     def welcome(self) -> None:
-        """Answer its hello; our session has had its own.  After an error of its own, it may
-        connect once more, and say it a second time.  Nix 2.32 and newer speak to no builder
-        before 2.1, whose dialect we can translate."""
+        """Answer its hello, which may come again after an error of its own.  Nix 2.32 and
+        newer speak to no builder before 2.1, whose dialect we can translate."""
         self.read(8)  # its version
         self.reply(integer(SERVE_REPLY) + integer(max(self.session.spoken, 0x205)))
 
     # Sending
 
     def send(self, there: set[str], lacking: set[str]) -> None:
-        """Be the builder that it copies to, and let nothing wait for a round trip: which
-        paths are there we know, as far as these say, and the builder's answers to what
-        is copied are heard when all is sent.  If the session ends, it hears that its ssh
-        has ended, and fails."""
-        self.there, self.lacking = there, lacking
+        """Be the builder that it copies to, and let nothing wait for a round trip: we know
+        which paths are there, as far as these say, and hear of what is copied when all is
+        sent.  If the session ends, it hears that its ssh has ended, and fails."""
+        self.there, self.lacking = there, lacking  # of the inputs, as they change
         try:
             while self.copy.joined:
                 self.take_in(read_integer(self.read))
@@ -3954,11 +3860,11 @@ class Relay:
             self.welcome()
         elif command == QUERY_VALID_PATHS:
             flags, asked = self.read(16), set(read_strings(self.read))
-            if asked <= self.there | self.lacking:
-                self.reply(strings(sorted(asked & self.there)))
-            else:
+            valid: Iterable[str] = sorted(asked & self.there)
+            if not asked <= self.there | self.lacking:
                 read = self.ask(integer(command) + flags + strings(sorted(asked)))
-                self.reply(strings(read_strings(read)))
+                valid = read_strings(read)
+            self.reply(strings(valid))
         elif command == QUERY_PATH_INFOS:
             asked, infos = set(read_strings(self.read)), {}
             if not asked <= self.lacking and self.session.spoken >= 0x204:
@@ -4025,8 +3931,7 @@ class Relay:
             raise Nonsense("it does not say that it has what was copied")
 
     def ask(self, question: bytes) -> Read:
-        """Ask the builder, when it has answered all that came before; returns what reads
-        the answer."""
+        """Ask the builder when it owes no answer; returns what reads this one."""
         self.session.hear_all()
         self.session.write(question)
         return self.session.reader(time.monotonic() + self.patience_s)
@@ -4034,8 +3939,7 @@ class Relay:
     # Fetching
 
     def bring(self, infos: dict[str, PathInfo], last: bool) -> None:
-        """Give these paths to the program.  Their archives come from the builder, which
-        is asked no more after the last."""
+        """Give these paths to the program; the builder is asked no more after the last."""
         self.dumps_left = len(infos) if last else math.inf
         with suppress(CopyEnded):
             if self.copy.joined:
@@ -4086,8 +3990,7 @@ class Relay:
             raise Error(f"nix-copy-closure asks for something unknown ({command})")
 
     def ask_for_archive(self, path: str) -> None:
-        """Ask the builder for it, if it was not asked when it built it, and to end after it
-        if it is the last."""
+        """Ask for an archive, unless that was done with the build; after the last, no more."""
         if path != self.session.dumped:
             self.session.write(dump_question(path))
         self.dumps_left -= 1
@@ -4131,8 +4034,7 @@ class Relay:
 
 
 def is_hash(text: str, sha256: bytes) -> bool:
-    """Whether that is what is meant by Nix's text: base 16 or Nix's own base 32.  What
-    is no such text, as with old builders, says nothing."""
+    """Whether Nix's text means that hash, or none at all, as that of old builders."""
     kind, _, digest = text.partition(":")
     return kind != "sha256" or digest in (sha256.hex(), base32(sha256))
 
@@ -4140,14 +4042,13 @@ def is_hash(text: str, sha256: bytes) -> bool:
 class Copier:
     """The programs of the calling Nix that copy, and one builder."""
 
-    def __init__(self, site: Site, session: Session) -> None:
-        self.site, self.nix, self.talk = site, site.nix, site.talk
+    def __init__(self, site: Site, session: Session, locks: OutputLocks) -> None:
+        self.site, self.nix, self.talk, self.locks = site, site.nix, site.talk, locks
         self.programs, self.program = site.programs, site.copy_program
         self.store_program = f"{os.path.dirname(self.program)}/nix-store"
         self.session = session  # there may be another one later
         self.problem = ""  # what the running program says from its first error on
         self.early: Copy | None = None  # will fetch, when the outputs are built
-        self.are_held = True  # whether the Nix that started us has locks on the outputs
         ssh = session.seat.ssh
         self.environ = ssh.copy_environ()
         if self.nix.store.remote:
@@ -4189,8 +4090,7 @@ class Copier:
                 raise self.blame_for_sending(batch, problem)
 
     def blame_for_sending(self, paths: Iterable[str], problem: str) -> Error:
-        """The error to raise.  It is mostly the builder's fault, unless a path is gone
-        or spoilt here."""
+        """The error to raise: the builder's fault, unless a path is gone or spoilt here."""
         lost = self.lost_session()
         tail, sign = decode(self.session.tail), "hash mismatch importing"
         _, spoilt, words = tail.partition(sign)
@@ -4206,8 +4106,7 @@ class Copier:
         return heard(Error, problem) if here else self.with_words(lost, problem)
 
     def lost_session(self) -> SessionLost | None:
-        """What the session has ended with, if it has, and neither in peace nor because it was
-        asked for what nobody has."""
+        """What it has ended with; None if in peace, for what nobody has, or not at all."""
         if not status_within(self.session.process, 1):
             return None
         self.session.drain()
@@ -4232,23 +4131,17 @@ class Copier:
     # Fetching
 
     def fetch(
-        self,
-        outputs: list[str],
-        infos: dict[str, PathInfo],
-        inputs: list[str],
-        locks: OutputLocks,
+        self, outputs: list[str], infos: dict[str, PathInfo], inputs: list[str]
     ) -> None:
-        """Bring exactly these outputs into the local store, past the locks that Nix holds
-        on them.  infos: what the builder says of them.  Raises Spoilt if one of them may
-        not come in."""
+        """Bring exactly these outputs, of which the builder says that, into the store here,
+        past the locks that Nix holds on them; Spoilt if one of them may not come in."""
         self.check(outputs, inputs, infos)
         if self.site.copy_version >= (2, 29):
-            locks.retire(outputs)
+            self.locks.retire(outputs)
         ordered = in_order(infos)
         for batch in batches(ordered):
-            self.fetch_some(
-                {path: infos[path] for path in batch}, batch[-1] == ordered[-1]
-            )
+            some = {path: infos[path] for path in batch}
+            self.fetch_some(some, batch[-1] == ordered[-1])
 
     def fetch_some(self, infos: dict[str, PathInfo], last: bool) -> None:
         """Bring these, each behind those it refers to; last: there are no more."""
@@ -4261,9 +4154,9 @@ class Copier:
 
     def start_to_fetch(self, paths: list[str]) -> Copy:
         """Start the program that is to bring these."""
-        environ = dict(self.environ)
-        if self.site.copy_version < (2, 29) and self.are_held:
-            environ["NIX_HELD_LOCKS"] = " ".join(paths)
+        environ, held = self.environ, [p for p in paths if p in self.locks.outputs]
+        if self.site.copy_version < (2, 29) and held:
+            environ = {**environ, "NIX_HELD_LOCKS": " ".join(held)}
         command = [self.store_program, "--import", *self.nix.options()]
         if self.fetches_joined:
             command = [self.program, "--from", self.target, *self.nix.options(), *paths]
@@ -4331,14 +4224,13 @@ class Copier:
             command = [self.store_program, "--check-validity", "--print-invalid"]
             status, said, _ = self.programs.output([*command, *batch], self.environ)
             if status != 0:
-                what = "whether it has what an output refers to"
-                raise Error(f"the store here does not say {what}")
+                text = "the store here does not say whether it has what an output refers to"
+                raise Error(text)
             invalid.update(said.split())
         return invalid
 
     def blame_for_fetching(self, problem: str) -> Error:
-        """The error to raise.  After it could be built, that an output cannot be brought
-        in is mostly the fault of the store here."""
+        """The error to raise: as the outputs could be built, it mostly is our store's fault."""
         if lost := self.lost_session():
             return self.with_words(lost, "; ".join(dict.fromkeys((str(lost), problem))))
         return Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
@@ -4348,8 +4240,7 @@ class Copier:
     def run(
         self, copy: Copy, way: str, count: int, join: Callable[[Relay], None]
     ) -> str:
-        """Have it copy so many paths, "to" the builder or "from" it; returns what went
-        wrong, or ""."""
+        """Have it copy so many, "to" or "from" the builder; returns what is wrong, or ""."""
 
         def begin(path: str, size: int) -> None:
             machine, here = self.session.seat.ssh.machine.name, self.nix.store.remote
@@ -4387,8 +4278,7 @@ class Copier:
 def cache_files(
     path: str, derivation: Derivation, outputs: dict[str, str]
 ) -> dict[str, str]:
-    """The files of a binary cache with that derivation, and where its outputs are.  Nobody
-    reads what these hold."""
+    """The files of a binary cache that tells where the outputs of that derivation are."""
     import hashlib
 
     words = ("nix-archive-1", "(", "type", "regular", "contents", derivation.text, ")")
@@ -4433,19 +4323,18 @@ def batches(paths: list[str]) -> Iterator[list[str]]:
 class OutputLocks:
     """The locks on the outputs, which the Nix that started us holds while we run.
 
-    Importing an output takes the same lock.  Up to 2.28 the importing program skips
-    those that NIX_HELD_LOCKS names.  From 2.29 we retire them as their holder may:
-    unlink the lock's file and then write into it, so that whoever gets the old lock
-    sees that it is stale and opens a fresh one.  That is sound only while the holder
-    lives, only for the very file it held when we accepted, and only once: afterwards
-    the fresh lock may be another's.
+    To import an output takes the same lock, up to 2.28 unless NIX_HELD_LOCKS names it.  From
+    2.29 we retire it as its holder may: unlink its file and then write into it, so that
+    whoever gets it sees that it is stale and opens a fresh one.  That is sound only while
+    the holder lives, only for the very file it held when we accepted, and only once:
+    afterwards the fresh lock may be another's.
     """
 
     def __init__(self, store: Store, outputs: Iterable[str]) -> None:
         self.parent = os.getppid()
-        self.store = store
+        self.store, self.outputs = store, frozenset(outputs)
         self.seen: dict[str, os.stat_result] = {}  # the files of those that there were
-        for output in outputs:
+        for output in self.outputs:
             with suppress(FileNotFoundError):
                 self.seen[output] = os.lstat(f"{store.file(output)}.lock")
 
@@ -4473,9 +4362,9 @@ class OutputLocks:
 class UploadLock:
     """The right to send some paths to a machine, when nobody else sends any of them.
 
-    So all hooks do not send the same, and a small build waits for another's gigabytes
-    only if it needs those too.  The rights are a few locks, the first of which the
-    stock hook knows too; their files name what is sent, or else it may be anything.
+    So all hooks do not send the same, and a small build waits for another's gigabytes only
+    if it needs those too.  There are a few of these locks, the first of which the stock hook
+    knows too; their files name what is sent, or else it may be anything.
     """
 
     def __init__(self, slots: Slots, machine: Machine, paths: set[str]) -> None:
@@ -4501,7 +4390,7 @@ class UploadLock:
     def take_or_rival(self) -> Lock | None:
         """Take one of the locks; or, if that has to wait, return the one to wait for."""
         with self.slots.main_lock():
-            opened = [Lock(file) for file in self.files]
+            opened = [*map(Lock, self.files)]
             free = [lock for lock in opened if lock.hold()]
             busy = [lock for lock in opened if lock not in free]
             rivals = [lock for lock in busy if self.shares(lock)]
@@ -4533,11 +4422,9 @@ class UploadLock:
 def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Session:
     """A session to build that derivation in, which it is asked for; if the connection
     is proved, that is not answered yet, so that the next question can go along.
-
-    Raises Unreachable, if there is another way only after that has failed, too.
-    """
+    Raises Unreachable, if there is another way only after that has failed, too."""
     deadline = time.monotonic() + patience_s
-    seat.connect(min(LOGIN_TIMEOUT_S, patience_s))
+    seat.connection.connect(min(LOGIN_TIMEOUT_S, patience_s))
     try:
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
@@ -4577,14 +4464,9 @@ def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Sessi
 
 
 def make_sure_of_another_store(site: Site, session: Session) -> None:
-    """Raise SameStore if the builder's store is the one here, as it may be if all
-    machines of a network share one machines file: Nix's own lock on the output would
-    keep the build waiting for ever.
-
-    Mostly that is clear, since the builder does not have the derivation; else we ask for
-    something that is in the store here for just as long, so that nobody can have put it
-    there.
-    """
+    """Raise SameStore if the builder's store is the one here: Nix's own lock on the output
+    would keep the build waiting for ever.  We ask for something that is in the store here
+    for just as long, so that nobody can have put it there."""
 
     def run_here(*arguments: str) -> str:
         program = find_program("nix-store", nix_directories(site.nix.environ))
@@ -4605,34 +4487,25 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
 
 
 class Failure(NamedTuple):
-    """An attempt that failed: when (monotonic), where and why, and how far it came.
+    """An attempt that failed: when, where and why, and how far it came."""
 
-    greeted: the builder's nix-store had answered; begun: it was asked to build, too; built:
-    it has the outputs.
-    """
-
-    when: float
+    when: float  # monotonic
     machine: Machine
     error: Error
-    greeted: bool = False
-    begun: bool = False
-    built: bool = False
+    greeted: bool = False  # the builder's nix-store had answered,
+    begun: bool = False  # it was asked to build, too,
+    built: bool = False  # and it has the outputs
 
 
 class Turn(NamedTuple):
-    """Where a build goes on after a failure.
+    """Where a build goes on after a failure."""
 
-    machines: any of them will do; shunned, impatient: see Need; pause_s: to wait before;
-    outage: all hooks are to leave the failed machine alone; renew: its connection may be the
-    trouble, and should be a new one.
-    """
-
-    machines: list[Machine]
-    shunned: Machine | None
-    impatient: bool
-    pause_s: float
-    outage: bool
-    renew: bool
+    machines: list[Machine]  # any of them will do
+    shunned: Machine | None  # see Need
+    impatient: bool  # not to wait if they are away
+    pause_s: float  # to wait before
+    outage: bool  # all hooks are to leave the failed machine alone
+    renew: bool  # its connection may be the trouble, and should be a new one
 
 
 class Retries:
@@ -4703,8 +4576,7 @@ class Retries:
             raise error
 
     def start_over(self, error: Error) -> float:
-        """All have failed: how long to wait before any may be tried again; raises the
-        error if that is of no use."""
+        """How long to wait before all are tried again; raises the error if in vain."""
         if not self.may_pass:
             raise error
         self.may_pass = False
@@ -4714,15 +4586,13 @@ class Retries:
 
 
 class Wanted(NamedTuple):
-    """What Nix wants to be built: the derivation with its path, the paths that are to be
-    on the builder, the outputs that are to be here, and whether several machines might do.
-    """
+    """What Nix wants to be built."""
 
-    path: str
+    path: str  # the derivation's
     derivation: Derivation
-    inputs: list[str]
-    outputs: list[str]
-    has_rivals: bool = False
+    inputs: list[str]  # the paths that are to be on the builder
+    outputs: list[str]  # those that are to be here
+    has_rivals: bool = False  # whether several machines might do
 
 
 UNTRUSTED_USER = "does not trust its user"  # which check looks for in what a build says
@@ -4736,7 +4606,6 @@ class Attempt:
     ) -> None:
         self.site, self.wanted, self.locks, self.slot = site, wanted, locks, slot
         self.nix, self.talk, self.machine = site.nix, site.talk, slot.machine
-        self.seat: Seat | None = None  # once we have one
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.doing = f"build '{wanted.path}'"  # for messages
         self.trusted = True  # whether we may build a bare derivation, as far as we know
@@ -4750,11 +4619,11 @@ class Attempt:
         path = self.wanted.path
         self.begin("connecting", "connect for", "to")
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
-        self.seat = seat = self.site.seat(self.machine)
+        seat = self.site.seat(self.machine)
         seat.has_rivals = self.wanted.has_rivals
         self.session = session or open_session(self.site, seat, path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
-        self.copier = Copier(self.site, self.session)
+        self.copier = Copier(self.site, self.session, self.locks)
         try:
             there = self.ask_for_inputs()
             self.greeted = True
@@ -4814,12 +4683,8 @@ class Attempt:
         return set(answer.get())
 
     def send_inputs(self, there: set[str]) -> None:
-        """Make the builder have, and keep, all inputs, and ask it to build, if it was not
-        asked already.
-
-        Asking has locked what is there, and the builder substitutes meanwhile if it
-        should.
-        """
+        """Make the builder have, and keep, all inputs (to ask has locked what is there), and
+        ask it to build, if it was not asked already."""
         lacking = set(self.wanted.inputs) - there
         if lacking and self.built:
             self.site.slots.note(self.machine, "paths", "")  # it has lost some
@@ -4881,13 +4746,13 @@ class Attempt:
     def questions_behind(self) -> bytes:
         """What is asked with the build: what the outputs are, and if there is just one, and so
         just one order for them, its archive, after which nix-store shall end."""
-        questions, outputs = infos_question(self.wanted.outputs), self.wanted.outputs
+        session, outputs = self.session, self.wanted.outputs
+        questions = infos_question(outputs)
         # Builders before 2.0 begin to send an archive before they look for it.
-        behaves = self.session.spoken >= 0x204
-        if len(outputs) == 1 and behaves and not self.wanted.derivation.is_floating:
-            self.session.dumped = outputs[0]
-            self.session.activities.absent = (outputs[0], no_path(outputs[0]))
-            questions += dump_question(outputs[0]) + dump_question(no_path(outputs[0]))
+        if len(outputs) == 1 and session.spoken >= 0x204:
+            absent = session.activities.absent = (outputs[0], no_path(outputs[0]))
+            session.dumped = outputs[0]
+            questions += b"".join(map(dump_question, absent))
         return questions
 
     def build(self) -> dict[str, PathInfo]:
@@ -4902,8 +4767,7 @@ class Attempt:
         return self.find_outputs() if self.wanted.derivation.is_floating else infos
 
     def hear_how_it_went(self) -> tuple[int, str]:
-        """The status and message of the build, in whichever way the builder lets us; NotHere
-        if it never will."""
+        """Status and message of the build, in a way that the builder lets us, or NotHere."""
         try:
             return tuple((self.built or self.ask_by_closure()).get())
         except SessionLost as error:
@@ -4931,7 +4795,6 @@ class Attempt:
             raise NotHere(text, BuildBroken(self.failed(Error(text))))
         outputs = sorted({*self.paths.values()})
         self.wanted = self.wanted._replace(outputs=outputs)
-        self.copier.are_held = False
         return dict(self.session.ask_infos(outputs).get())
 
     def tell_what_is_kept(self) -> None:
@@ -4968,9 +4831,8 @@ class Attempt:
         return told.get(heard(Error, message, "far").meaning, MISC)
 
     def reconnect(self) -> None:
-        """Have a new session, whose inputs are kept alive again, since the old one has ended
-        with the build: maybe as the builder does not trust its user to build a bare
-        derivation."""
+        """Have a new session, which keeps the inputs alive, since the old one has ended: maybe
+        as the builder does not trust its user to build a bare derivation."""
         seat, self.built = self.session.seat, None
         if means(decode(self.session.tail), "LIMITED"):
             self.trusted = False
@@ -5011,7 +4873,7 @@ class Attempt:
         """Bring the outputs in; NotHere if the builder has spoilt them."""
         wanted = self.wanted
         try:
-            self.copier.fetch(wanted.outputs, infos, wanted.inputs, self.locks)
+            self.copier.fetch(wanted.outputs, infos, wanted.inputs)
         except Spoilt as error:
             raise NotHere(str(error), BuildBroken(self.failed(error))) from None
         if wanted.derivation.is_floating:
@@ -5042,8 +4904,8 @@ class Build:
             inputs = [p for p in inputs if not p.endswith(".drv") or p in sources]
         if not set(missing) <= set(by_name.values()):
             raise Error(f"'{self.path}' has no output {', '.join(outputs)}")
-        lists = inputs, missing
-        self.wanted = Wanted(self.path, self.derivation, *lists, len(self.fit) > 1)
+        rivals = len(self.fit) > 1
+        self.wanted = Wanted(self.path, self.derivation, inputs, missing, rivals)
         self.locks = OutputLocks(self.site.nix.store, missing)
 
     def perform(self, place: Slot | Line, session: Session | None) -> None:
@@ -5067,8 +4929,7 @@ class Build:
                 self.talk.end()
 
     def wait(self, line: Line) -> Slot:
-        """Wait for a slot, and say in the end where the build goes, which Nix does not
-        know."""
+        """Wait for a slot, and say where the build goes, which Nix does not know."""
         self.talk.begin(0, f"waiting for a builder for {short(self.path)}")
         if self.site.nix.old:
             self.talk.say(INFO, f"waiting for a builder for '{self.path}'")
@@ -5102,8 +4963,8 @@ class Build:
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
         if turn.outage:
             self.site.outages.note(machine, attempt.slot.outage, error)
-        if attempt.seat and (turn.outage or turn.renew):
-            attempt.seat.connection.retire()
+        if turn.outage or turn.renew:
+            self.site.retire(machine)
         if turn.pause_s:
             if despair := self.site.outages.despair(self.fit):
                 raise self.final(attempt, despair)
@@ -5129,7 +4990,7 @@ def origin() -> str:
     """The address of the machine that sends builds to the Nix that started us, if that
     serves another machine; "" if not, or if the system does not tell."""
     process = os.getppid()
-    try:
+    with suppress(OSError, ValueError, IndexError):
         words = process_words(process, "cmdline")
         if words[0].endswith("nix-daemon") and words[1].isdecimal():
             process = int(words[1])  # of its client, as nix-daemon shows it
@@ -5138,8 +4999,7 @@ def origin() -> str:
         variables = process_words(process, "environ") if serves else []
         found = [word for word in variables if word.startswith("SSH_CONNECTION=")]
         return found[0].partition("=")[2].split()[0]
-    except (OSError, ValueError, IndexError):
-        return ""
+    return ""
 
 
 def process_words(process: int, file: str) -> list[str]:
@@ -5172,8 +5032,7 @@ def addresses(host: str) -> set[str]:
 
 
 class Accepted(NamedTuple):
-    """A build that we have accepted, where it goes on, and a session with that machine if
-    one was opened already."""
+    """A build that we have accepted, where it goes on, and a session if one is open."""
 
     build: Build
     place: Slot | Line
@@ -5193,16 +5052,14 @@ class Hook:
         # that may not have begun (monotonic time).
         self.stayed = 0.0, 0
         self.patient_from = 0.0  # monotonic time; before, nobody waits for a slot
-        self.session: Session | None = None  # opened before we accept
 
     def prepare(self) -> list[Machine]:
         """Read the machines; complain of bad lines once for each Nix process."""
         machines, complaints = load_machines(self.nix)
         if self.origin:
-            from_there = {self.origin}  # or who knows
             others = [m for m in machines if m.destination]
-            found = {m: addresses(m.host) or from_there for m in others}
-            self.back = {m for m in others if self.origin in found[m]}
+            found = {m: addresses(m.host) for m in others}
+            self.back = {m for m in others if self.origin in found[m] or not found[m]}
         if machines:
             slots = Slots.find(self.nix, self.talk)
             slots.make()
@@ -5211,9 +5068,8 @@ class Hook:
                 what = "is no directory that nobody else can change"
                 complaints.append(f"{self.nix.slot_directory} {what}; {hint}")
             self.site = Site(self.nix, self.talk, slots)
-        if complaints and (
-            not self.site or self.site.slots.remember("\n".join(complaints))
-        ):
+        text = "\n".join(complaints)
+        if text and (not self.site or self.site.slots.remember(text)):
             for complaint in complaints[:COMPLAINTS]:
                 self.talk.say(WARN, complaint)
             if more := len(complaints[COMPLAINTS:]):
@@ -5231,8 +5087,7 @@ class Hook:
                 return
 
     def answer(self, request: Request) -> Accepted | None:
-        """Reply to one request, whatever happens: without a reply Nix 2.x would give up
-        everything it builds."""
+        """Reply to one request, whatever happens: else Nix 2.x would give up all builds."""
         try:
             if self.machines is None:
                 self.machines = self.prepare()
@@ -5240,21 +5095,17 @@ class Hook:
         except Stop:
             raise
         except Error as error:
-            at_home = isinstance(error, Unsendable) and might_build_itself(
-                self.nix, request
-            )
-            self.talk.say(TALKATIVE if at_home else ERROR, str(error))
+            at_home = might_build_itself(self.nix, request)
+            level = TALKATIVE if at_home and isinstance(error, Unsendable) else ERROR
+            self.talk.say(level, str(error))
         except Exception:  # noqa: BLE001  (a bug of ours must not cost the reply)
             self.talk.say_bug()
         self.talk.reply("decline")
         return None
 
     def consider(self, request: Request, machines: list[Machine]) -> Accepted | None:
-        """Find a slot or a place in line, and reply; returns the build if we accept it.
-
-        A machine with a live connection is accepted at once; else we open a session
-        first, so that one that is of no use is noticed before we accept.
-        """
+        """Find a slot or a place in line, and reply; returns the build if we accept it: at
+        once where a connection is live, else when a session shows that it is of use."""
         reply = self.without_looking(request, machines)
         fit = [] if reply else self.eligible(request, machines)
         if not fit or not self.site:
@@ -5276,9 +5127,9 @@ class Hook:
             if self.stays(slot, machines, request):
                 slot.free()
                 break
-            if self.reach(self.site, slot, build, until):
+            if accepted := self.reach(slot, build, until):
                 self.talk.reply("accept", slot.machine.name)
-                return Accepted(build, slot, self.session)
+                return accepted
             if time.monotonic() > until:
                 if not might_build_itself(self.nix, request):
                     line.join()
@@ -5291,10 +5142,8 @@ class Hook:
 
     def without_looking(self, request: Request, machines: list[Machine]) -> str:
         """The reply if nothing is ever sent away from here, or this is not; or ""."""
-        what = " ".join(
-            [f"'{request.derivation}' for", request.system, *request.features]
-        )
-        self.talk.say(DEBUG, f"may {what} be sent away?")
+        what = " ".join([request.system, *request.features])
+        self.talk.say(DEBUG, f"may '{request.derivation}' for {what} be sent away?")
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
             return "decline" if self.nix.old else "decline-permanently"
@@ -5306,17 +5155,16 @@ class Hook:
     def stays(self, slot: Slot, machines: list[Machine], request: Request) -> bool:
         """Whether a build should not leave for that slot: Nix would begin it now, and by load
         and speed this machine, if it is listed, is no worse."""
-        here = [machine for machine in machines if not machine.ways]
+        here = next((machine for machine in machines if not machine.ways), None)
         if not here or not request.willing or not might_build_itself(self.nix, request):
             return False
         load, (until, after) = builds_of_nix(), self.stayed
         if time.monotonic() < until:
             load = max(load, after)
-        text = f"'{here[0].name}' builds {load} here, at speed {here[0].speed:g}"
+        text = f"'{here.name}' builds {load} here, at speed {here.speed:g}"
         self.talk.say(DEBUG, text)
-        if load >= here[0].max_jobs or rank(here[0], load) > rank(
-            slot.machine, slot.load
-        ):
+        is_worse = rank(here, load) > rank(slot.machine, slot.load)
+        if load >= here.max_jobs or is_worse:
             return False
         self.stayed = time.monotonic() + BEGIN_S, load + 1
         return True
@@ -5358,10 +5206,9 @@ class Hook:
                 return None
             wait_readable([], WAIT_S)
 
-    def reach(self, site: Site, slot: Slot, build: Build, until: float) -> bool:
-        """Be sure of that slot's machine by then; if it is of no use, the slot is free
-        again."""
-        machine = slot.machine
+    def reach(self, slot: Slot, build: Build, until: float) -> Accepted | None:
+        """Be sure of that slot's machine by then; None if it is of no use, the slot free."""
+        machine, site, session = slot.machine, build.site, None
         try:
             seat = site.seat(machine)
             if not seat.connection.proof():
@@ -5369,30 +5216,29 @@ class Hook:
                 text = f"connecting for {short(build.path)} to {machine.name}"
                 self.talk.begin(0, text)
                 self.talk.say(DEBUG, text)
-                self.warm(site, build.fit)
+                self.warm(build)
                 left = max(1.0, until - time.monotonic())
-                self.session = open_session(site, seat, build.path, left)
-            return True
+                session = open_session(site, seat, build.path, left)
+            return Accepted(build, slot, session)
         except Error as error:
             slot.free()
             if not isinstance(error, (Unreachable, SessionLost)):
                 raise
             site.outages.note(machine, slot.outage, error)
-            if machine in site.seats:
-                site.seats[machine].connection.retire()
-            words = error.told(machine.destination)
-            text = f"cannot build on '{machine.name}': {words}"
+            site.retire(machine)
+            told = error.told(machine.destination)
+            text = f"cannot build on '{machine.name}': {told}"
             if site.slots.remember(text):
                 self.talk.say(ERROR, text)
-            return False
+            return None
         finally:
             self.talk.end()
 
-    def warm(self, site: Site, fit: list[Machine]) -> None:
+    def warm(self, build: Build) -> None:
         """Begin to connect to the likeliest machines all at once, so that a cold start
         costs one handshake and not one for each machine."""
-        away = site.outages.away(fit)
-        there = [machine for machine in fit if machine not in away]
+        site, away = build.site, build.site.outages.away(build.fit)
+        there = [machine for machine in build.fit if machine not in away]
         there.sort(key=lambda machine: rank(machine, 0))
         for machine in there[:WARM_AT_ONCE]:
             with suppress(Error):  # whoever needs it will hear
@@ -5425,12 +5271,9 @@ def heed_signals() -> None:
 
 
 def prepare_descriptors() -> None:
-    """Have descriptors as a hook needs them.
-
-    4 takes the log; 5, from 2.1 on, is its reading end, which must not stay open here: it
-    would hide from us that Nix has gone.  Newer Nix leaves a mount namespace on 3.  None
-    of them is for our children.
-    """
+    """Have descriptors as a hook needs them, and none for our children.  4 takes the log; 5,
+    from 2.1 on, is its reading end, which would hide from us that Nix has gone.  Newer Nix
+    leaves a mount namespace on 3."""
     try:
         os.fstat(LOG)
     except OSError:  # started by hand
@@ -5473,8 +5316,7 @@ def parse_settings(text: str) -> dict[str, str]:
 
 
 def kept_settings(nix: Nix) -> str:
-    """The same of the Nix that started us.  To ask takes 30 ms, so it is kept until another
-    Nix asks."""
+    """The same of the Nix that started us, kept until another asks, as it takes 30 ms."""
     slots, parent = Slots.find(nix), os.getppid()
     slots.make()
     path = f"{slots.own}/settings"

@@ -515,7 +515,8 @@ class Taker:
     ) -> tuple[hook.Copier, hook.Relay]:
         """For a program that copies and has said this; `heard` is what it is told."""
         session.version = 0x207
-        copier = hook.Copier(self.sites[number % 2], session)
+        locks = hook.OutputLocks(self.new.store, [])
+        copier = hook.Copier(self.sites[number % 2], session, locks)
         copy = FakeCopy(self.directory / "heard", asked, stderr)
         talk = copier.talk
         begin: Callable[[str, int], None] = lambda path, size: talk.begin_path(

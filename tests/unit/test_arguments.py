@@ -20,6 +20,7 @@ from nix_build_remote import (
     Machine,
     Nix,
     Programs,
+    Seat,
     Ssh,
     Store,
     Talk,
@@ -304,6 +305,19 @@ class TestNixSshopts:
         made = ssh(line, tmp_path / folder)
         options = made.copy_environ()["NIX_SSHOPTS"].split()
         assert set(options) >= set(made.options("none"))
+
+
+def test_without_a_connection_no_file_of_the_users_is_a_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ssh("b1", tmp_path)
+    (tmp_path / "none").write_text("mine", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir())
+    seat = Seat(made, Programs(Talk(Nix(False, {}, {}))), ssh_directory(str(tmp_path)))
+    seat.connection.retire()
+    seat.lose()
+    assert sorted(os.listdir()) == before
 
 
 def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
