@@ -91,7 +91,8 @@ def test_a_bug_is_noticed(
     words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fuzz, "TIME_S", 0.2)
+    if take is hang:
+        monkeypatch.setattr(fuzz, "TIME_S", 0.2)
     monkeypatch.setitem(fuzz.TARGETS, "version", (fuzz.TARGETS["version"][0], take))
     with fuzz.prepared() as taker, pytest.raises(fuzz.Wrong, match=words) as caught:
         fuzz.fuzz(taker, "version", range(9), seed=5)
