@@ -813,6 +813,7 @@ ERROR, WARN, INFO, TALKATIVE, DEBUG = range(5)
 # Nix's types of an activity, and of news of one:
 COPY_PATH, COPY_PATHS, WAITING = 100, 103, 111
 LOG_LINE, PHASE, PROGRESS = 101, 104, 105
+# The characters that `printable` takes out, as str.translate wants it:
 CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*b"\n\t"})
 
 
@@ -1773,8 +1774,8 @@ class Slots:
 
     def digests(self, machine: Machine) -> list[str]:
         """Those of the paths that it is known to have had, the latest last."""
-        file, limit = f"{self.own}/{machine.slots}.paths", 33 * DIGEST_LIMIT
-        return (read_private(file, limit) or "").split()
+        said = read_private(self.file(machine, "paths"), 33 * DIGEST_LIMIT)
+        return (said or "").split()
 
     def note_paths(self, machine: Machine, digests: frozenset[str]) -> None:
         """Note that the machine has these; two that do so at once lose nothing that
@@ -1782,15 +1783,19 @@ class Slots:
         kept = [digest for digest in self.digests(machine) if digest not in digests]
         self.note(machine, "paths", " ".join([*kept, *sorted(digests)][-DIGEST_LIMIT:]))
 
+    def file(self, machine: Machine, what: str) -> str:
+        """Where that of a machine is kept: `paths`, see digests; `lacks`, a kind of build that
+        it cannot do, though its line says so; `down` and `probe`, see Outages."""
+        return f"{self.own}/{machine.slots}.{what}"
+
     def note(self, machine: Machine, what: str, text: str) -> None:
-        """Keep that of a machine, in a file that may be lost: `paths`, see digests; `lacks`,
-        a kind of build that it cannot do, though its line says so; `down`, its outage."""
+        """Keep that of a machine; it may be lost."""
         with suppress(OSError):  # a full disk
-            write_private(f"{self.own}/{machine.slots}.{what}", text, lasting=False)
+            write_private(self.file(machine, what), text, lasting=False)
 
     def lacks(self, machine: Machine, kind: str) -> bool:
         """Whether it was noted within the last hour that it cannot do builds of that kind."""
-        path = f"{self.own}/{machine.slots}.lacks"
+        path = self.file(machine, "lacks")
         with suppress(OSError):
             is_new = time.time() < os.stat(path).st_mtime + LACK_S
             return is_new and read_private(path) == kind
@@ -1801,7 +1806,7 @@ class Slots:
         are as many of these as slots."""
         with suppress(Error):  # no room for its file
             for number in range(machine.max_jobs):
-                if lock := Lock.take(f"{self.own}/{machine.slots}.fetch-{number}"):
+                if lock := Lock.take(self.file(machine, f"fetch-{number}")):
                     return Slot(machine, lock)
         return None
 
@@ -1888,13 +1893,9 @@ class Outages:
         self.probe = probe  # begins to find out into that file; returns a process
         self.forgiven: set[Machine] = set()  # which we try all the same
 
-    def file(self, machine: Machine) -> str:
-        """Where its outage is noted."""
-        return f"{self.slots.own}/{machine.slots}.down"
-
     def of(self, machine: Machine) -> Outage | None:
         """Its outage; what is old says nothing."""
-        outage = Outage.parse(read_private(self.file(machine)) or "")
+        outage = Outage.parse(read_private(self.slots.file(machine, "down")) or "")
         return None if outage and outage.is_old else outage
 
     def noted(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
@@ -1942,7 +1943,7 @@ class Outages:
     def end(self, machine: Machine) -> None:
         """Write down that it is of use."""
         with suppress(OSError):
-            remove(self.file(machine))
+            remove(self.slots.file(machine, "down"))
 
     def find_out(self, machines: Iterable[Machine]) -> None:
         """See to it that somebody finds out whether those whose time is over are of use
@@ -1950,7 +1951,7 @@ class Outages:
         for machine, outage in self.noted(machines).items():
             if time.time() < outage.until:
                 continue
-            path = f"{self.slots.own}/{machine.slots}.probe"
+            path = self.slots.file(machine, "probe")
             with suppress(Error, OSError), Lock(path) as lock:  # no room, no processes
                 self.find_out_of(machine, outage, lock)
 

@@ -582,7 +582,9 @@ class Taker:
         """`NOW` stands for the time."""
         outages = self.sites[1].outages
         now = b"%d" % time.time()
-        Path(outages.file(self.machine)).write_bytes(case.replace(b"NOW", now))
+        Path(outages.slots.file(self.machine, "down")).write_bytes(
+            case.replace(b"NOW", now)
+        )
         found = outages.of(self.machine)
         despair = outages.despair([self.machine])
         assert despair or not found or not found.is_hopeless
