@@ -553,6 +553,8 @@ class Host:
         if "nixbld:" not in self.read("/etc/group"):
             self._add_build_users()
         self._append("/etc/nix/nix.conf", "build-users-group = nixbld\n")
+        # open to all, also where Debian's nix-setup-systemd is, which has a group for it
+        self.run("install", "-d", "-m755", "/nix/var/nix/daemon-socket")
         bare = {"PATH": self.engine.path, **(env or {})}
         argv = ["env", "-i", *(f"{name}={value}" for name, value in bare.items())]
         with self.path("/var/log/nix-daemon.log").open("ab") as log:

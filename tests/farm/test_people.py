@@ -313,7 +313,7 @@ def test_a_machine_that_is_put_right_is_used_again_at_once(nix: Scene) -> None:
 
 def test_hooks_of_another_environment_log_in_anew_after_a_check(nix: Scene) -> None:
     """nix-daemon has no HOME, or another one than who types."""
-    nix.build('mk "before" "echo > $out" {}', "-j0", env={"HOME": "/tmp"})
+    nix.build('mk "homeless" "echo > $out" {}', "-j0", env={"HOME": "/tmp"})
     folder = nix.client.path("/nix/var/nix/current-load/ssh")
     [socket] = [path for path in folder.iterdir() if path.is_socket()]
     assert well(nix)
@@ -452,7 +452,7 @@ def test_a_user_who_is_not_trusted(
         assert remedy == "as root there: systemctl start nix-daemon.socket"
         [machine] = check(nix)[1]["machines"]
         states = {found["what"]: found["state"] for found in machine["findings"]}
-        assert states == {"ssh": "ok", "login": "ok", "nix": "wrong"}
+        assert states == {"ssh": "ok", "login": "ok", "nix": "wrong", "disk": "ok"}
 
 
 # -- status ---------------------------------------------------------------------------
