@@ -901,8 +901,7 @@ class Talk:
         self.begin(2, text, *fields)
 
     def progress(self, more: int) -> None:
-        """Tell that so many bytes more of a path were copied, at most ten times a second,
-        and when it is whole."""
+        """Tell that so many bytes more were copied, at most every 0.1 s and at the end."""
         self.moved = min(self.moved + more, self.size)
         is_whole = self.moved == self.size
         if self.running[2:] and (is_whole or time.monotonic() > self.told + 0.1):
@@ -1455,8 +1454,7 @@ def ssh_directory(slot_directory: str) -> str:
     or one in /tmp if its name could not be handed on to ssh."""
     wanted = f"{slot_directory}/ssh"
     plain = only(wanted, PLAIN) and "%" not in wanted  # ssh would expand that
-    name = "/0123456789abcdef-15"
-    if not plain or len(wanted + name) > SOCKET_LIMIT_BYTES:
+    if not plain or len(f"{wanted}/0123456789abcdef-15") > SOCKET_LIMIT_BYTES:
         return spare_directory()
     make_directory(wanted)
     return wanted
@@ -1628,8 +1626,7 @@ class Lock:
         return ""
 
     def write(self, text: str) -> None:
-        """All that the file says from now on, unless the disk is full: that must not cost
-        a build."""
+        """Have the file say that alone; that a disk is full must not cost a build."""
         with suppress(OSError):
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, encode(text), 0)
@@ -1778,8 +1775,7 @@ class Slots:
         return (said or "").split()
 
     def note_paths(self, machine: Machine, digests: frozenset[str]) -> None:
-        """Note that the machine has these; two that do so at once lose nothing that
-        matters."""
+        """Note that the machine has these; two at once lose nothing that matters."""
         kept = [digest for digest in self.digests(machine) if digest not in digests]
         self.note(machine, "paths", " ".join([*kept, *sorted(digests)][-DIGEST_LIMIT:]))
 
