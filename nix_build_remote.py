@@ -365,8 +365,8 @@ class BuildTimedOut(Error):
     status = 101
 
 
-class Stop(Exception):
-    """Nobody waits for the build any more, so we clean up and end."""
+class Stop(BaseException):
+    """Nobody waits for the build any more, so we clean up and end, as KeyboardInterrupt."""
 
     status = 1
 
@@ -5229,8 +5229,6 @@ class Hook:
             if self.machines is None:
                 self.machines = self.prepare()
             return self.consider(request, self.machines)
-        except Stop:
-            raise
         except Error as error:
             at_home = might_build_itself(self.nix, request)
             level = TALKATIVE if at_home and isinstance(error, Unsendable) else ERROR
@@ -5494,8 +5492,6 @@ def serve(arguments: list[str]) -> int:
         Hook(nix, talk).serve()
     except EOFError:
         return 1
-    except Stop:
-        raise
     except Error as error:
         talk.say_failure(error)
         status = error.status
