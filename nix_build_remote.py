@@ -357,7 +357,7 @@ class BuildTimedOut(Error):
     status = 101
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Nobody waits for the build any more, so we clean up and end with that status."""
 
     def __init__(self, status: int = 1) -> None:
@@ -5089,8 +5089,6 @@ class Hook:
             if self.machines is None:
                 self.machines = self.prepare()
             return self.consider(request, self.machines)
-        except Stop:
-            raise
         except Error as error:
             at_home = might_build_itself(self.nix, request)
             level = TALKATIVE if at_home and isinstance(error, Unsendable) else ERROR
@@ -5354,8 +5352,6 @@ def serve(arguments: list[str]) -> int:
         Hook(nix, talk).serve()
     except EOFError:
         return 1
-    except Stop:
-        raise
     except Error as error:
         talk.say_failure(error)
         status = error.status
