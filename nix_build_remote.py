@@ -5557,7 +5557,8 @@ class Inspection:
         try:
             self.site = Site(self.nix, Talk(self.nix), Slots.find(self.nix))
             self.seat = self.site.new_seat(self.machine)
-            self.seat.chosen = 0  # what was found out before may have changed
+            # What was found out before may have changed.
+            self.seat.chosen, self.seat.is_plain = 0, True
             steps = (self.log_in, self.find_nix, self.measure, self.build)
             all(step() for step in steps)  # until one says no
         except (Error, OSError, ValueError) as error:

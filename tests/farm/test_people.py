@@ -370,6 +370,24 @@ def commands(nix: Scene) -> str:
     return "\n".join(process.cmdline for process in nix.client.processes())
 
 
+def test_a_login_that_no_longer_takes_options_is_well(nix: Scene) -> None:
+    """So hooks find it, which ask such a nix-store again without --log-format."""
+    nix.build('mk "asks" "echo > $out" {}')  # notes that it takes them
+    serve, keys = "nix-store --serve --write", "/root/.ssh/authorized_keys"
+    gate = (
+        f'#!/bin/sh\n[ "$SSH_ORIGINAL_COMMAND" = "{serve}" ] && exec {serve}\nexit 1\n'
+    )
+    nix.builder.write("/root/gate", gate, 0o755)
+    before = nix.builder.read(keys)
+    lines = [f'command="/root/gate" {line}' for line in before.splitlines() if line]
+    nix.builder.write(keys, "\n".join(lines) + "\n")
+    try:
+        status, said = check(nix)
+    finally:
+        nix.builder.write(keys, before)
+    assert (status, said["machines"][0]["well"]) == (0, True), said
+
+
 def test_many_lines_of_one_machine_do_it_no_harm(nix: Scene) -> None:
     """sshd of OpenSSH 9.8 shuts out for a while who connects and does not log in."""
     key = base64.b64encode(nix.builder.host_key.encode()).decode()
