@@ -131,8 +131,12 @@ def test_where_sshd_allows_two_sessions_builds_go_on(nix: Scene) -> None:
     sshd(nix)
 
 
-@pytest.mark.parametrize("kind", JUNK)
-@pytest.mark.parametrize("name", ["spare", "in", "out", "err"])
+# Another named pipe that the next build would read says nothing for the 30 s that it may.
+FILES = [(name, kind) for name in ("spare", "in", "out", "err") for kind in JUNK]
+FILES.remove(("out", "fifo"))
+
+
+@pytest.mark.parametrize("name, kind", FILES)
 def test_any_junk_in_place_of_its_files_is_no_obstacle(
     nix: Scene, name: str, kind: str
 ) -> None:
