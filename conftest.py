@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--part",
         default="1/1",
-        help="1/2 or 2/2: run about half of the tests, whole modules, as tests/run does",
+        help="such as 1/3: run about a third of the tests, whole modules, as tests/run does",
     )
 
 
