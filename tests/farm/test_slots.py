@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from lab import Host, is_taken, poll
-from scene import INSTALLED, PRELUDE, SLOTS, Run, Scene, registered, scene
+from scene import INSTALLED, PRELUDE, SLOTS, Run, Scene, registered, scene, version
 
 POLL = ("--option", "build-poll-interval", "1")
 SOON_S = 20
@@ -169,6 +169,8 @@ def test_two_lines_for_one_host_share_its_slots(nix: Scene) -> None:
     ],
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Scene, uri: str) -> None:
+    if version(nix.client.engine.name) < (2, 4):  # whose own hook cannot reach that
+        uri = uri.replace("[ADDRESS]", "ADDRESS")
     uri = uri.replace("ADDRESS", nix.builder.address6)
     nix.machines(f"{uri} - - 2\n")
     nix.client.write("/tmp/stock.nix", PRELUDE + with_input(f"stock {uri}"))

@@ -99,7 +99,7 @@ def builds(nix: Scene) -> list[str]:
 def test_a_build_that_fails_in_it_fails_once_with_its_whole_log(nix: Scene) -> None:
     script = "for n in 1 2 3 4 5; do echo line $n >&2; done; exit 1"
     outcome = nix.build(one(script), check=False)
-    assert outcome.status == 100
+    assert outcome.status  # from 2.29 on, Nix makes 1 of our 100
     assert all(f"line {n}\n" in outcome.log for n in range(1, 6))
     assert "trying again" not in outcome.log and "is not" not in outcome.log
 
