@@ -4745,8 +4745,9 @@ class Attempt:
         just one order for them, its archive, after which nix-store shall end."""
         session, outputs = self.session, self.wanted.outputs
         questions = infos_question(outputs)
-        # Builders before 2.0 begin to send an archive before they look for it.
-        if len(outputs) == 1 and session.spoken >= 0x204:
+        # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it.
+        looks_first = session.spoken >= 0x204 and not session.seat.way.here
+        if len(outputs) == 1 and looks_first:
             absent = session.activities.absent = (outputs[0], no_path(outputs[0]))
             session.dumped = outputs[0]
             questions += b"".join(map(dump_question, absent))
