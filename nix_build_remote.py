@@ -3120,8 +3120,11 @@ class Activities:
         quick = text.startswith(self.HEAD) and rest.endswith(self.TAIL)
         if quick and b"\\" not in text:
             return text[len(self.HEAD) :] + b"\n"
+        is_log = line.startswith(b'@nix {"action":"result"')
+        if self.is_dull(line) or (self.is_excuse(line) and not is_log):
+            return b""
         if not line.startswith(b"@nix {"):
-            return b"" if self.is_excuse(line) else line + b"\n"
+            return line + b"\n"
         import json
 
         try:
@@ -3135,8 +3138,7 @@ class Activities:
         option, or for the Nix here to read a phase from."""
         action, kind = event["action"], event.get("type")
         if action == "msg":
-            words = printable(event["msg"])  # which has colours only here
-            return None if self.is_excuse(words.encode()) else words
+            return printable(event["msg"])  # which has colours only here
         if action == "result" and kind == LOG_LINE:
             return str(event["fields"][0])
         if action == "result" and kind == PHASE:
@@ -3150,6 +3152,15 @@ class Activities:
         elif action == "stop" and event["id"] == self.lock.activity:
             self.lock = Awaited()
         return None
+
+    def is_dull(self, line: bytes) -> bool:
+        """Whether that is an event of no use to us.  Mostly all are; json takes 3 ms to import."""
+        action, kind = line[:22], line.rpartition(b'"type":')[2]
+        if action == b'@nix {"action":"stop",':
+            return not self.lock.words
+        if action == b'@nix {"action":"start"':
+            return kind in (b"0}", b"102}", b"103}", b"104}", b"105}")
+        return action == b'@nix {"action":"result' and kind in (b"105}", b"106}")
 
     def is_excuse(self, words: bytes) -> bool:
         """Whether that says that what may be missing is not valid, so that nix-store ends."""

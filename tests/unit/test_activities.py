@@ -112,3 +112,20 @@ def test_a_line_without_an_end_takes_only_so_much_memory() -> None:
     activities = Activities()
     said = activities.plain(b"x" * activities.LIMIT_BYTES)
     assert said and not activities.begun
+
+
+@pytest.mark.parametrize("action, kind", [("start", 104), ("result", 105)])
+def test_an_event_that_tells_nothing_is_not_read(action: str, kind: int) -> None:
+    """Though it looks like one that is: to read JSON takes time."""
+    activities = Activities()
+    assert activities.is_dull(event(action=action, id=1, type=kind)[:-1])
+    assert not activities.is_dull(event(action="result", fields=["x"], id=1, type=104))
+
+
+def test_the_end_of_a_lock_is_heard_of() -> None:
+    activities = Activities()
+    text = "waiting for lock on '/nix/store/x'"
+    activities.plain(event(action="start", id=7, level=1, text=text, type=111))
+    assert activities.lock.words
+    activities.plain(event(action="stop", id=7))
+    assert not activities.lock.words
