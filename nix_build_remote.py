@@ -368,11 +368,13 @@ class NixGone(Stop):
     """Nobody reads our messages: the Nix that started us has ended."""
 
 
+DAEMON = "if that login allows only nix-daemon, write ssh-ng://HOST in its line"
+
 # All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
 # it lasts; who says it: ssh, or far, a program on the builder (FAR: if that is sure); a name,
 # if the code asks for it; the words, one of which is enough; behind ` = ` a remedy.  The first
 # row that fits counts: an ssh that is refused may add that the connection was closed.
-SIGNS = """\
+SIGNS = f"""\
 lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
 lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
 lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
@@ -384,7 +386,7 @@ lasts   ssh -        no matching = ssh here and sshd there have no cipher or key
 lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
 lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase? nix_build_remote.py check tells more
 lasts   far -        command not found | nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
-lasts   far DAEMON   protocol mismatch | EOF from daemon socket = if that login allows only nix-daemon, write ssh-ng://HOST in its line
+lasts   far DAEMON   protocol mismatch | EOF from daemon socket = {DAEMON}
 lasts   any READONLY paths is not allowed = the command of that key there must be: nix-store --serve --write
 lasts   far -        is not in the Nix store = its store is in another directory than the one here: no build of yours can run there
 lasts   any LIMITED  you are not privileged
@@ -419,7 +421,6 @@ LASTING = {"lasts": True, "passes": False, "unknown": None}
 # Whose words a row may be in; "" if that is not known.
 SPEAKERS = {"ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
 SPEAKERS["any"] = ("ssh", "far", "")
-DAEMON = "if that login allows only nix-daemon, write ssh-ng://HOST in its line"
 # What to do if a program there ends, or ssh does, and nothing above tells why.
 USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
 HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
@@ -3007,11 +3008,11 @@ class Seat:
                 with lock:
                     Spare.begin(self, lock.path, proof)
 
-    def session(self) -> subprocess.Popen[bytes] | Spare:
-        """nix-store on the machine: the spare one of our seat, or a new one."""
+    def session(self, tells: bool) -> subprocess.Popen[bytes] | Spare:
+        """nix-store on the machine: the spare one of our seat, or a new one, see serve."""
         file = f"{self.connection.socket}.{self.number}"
         spare = Spare.take(self.connection, file) if self.lock else None
-        return spare or self.serve(tells=self.tells())
+        return spare or self.serve(tells=tells)
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the machine, with pipes, but for what the options say."""
@@ -3188,7 +3189,6 @@ class Session:
         self.tail = b""  # of stderr
         self.activities = Activities()  # in stderr, if
         self.tells = seat.tells()  # it is to tell of them
-        self.dumped = ""  # the path whose archive comes behind the running build
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
         self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
@@ -3197,7 +3197,7 @@ class Session:
         self.margin_s = 0.0  # which the builder has to end it, beyond that
         self.is_silent = True  # whether the running build has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
-        self.process = seat.session()
+        self.process = seat.session(self.tells)
         pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         numbers = [pipe.fileno() for pipe in pipes if pipe]
         self.stdin: int | None = numbers[0]  # None: it will be asked no more
@@ -3251,6 +3251,11 @@ class Session:
     def spoken(self) -> int:
         """The version of the protocol, as it is or as it must be; 0 if not known."""
         return self.version or (self.proof.version if self.proof else 0)
+
+    @property
+    def dumped(self) -> str:
+        """The path whose archive was asked for with the build, if any."""
+        return next(iter(self.activities.absent), "")
 
     def pipes(self) -> list[int]:
         """Where it may say something."""
@@ -4065,14 +4070,13 @@ class Copier:
         self.is_joined = folder is not None
         # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
-        tells = session.spoken >= 0x204 and site.copy_version >= (2,)
-        self.fetches_joined = self.is_joined and tells
         self.told_by_relay = self.is_joined and site.copy_version >= (2,)
+        self.fetches_joined = self.told_by_relay and session.spoken >= 0x204
         self.target = ssh.machine.destination
         if self.is_joined:
             # Any name would do, but some versions do not call ssh for localhost, and they
             # want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
-            self.target = "builder" if site.copy_version >= (2,) else self.target
+            self.target = "builder" if self.told_by_relay else self.target
             self.environ["PATH"] = f"{folder}:{self.environ['PATH']}"
 
     # Sending
@@ -4759,9 +4763,8 @@ class Attempt:
         # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it.
         looks_first = session.spoken >= 0x204 and not session.seat.way.here
         if len(outputs) == 1 and looks_first:
-            absent = session.activities.absent = (outputs[0], no_path(outputs[0]))
-            session.dumped = outputs[0]
-            questions += b"".join(map(dump_question, absent))
+            session.activities.absent = (outputs[0], no_path(outputs[0]))
+            questions += b"".join(map(dump_question, session.activities.absent))
         return questions
 
     def build(self) -> dict[str, PathInfo]:

@@ -11,6 +11,7 @@ from lab import Host, connect, poll
 from scene import (
     INSTALLED,
     SLOTS,
+    Run,
     Scene,
     distrustful,
     forget,
@@ -122,16 +123,21 @@ def test_a_build_in_a_store_here_obeys_a_timeout(nix: Scene) -> None:
     assert outcome.status != 0 and "timed out" in outcome.log
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGKILL"])
-def test_a_build_in_a_store_here_ends_with_its_hook(nix: Scene, how: str) -> None:
-    nix.machines(f"/srv/here-{next(numbers)} - - 1\n")
-    run = nix.start('mk "long" "echo begun; sleep 98765" {}')
-    run.says("begun")
+def end(nix: Scene, run: Run, how: str) -> None:
+    """End its hook, or Nix by Ctrl-C, and see that all else ends, too."""
     if how == "Ctrl-C":
         run.interrupt()
     else:
         nix.client.signal(getattr(signal, how), *nix.hooks())
     nix.settle()
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGKILL"])
+def test_a_build_in_a_store_here_ends_with_its_hook(nix: Scene, how: str) -> None:
+    nix.machines(f"/srv/here-{next(numbers)} - - 1\n")
+    run = nix.start('mk "long" "echo begun; sleep 98765" {}')
+    run.says("begun")
+    end(nix, run, how)
 
 
 def test_people_see_a_store_here(nix: Scene) -> None:
@@ -288,11 +294,7 @@ def test_a_build_by_a_daemon_ends_with_its_hook(limited: Scene, how: str) -> Non
     script = f"touch /tmp/runs-{next(numbers)}; sleep 98765"
     run = nix.start(f'mk "long-{next(numbers)}" "{script}" {{}}')
     poll(lambda: "sleep 98765" in str(nix.builder.processes()), "the build", timeout=30)
-    if how == "Ctrl-C":
-        run.interrupt()
-    else:
-        nix.client.signal(getattr(signal, how), *nix.hooks())
-    nix.settle()
+    end(nix, run, how)
 
 
 def test_check_says_that_it_is_nix_daemon(limited: Scene) -> None:
