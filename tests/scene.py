@@ -126,6 +126,10 @@ class Scene(NamedTuple):
     hook: tuple[str, ...] = ("--option", "build-hook", INSTALLED)
 
     @property
+    def everybody(self) -> tuple[Host, ...]:
+        return (self.client, *self.builders)
+
+    @property
     def builder(self) -> Host:
         return self.builders[0]
 
@@ -210,9 +214,10 @@ class Scene(NamedTuple):
         """
 
         def is_settled() -> bool:
-            for process in self.client.processes():
-                if process.cmdline.endswith(KEEPER):
-                    self.client.signal(signal.SIGTERM, process.pid)
+            for host in self.everybody:
+                for process in host.processes():
+                    if process.cmdline.endswith(KEEPER):
+                        host.signal(signal.SIGTERM, process.pid)
             return not self.busy()
 
         poll(is_settled, f"the end of {self.busy()}")
@@ -227,7 +232,7 @@ class Scene(NamedTuple):
     def busy(self) -> list[str]:
         return [
             f"{host.name}: {process.cmdline}"
-            for host in (self.client, *self.builders)
+            for host in self.everybody
             for process in host.processes()
             if not any(word in process.cmdline for word in MAY_STAY)
         ]

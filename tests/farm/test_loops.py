@@ -40,10 +40,9 @@ def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
     """A client and two builders, each of which may log in on all, and has the hook."""
     builder = other(pytestconfig, client_engine)
     with scene(client_engine, builder, builder) as running:
-        everybody = (running.client, *running.builders)
-        for host in everybody:
+        for host in running.everybody:
             host.copy(HOOK, INSTALLED)
-            for peer in everybody:
+            for peer in running.everybody:
                 connect(host, peer)
         yield running
 
