@@ -127,9 +127,11 @@ WAIT_S = 0.02  # between two looks for a free slot
 PATIENCE_S = 1.0  # a request waits so long for a slot, before Nix shall ask again,
 IMPATIENCE_S = 4.0  # after which for so long none waits
 BEGIN_S = 1.0  # for Nix to begin a build itself
+LINE_S = 600  # after which a place's file goes where nobody has stood meanwhile
 LINE_LIMIT = 64  # hooks that wait for one set of machines
 PASSES = 3  # of who stands first in a line, by lines of fewer machines,
 OVERDUE = "overdue"  # who then says that
+FIRSTS = "firsts-"  # the files of those who stand first among the hooks of their Nix
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
@@ -1643,11 +1645,22 @@ class Lock:
         self.release()
 
 
+def is_free(path: str) -> bool:
+    """Whether nobody holds that lock."""
+    return Lock.said_by_holder(path) is None
+
+
+def calling_process() -> str:
+    """What tells the Nix that started us from all others; in each container it may be 1."""
+    nix = os.getppid()
+    return f"{nix}.{start_time(nix)}"
+
+
 def holder(phase: str, derivation: str, since: float) -> str:
-    """What a lock's file says of who holds it, for `status`: process id, its start time,
-    seconds since 1970, phase, derivation."""
-    process = os.getpid()
-    return f"{process} {start_time(process)} {since:.0f} {phase} {derivation}\n"
+    """What a lock's file says of who holds it: process id, its start time, the Nix that it
+    works for, seconds since 1970, phase, derivation."""
+    who = f"{os.getpid()} {start_time(os.getpid())} {calling_process()}"
+    return f"{who} {since:.0f} {phase} {derivation}\n"
 
 
 class Slot:
@@ -1790,6 +1803,17 @@ class Slots:
         with suppress(OSError):  # a full disk
             write_private(self.file(machine, what), text, lasting=False)
 
+    def shares(self, machines: list[Machine]) -> list[str]:
+        """For each slot of these machines that a hook holds, the Nix that it works for."""
+        shares = []
+        for machine in machines:
+            for number in range(machine.max_jobs):
+                said = read_private(f"{self.path}/{machine.slots}-{number}") or ""
+                words = said.split()
+                if len(words) > 2 and is_alive(*words[:2]):
+                    shares.append(words[2])
+        return shares
+
     def lacks(self, machine: Machine, kind: str) -> bool:
         """Whether it was noted within the last hour that it cannot do builds of that kind."""
         path = self.file(machine, "lacks")
@@ -1810,8 +1834,7 @@ class Slots:
     def remember(self, text: str) -> bool:
         """Note in the main lock's file, for hooks to come, that the Nix that started us has
         been told this; False if it was already."""
-        nix = os.getppid()  # which in each container may be 1
-        entry = f"{nix}.{start_time(nix)}-{checksum(text)}"
+        entry = f"{calling_process()}-{checksum(text)}"
         with self.main_lock() as lock:
             said = lock.read(100 * SAID_LIMIT).split()
             if entry in said:
@@ -2012,22 +2035,69 @@ class Need(NamedTuple):
     impatient: bool = False
 
 
-def turn(who: str, names: list[str]) -> tuple[bool, int, list[str]]:
-    """Sorts those who stand first in lines, given what their files say of them: first who
-    was passed too often, by time; then who has fewer machines to wait for."""
-    words = who.split()[2:]
-    return (False, 0, words) if OVERDUE in words else (True, len(names), [])
+def turn(who: str, names: list[str], shares: list[str]) -> tuple[int, int, list[str]]:
+    """Sorts those who stand first in lines, given what their files say of them, and the Nix
+    of each slot that is taken: first who was passed too often, by time; then who has fewer
+    machines to wait for; then whose Nix has fewer slots."""
+    _, _, nix, *words = who.split()
+    return (0, 0, words) if OVERDUE in words else (len(names), shares.count(nix), [])
+
+
+class Queue:
+    """Places where hooks stand one behind the other: locks, whose files say who does.
+
+    Whoever has a place waits for the lock of the one before, so that waiting costs nothing
+    and nobody is passed.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        self.path, self.size = path, size
+        self.place = 0  # ours, if we have its lock
+        self.lock: Lock | None = None
+
+    def file(self, number: int) -> str:
+        """The lock's file of that place, the first being 0."""
+        return f"{self.path}.{number}"
+
+    def is_taken(self, number: int) -> bool:
+        """Whether somebody stands there."""
+        return os.path.lexists(self.file(number)) and not is_free(self.file(number))
+
+    def join(self, text: str) -> bool:
+        """Take the place behind the last that is taken, with the main lock held; False if
+        all are taken."""
+        last = next(filter(self.is_taken, reversed(range(self.size))), -1)
+        if last + 1 < self.size and (lock := Lock.take(self.file(last + 1))):
+            self.stand(last + 1, lock, text)
+        return self.lock is not None
+
+    def stand(self, number: int, lock: Lock, text: str) -> None:
+        """Have that place, and no other any more."""
+        self.leave()
+        self.place, self.lock = number, lock
+        lock.write(text)
+
+    def move_up(self, text: str) -> None:
+        """Wait until we stand first, if we stand there at all."""
+        while self.lock and self.place > 0:
+            lock = Lock(self.file(self.place - 1))
+            lock.wait()
+            self.stand(self.place - 1, lock, text)
+
+    def leave(self) -> None:
+        """Have no place any more."""
+        if self.lock:
+            self.lock.release()
+            self.lock = None
 
 
 class Line:
-    """Where hooks wait for a slot on one of some machines: places, which are locks.
+    """Where hooks wait for a slot on one of some machines.
 
-    Whoever has a place waits for the lock of the one before, and only the holder of
-    the first looks for a free slot, so that waiting costs nothing and nobody is passed
-    (but who finds no place, as the line is full, looks for a slot, too).
-    A place's file says who stands there, and names the machines: lines of more machines
-    leave those alone that somebody waits for in first place.  But who stands first and was
-    passed by PASSES of these comes before them all.
+    Those of one Nix stand in a queue of their own.  Whoever is first there stands in another,
+    `firsts`, and looks for a free slot when first there, too, or if that is full, or the disk.
+    Who then finds that another there comes sooner, see turn(), goes to its end.  Machines
+    that somebody of a sooner turn waits for in another line are left alone.
     """
 
     def __init__(
@@ -2039,14 +2109,14 @@ class Line:
         self.has_told = False  # whether the first look was told of
         self.names = "\n".join(sorted(machine.slots for machine in machines))
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
-        self.place = 0  # ours, if we have its lock
-        self.lock: Lock | None = None
-        self.who = ""  # what we have said there of ourselves
-        self.ahead: set[str] = set()  # processes that have come before us
-
-    def place_file(self, number: int) -> str:
-        """The lock's file of that place, the first being 0."""
-        return f"{self.slots.own}/line-{checksum(self.names)}.{number}"
+        self.who = holder("waiting", need.path, need.since)
+        own, kind = self.slots.own, checksum(self.names)
+        self.queue = Queue(
+            f"{own}/line-{kind}-{checksum(calling_process())}", self.size
+        )
+        self.firsts = Queue(f"{own}/{FIRSTS}{kind}", LINE_LIMIT)
+        self.is_late = False  # whether another in `firsts` has a sooner turn
+        self.passed_by: set[str] = set()  # processes with fewer machines to wait for
 
     def find(self) -> Slot | None:
         """A free slot, if nobody should have it before the first of this line."""
@@ -2054,7 +2124,6 @@ class Line:
         away = self.outages.away(self.machines)
         self.all_away = len(away) == len(self.machines)
         reserved = self.reserved()
-        self.note_passes({*reserved.values()})
         free = [m for m in self.machines if m not in away and m.slots not in reserved]
         others = [machine for machine in free if machine != self.need.shunned]
         slot, loads = self.slots.choose(others, self.need.digests)
@@ -2076,76 +2145,86 @@ class Line:
                 why = f"has {taken}, at speed {machine.speed:g}"
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
-    def reserved(self) -> dict[str, str]:
-        """The slots' names of machines whose next free slot is for another line, and what
-        tells the process that stands first there from others."""
-        reserved: dict[str, str] = {}
-        ours = self.names.split("\n")
+    def rivals(self) -> Iterator[tuple[str, list[str]]]:
+        """Who else stands first among the hooks of a Nix and waits for some of our machines,
+        and the slots' names of all that it waits for."""
+        wanted = {*self.names.split("\n")}
         for entry in os.listdir(self.slots.own):
-            if entry.startswith("line-") and entry.endswith(".0"):
+            if entry.startswith(FIRSTS):
                 said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
                 who, *names = said.split("\n")  # no names, if these are not written yet
-                if names and turn(who, names) < turn(self.who, ours):
-                    process = " ".join(who.split()[:2])
-                    reserved.update((name, process) for name in names if name in ours)
-        return reserved
+                ours = f"{who}\n" == self.who or len(who.split()) != 6
+                if not ours and not wanted.isdisjoint(names):
+                    yield who, names
 
-    def note_passes(self, ahead: set[str]) -> None:
-        """Take note of who comes before us now, and say so if we were passed too often."""
-        self.ahead |= ahead
-        overdue = len(self.ahead - ahead) >= PASSES
-        if overdue and self.lock and not self.place and OVERDUE not in self.who:
-            self.write(self.lock, OVERDUE)
+    def reserved(self) -> set[str]:
+        """The slots' names of machines whose next free slot is for somebody else.  Takes note
+        of those, and says so if too many came before us."""
+        rivals, ours = [*self.rivals()], self.names.split("\n")
+        shares = self.slots.shares(self.machines) if rivals else []
+
+        def is_sooner(who: str, names: list[str]) -> bool:
+            turns = turn(who, names, shares), turn(self.who, ours, shares)
+            is_newcomer = names == ours and not self.firsts.lock
+            return turns[0] <= turns[1] if is_newcomer else turns[0] < turns[1]
+
+        ahead = [(who, names) for who, names in rivals if is_sooner(who, names)]
+        self.is_late = any(names == ours for _, names in ahead)
+        passing = {w.partition(" ")[0] for w, names in ahead if len(names) < len(ours)}
+        self.passed_by |= passing
+        if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
+            self.who = holder(OVERDUE, self.need.path, self.need.since)
+            if self.firsts.lock:
+                self.firsts.lock.write(self.who + self.names)
+        return {name for _, names in ahead for name in names}
 
     def is_empty(self) -> bool:
-        """Whether nobody waits in this line."""
-        return Lock.said_by_holder(self.place_file(0)) is None
+        """Whether nobody of our Nix waits in this line."""
+        return not self.queue.is_taken(0)
 
     def join(self) -> bool:
-        """Take the place behind the last that is taken; False if the line is full, or
-        there is no room for its file."""
-        with suppress(Error), self.slots.main_lock():
-            for number in reversed(range(self.size)):
-                if not (lock := Lock.take(self.place_file(number))):
-                    break
-                self.stand(number, lock)
-        return self.lock is not None
+        """Take a place; False if there is none."""
+        return self.enter(self.queue)
 
-    def stand(self, number: int, lock: Lock) -> None:
-        """Have that place, and no other any more."""
-        self.leave()
-        self.place, self.lock = number, lock
-        self.write(lock, "waiting")
+    def enter(self, queue: Queue) -> bool:
+        """Take a place there; False also if there is no room for its file."""
+        with suppress(Error, OSError), self.slots.main_lock():
+            self.sweep()
+            return queue.join(self.who + self.names)
+        return False
 
-    def write(self, lock: Lock, phase: str) -> None:
-        """Say in that file who stands there."""
-        self.who = holder(phase, self.need.path, self.need.since)
-        lock.write(self.who + self.names)
-
-    def leave(self) -> None:
-        """Have no place any more."""
-        if self.lock:
-            self.lock.release()
-            self.lock = None
+    def sweep(self) -> None:
+        """Remove what each Nix leaves there that has waited."""
+        for entry in os.listdir(self.slots.own):
+            path = f"{self.slots.own}/{entry}"
+            with suppress(OSError):
+                is_old = os.stat(path).st_mtime < time.time() - LINE_S
+                if is_old and entry.startswith("line-") and is_free(path):
+                    os.unlink(path)
 
     def wait(self) -> Slot:
-        """Move up to the first place and wait for a slot; then we have left."""
+        """Wait for a slot; then we have left."""
         try:
-            while self.place > 0:
-                lock = Lock(self.place_file(self.place - 1))
-                lock.wait()
-                self.stand(self.place - 1, lock)
-            return self.wait_for_slot()
+            self.queue.move_up(self.who + self.names)
+            while True:
+                self.enter(self.firsts)
+                self.firsts.move_up(self.who + self.names)
+                if slot := self.wait_for_slot():
+                    return slot
+                self.firsts.leave()
         finally:
-            self.leave()
+            self.firsts.leave()
+            self.queue.leave()
 
-    def wait_for_slot(self) -> Slot:
-        """In the first place, or in none: the line is full, or the disk."""
+    def wait_for_slot(self) -> Slot | None:
+        """A slot; None if we should go to the end of `firsts`."""
         told = False
         while True:
             start = time.monotonic()
             if slot := self.find_if_possible():
                 return slot
+            if self.is_late and self.firsts.lock:
+                return None
             if self.all_away and self.need.impatient:
                 raise Away("it failed for another build, too")
             if self.all_away and (despair := self.outages.despair(self.machines)):
@@ -2973,7 +3052,7 @@ class Seat:
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed())]
         proof = self.connection.proof()
         with suppress(Error, OSError):  # a full disk
-            free = [f for f in files if Lock.said_by_holder(f) is None]
+            free = [f for f in files if is_free(f)]
             number = len(files) - sum(not Spare.at(f, proof) for f in free) - 1
             if number > 0:  # else sessions that are ending count there
                 write_private(f"{self.base}.seats", str(number))
@@ -5144,7 +5223,7 @@ class Hook:
                 if not might_build_itself(self.nix, request):
                     line.join()
                 break
-        if line.lock:
+        if line.queue.lock:
             self.talk.reply("accept", "waiting for a builder")
             return Accepted(build, line, None)
         self.talk.reply(self.turn_down(line, request))
@@ -6079,7 +6158,8 @@ class Holder(NamedTuple):
     def parse(cls, text: str) -> Holder:
         """What is said by another program, or of an ended process, is not believed."""
         with suppress(ValueError):
-            pid, start, since, phase, derivation = text.partition("\n")[0].split(" ")
+            words = text.partition("\n")[0].split(" ")
+            pid, start, _, since, phase, derivation = words
             if is_alive(pid, start) and math.isfinite(float(since)):
                 return cls(int(pid), float(since), phase, derivation)
         return cls(0, 0.0, "", "")

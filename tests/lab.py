@@ -450,8 +450,9 @@ class Host:
     def write(self, inside: str, content: str | bytes, mode: int = 0o644) -> None:
         path = self.path(inside)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        path.chmod(mode)
+        with path.open("wb") as file:
+            os.fchmod(file.fileno(), mode)  # not by its name: a hook may remove it
+            file.write(content if isinstance(content, bytes) else content.encode())
 
     def copy(self, source: Path, inside: str, mode: int = 0o755) -> None:
         """Bring a file of the real machine, such as the hook, into the host."""

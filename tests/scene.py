@@ -347,8 +347,9 @@ def suitable(
     reason = unavailable()
     if reason:
         pytest.skip(reason)
-    installed = [name for name in ENGINES if (ENGINES_DIR / name).is_dir()]
-    for candidate in (name, *engines(config), *installed):
+    installed = ["host", *(name for name in ENGINES if (ENGINES_DIR / name).is_dir())]
+    wanted = [name] if name in installed else []
+    for candidate in (*wanted, *engines(config), *installed):
         if suits(version(candidate)):
             return candidate
     pytest.skip("this needs another version of Nix: run tests/engines")

@@ -153,18 +153,38 @@ def test_whatever_slot_is_free_first_is_taken(nix: Scene) -> None:
 
 
 def test_those_who_wait_come_before_newcomers(nix: Scene) -> None:
-    let_eight_wait(nix)
-    nix.machines("b1 - - 1\n")
     first = nix.start(many(1, "held", HELD), *NEVER_POLL)
     held(nix)
-    earlier = nix.start(many(3, "earlier"), *NEVER_POLL)
-    stand(nix, 3)
-    later = nix.start(many(3, "later"), *NEVER_POLL)
-    stand(nix, 6)
+    runs = []
+    for number in range(4):
+        runs.append(nix.start(many(1, f"wait{number}"), *NEVER_POLL))
+        stand(nix, number + 1)
     nix.builder.write("/tmp/go", "")
-    assert [run.end().status for run in (first, earlier, later)] == [0, 0, 0]
+    assert [run.end().status for run in (first, *runs)] == [0] * 5
     labels = [name.partition("-")[0] for name in lines(nix, "/tmp/order")]
-    assert labels == ["earlier"] * 3 + ["later"] * 3
+    assert labels == [f"wait{number}" for number in range(4)]
+
+
+@pytest.mark.engines
+def test_the_next_slot_is_for_the_nix_that_has_fewest(nix: Scene) -> None:
+    """Three more builds of a Nix that has all four slots wait before those of another."""
+    nix.machines("b1 - - 4\n")
+    let_eight_wait(nix)
+    mine = nix.start(many(7, "held-mine", HELD), *NEVER_POLL)
+    held(nix, 4)
+    stand(nix, 3)
+    others = nix.start(many(3, "held-other", HELD), *NEVER_POLL)
+    stand(nix, 6)
+    there = nix.builder.path("/tmp")
+    begun = [path.name for path in there.glob("held-*")]
+    for number in range(4):
+        nix.builder.write(f"/tmp/go-{begun[number]}", "")
+        held(nix, 5 + number)
+        begun += {path.name for path in there.glob("held-*")}.difference(begun)
+    labels = [name.split("-")[2] for name in begun[4:]]
+    assert labels == ["other", "other", "mine", "mine"]
+    nix.builder.write("/tmp/go", "")
+    assert [run.end().status for run in (mine, others)] == [0, 0]
 
 
 @pytest.mark.engines

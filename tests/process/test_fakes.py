@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from fakes import (
     Client,
     write_program,
 )
+
+import nix_build_remote as hook
 
 # Bad manners, and the words in which the user is to hear of them.
 BEFORE_ACCEPT = {
@@ -539,14 +542,26 @@ def test_the_likeliest_machines_are_connected_at_the_same_time(client: Client) -
 
 
 @contextlib.contextmanager
+def somebody_waits(client: Client) -> Iterator[None]:
+    """Somebody of the Nix that will ask, which is us, has the only place."""
+    us = f"{os.getpid()}.{hook.start_time(os.getpid())}"
+    (slot,) = client.slots.glob("*b1-0")
+    name = f"line-{hook.checksum(slot.name[:-2])}-{hook.checksum(us)}.0"
+    with (client.slots / "own" / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def busy(client: Client, *, waiting: bool = False) -> Iterator[None]:
     """The only slot is taken; and so is, if somebody is `waiting`, the only place."""
     client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
     client.build()
     with contextlib.ExitStack() as held:
-        for pattern in ("*b1-0", *["own/line-*.0"] * waiting):
-            (path,) = client.slots.glob(pattern)
-            fcntl.flock(held.enter_context(path.open("r+b")), fcntl.LOCK_EX)
+        (path,) = client.slots.glob("*b1-0")
+        fcntl.flock(held.enter_context(path.open("r+b")), fcntl.LOCK_EX)
+        if waiting:
+            held.enter_context(somebody_waits(client))
         yield
 
 
@@ -578,9 +593,7 @@ def test_no_newcomer_takes_a_slot_while_somebody_waits(client: Client) -> None:
     unable(client)
     client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
     client.build()
-    (place,) = client.slots.glob("own/line-*.0")
-    with place.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with somebody_waits(client):
         client.run(client.request(willing=False))
     assert len(client.sessions()) == 1
 

@@ -267,19 +267,29 @@ def test_what_stands_in_place_of_the_list_of_paths_is_no_trouble(
 @pytest.mark.parametrize(
     "first, second",
     [
-        (("1 7 100 waiting /d", "b1"), ("2 7 100 waiting /d", "b1 b2")),
-        (("1 7 100 overdue /d", "b1 b2"), ("2 7 100 waiting /d", "b1")),
-        (("9 7 100 overdue /d", "b1 b2 b3"), ("2 7 101 overdue /d", "b1 b2")),
-        (("1 7 100 waiting /d", "b1 b2"), ("", "b1 b2 b3")),
+        (("1 7 n 100 waiting /d", "b1"), ("2 7 o 100 waiting /d", "b1 b2")),
+        (("1 7 n 100 overdue /d", "b1 b2"), ("2 7 o 100 waiting /d", "b1")),
+        (("9 7 n 100 overdue /d", "b1 b2 b3"), ("2 7 o 101 overdue /d", "b1 b2")),
+        (("9 7 o 101 waiting /d", "b1"), ("2 7 n 100 waiting /d", "b1")),
+        (("9 7 n 101 waiting /d", "b1"), ("2 7 o 100 waiting /d", "b1 b2")),
     ],
-    ids=["fewer machines", "overdue", "longer overdue", "a newcomer"],
+    ids=[
+        "fewer machines",
+        "overdue",
+        "longer overdue",
+        "fewer slots",
+        "rather fewer machines",
+    ],
 )
 def test_one_line_comes_before_the_other(
     first: tuple[str, str], second: tuple[str, str]
 ) -> None:
+    """The Nix n has two slots, o has one."""
     (who, names), (other, others) = first, second
-    assert turn(who, names.split()) < turn(other, others.split())
+    shares = ["n", "o", "n"]
+    assert turn(who, names.split(), shares) < turn(other, others.split(), shares)
 
 
 def test_lines_of_equally_many_machines_do_not_wait_for_each_other() -> None:
-    assert turn("1 7 100 waiting /d", ["b1"]) == turn("2 7 101 waiting /d", ["b2"])
+    one = turn("1 7 n 100 waiting /d", ["b1"], [])
+    assert one == turn("2 7 o 101 waiting /d", ["b2"], [])
