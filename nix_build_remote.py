@@ -501,11 +501,12 @@ def read_string(read: Read) -> str:
     return padded[:length].decode("utf-8", "surrogateescape")
 
 
-def read_strings(read: Read) -> list[str]:
-    """A list or set; its count is believed only as far as strings arrive."""
+def read_strings(read: Read, each: int = 1) -> list[str]:
+    """A list or set of items of so many strings; its count is believed only as far as these
+    arrive."""
     result: list[str] = []
     size = 0
-    for _ in range(read_integer(read)):
+    for _ in range(each * read_integer(read)):
         result.append(read_string(read))
         size += 64 + len(result[-1])
         if size > WIRE_LIMIT_BYTES:
@@ -544,6 +545,7 @@ class PathInfo(NamedTuple):
 def read_infos(read: Read, version: int) -> dict[str, PathInfo]:
     """The answer to QueryPathInfos in that version of the protocol, by path."""
     infos: dict[str, PathInfo] = {}
+    most = WIRE_LIMIT_BYTES
     while path := read_string(read):
         deriver, references = read_string(read), tuple(read_strings(read))
         read_integer(read)
@@ -552,7 +554,8 @@ def read_infos(read: Read, version: int) -> dict[str, PathInfo]:
             digest = read_string(read)
             rest = string(read_string(read)) + strings(read_strings(read))
         infos[path] = PathInfo(path, deriver, references, size, digest, rest)
-        if len(infos) * 64 > WIRE_LIMIT_BYTES:
+        most -= 64 + len(path) + sum(64 + len(word) for word in references) + len(rest)
+        if most < 0:
             raise Nonsense("a list of paths has no end")
     return infos
 
@@ -717,6 +720,11 @@ class Request(NamedTuple):
     system: str
     derivation: str
     features: frozenset[str]
+
+    @property
+    def kind(self) -> str:
+        """What a machine must be able to do."""
+        return " ".join([self.system, *sorted(self.features)])
 
 
 def might_build_itself(nix: Nix, request: Request) -> bool:
@@ -1920,7 +1928,9 @@ class Outages:
 
     def noted(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
         """The outages of those of the machines that have one."""
-        files = set(os.listdir(self.slots.own))
+        files: set[str] = set()
+        with suppress(FileNotFoundError):  # somebody has removed it
+            files.update(os.listdir(self.slots.own))
         found = ((m, self.of(m)) for m in machines if f"{m.slots}.down" in files)
         return {machine: outage for machine, outage in found if outage}
 
@@ -2795,7 +2805,9 @@ class Connection:
 
     def last_words(self) -> str:
         """What its master said, if it has ended."""
-        return "" if self.socket == ALONE or self.is_up() else self.words()[0]
+        with suppress(Error):  # our directory is gone
+            return "" if self.socket == ALONE or self.is_up() else self.words()[0]
+        return ""
 
     def ask(self, word: str) -> tuple[int, str, str]:
         """Have ssh tell the master that: its exit status, stdout and stderr."""
@@ -3358,12 +3370,12 @@ class Session:
         """Pass some of its stderr on to Nix; no data means its end."""
         if not data:
             self.stderr = None
+        self.last = time.monotonic() if data and self.version else self.last
         data = self.activities.plain(data)
         # If it does not trust us, we go on in another way, and say so.
         hidden = self.is_silent and means(decode(data), "LIMITED")
         if data and self.version and not hidden:
             write_all(LOG, data)
-            self.last = time.monotonic()
             self.first = self.last if self.is_silent else self.first
             self.is_silent = False
         self.tail = (self.tail + data)[-TAIL_BYTES:]
@@ -3543,7 +3555,10 @@ class Session:
 
     def build_limit(self) -> float:
         """When the running build will have exceeded Nix's limits by far, counted from the first
-        of its log, before which it may have waited for its turn, or else from our question."""
+        of its log, before which it may have waited for its turn, or else from our question; not
+        while it waits for a lock."""
+        if self.activities.lock.words:
+            return math.inf
         timeout, silence = self.limits
         ends = (
             self.first + timeout if timeout else math.inf,
@@ -3566,9 +3581,9 @@ class Session:
         if self.spoken >= 0x203:
             self.read(4 * 8)  # times built, non-deterministic, start, stop
         if self.spoken >= 0x206:
-            for _ in range(min(read_integer(self.read), WIRE_LIMIT_BYTES)):
-                name = read_string(self.read).rpartition("!")[2]
-                self.realised[name] = read_string(self.read)
+            words = read_strings(self.read, 2)
+            names = (name.rpartition("!")[2] for name in words[::2])
+            self.realised.update(zip(names, words[1::2]))
         return (0 if status in BUILT else status), message
 
     def wait_for_build(self, nix: Nix) -> int:
@@ -4562,7 +4577,8 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
     def run_here(*arguments: str) -> str:
         program = find_program("nix-store", nix_directories(site.nix.environ))
         environ = site.nix.store_environ()
-        return site.programs.output([program, *arguments], environ)[1].strip()
+        command = [program, *arguments]
+        return site.programs.output(command, environ, REPLY_S)[1].strip()
 
     content = f"{site.slots.own}/{os.urandom(8).hex()}-mark"
     with suppress(OSError):  # a full disk
@@ -4571,8 +4587,10 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
     try:
         same = session.ask_valid([mark]).get(REPLY_S) if mark else None
     finally:
-        remove(content)
-        run_here("--delete", mark)
+        with suppress(OSError):
+            remove(content)
+        if mark:
+            run_here("--delete", mark)
     if same:
         raise SameStore("it is this very machine; builds would wait for ever")
 
@@ -5201,10 +5219,9 @@ class Hook:
             self.talk.reply(reply or "decline")
             return None
         derivation = self.site.read_derivation(request.derivation)
-        kind = " ".join([request.system, *sorted(request.features)])
-        need = Need(request.derivation, kind, derivation.digests(), time.time())
-        slots = self.site.slots
-        fit = [m for m in fit if not slots.lacks(m, kind)] or fit
+        digests, slots = derivation.digests(), self.site.slots
+        need = Need(request.derivation, request.kind, digests, time.time())
+        fit = [m for m in fit if not slots.lacks(m, request.kind)] or fit
         build = Build(self.site, need, derivation, fit)
         line = Line(self.site.outages, self.talk, fit, need)
         self.site.outages.forgive(fit)
@@ -5231,8 +5248,8 @@ class Hook:
 
     def without_looking(self, request: Request, machines: list[Machine]) -> str:
         """The reply if nothing is ever sent away from here, or this is not; or ""."""
-        what = " ".join([request.system, *request.features])
-        self.talk.say(DEBUG, f"may '{request.derivation}' for {what} be sent away?")
+        what = f"'{request.derivation}' for {request.kind}"
+        self.talk.say(DEBUG, f"may {what} be sent away?")
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
             return "decline" if self.nix.old else "decline-permanently"
@@ -5309,10 +5326,8 @@ class Hook:
                 left = max(1.0, until - time.monotonic())
                 session = open_session(site, seat, build.path, left)
             return Accepted(build, slot, session)
-        except Error as error:
+        except (Unreachable, SessionLost) as error:
             slot.free()
-            if not isinstance(error, (Unreachable, SessionLost)):
-                raise
             site.outages.note(machine, slot.outage, error)
             site.retire(machine)
             told = error.told(machine.destination)
@@ -5320,6 +5335,9 @@ class Hook:
             if site.slots.remember(text):
                 self.talk.say(ERROR, text)
             return None
+        except BaseException:
+            slot.free()
+            raise
         finally:
             self.talk.end()
 
@@ -5797,7 +5815,7 @@ class Inspection:
         # Those of nix-daemon have another environment, and so another name.
         folder, name = os.path.split(self.seat.base)
         for file in (f for f in os.listdir(folder) if f[:8] == name[:8]):
-            if file.endswith((".seats", ".tells")):
+            if file.endswith((".seats", ".tells", ".slow")):
                 with suppress(OSError):
                     remove(f"{folder}/{file}")
             elif "." not in file:
@@ -6368,6 +6386,8 @@ class Choice(NamedTuple):
             reason = unfit(machine, request, nix)
             if not reason and load.outage:
                 reason = f"is {left_alone(load.outage)}"
+            if not reason and Slots.find(nix).lacks(machine, request.kind):
+                reason = "could not do such a build within the last hour"
             if not reason and taken >= machine.max_jobs:
                 reason = f"has no free slot: all {taken} are taken"
             if reason:

@@ -90,12 +90,13 @@ def meet(nix: Scene) -> None:
 
 
 def test_a_lock_on_the_only_machine_is_told_of_and_waited_for(nix: Scene) -> None:
-    change_hook(nix, STILL_S=1, STALLED_S=2)
+    """And does not count as the build's silence."""
+    change_hook(nix, STILL_S=1, STALLED_S=2, MARGIN_S=0)
     nix.machines("b1\n")
     meet(nix)
     expression = noisy()
     with hold(nix, nix.output(expression)):
-        run = nix.start(expression)
+        run = nix.start(expression, "--max-silent-time", "1")
         run.says("is waiting for lock on")
         nix.builder.run("sleep", "2")
     at_work(nix, run, 1)

@@ -9,8 +9,11 @@ import pytest
 
 from nix_build_remote import (
     DIGEST_LIMIT,
+    Choice,
+    Load,
     Machine,
     Nix,
+    Outages,
     Request,
     Slot,
     Slots,
@@ -259,6 +262,27 @@ def test_what_stands_in_place_of_the_list_of_paths_is_no_trouble(
     assert slots.known(machine, frozenset(["a"])) == 0
     slots.note_paths(machine, frozenset(["a"]))
     assert slots.known(machine, frozenset(["a"])) == 1
+
+
+# -- What is known of machines --------------------------------------------------------
+
+
+def test_explain_leaves_out_what_could_not_do_such_a_build(tmp_path: Path) -> None:
+    nix = Nix(False, NIX.settings, {"NIX_CURRENT_LOAD": str(tmp_path)})
+    slots, (b1, b2) = Slots(str(tmp_path)), machines("b1\nb2")
+    slots.make()
+    request = ask(system="x86_64-linux")
+    slots.note(b1, "lacks", request.kind)
+    loads = [Load(machine, [], [], None) for machine in (b1, b2)]
+    choice = Choice.of(loads, request, nix)
+    assert [load.machine for load in choice.ranked] == [b2]
+    assert choice.out == [(b1, "could not do such a build within the last hour")]
+
+
+def test_a_machine_is_well_if_somebody_has_removed_what_was_noted(
+    tmp_path: Path,
+) -> None:
+    assert Outages(Slots(str(tmp_path / "gone"))).away(machines("b1")) == set()
 
 
 # -- Who comes first of those who stand first in lines --------------------------------
