@@ -124,20 +124,20 @@ WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list that anybody may send 
 
 # Slots, lines and outages
 WAIT_S = 0.02  # between two looks for a free slot
-PATIENCE_S = 1.0  # a request waits so long for a slot, before Nix shall ask again,
-IMPATIENCE_S = 4.0  # after which for so long none waits
+PATIENCE_S = 1.0  # for a slot, where Nix can ask again later
+IMPATIENCE_S = 4.0  # for which no request waits, after one has waited in vain
 BEGIN_S = 1.0  # for Nix to begin a build itself
-LINE_S = 600  # after which a place's file goes where nobody has stood meanwhile
+LINE_S = 600  # after which the file of a place goes, if nobody stands there
 LINE_LIMIT = 64  # hooks that wait for one set of machines
-PASSES = 3  # of who stands first in a line, by lines of fewer machines,
-OVERDUE = "overdue"  # who then says that
-FIRSTS = "firsts-"  # the files of those who stand first among the hooks of their Nix
+PASSES = 3  # so often a hook may be passed by those with fewer machines to wait for;
+OVERDUE = "overdue"  # then the file of its place says this, and it comes before them
+FIRSTS = "firsts-"  # begins the names of such files
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
 LACK_S = 60 * 60  # a machine that could not do such a build is not asked again so long
-DIGEST_LIMIT = 1000  # store paths that we know a machine to have
-UNKNOWN_FAILURES = 3  # in a row for an unknown reason, before we call that hopeless
+DIGEST_LIMIT = 1000  # of sources and derivations that were last used on a machine
+UNKNOWN_FAILURES = 3  # in a row for an unknown reason; one more, and that is hopeless
 PAUSE_S = 1  # a machine that has failed is left alone for that,
 PAUSE_LIMIT_S = 60  # and for longer each time it fails again
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
@@ -172,17 +172,22 @@ SENDERS = 4  # of different things to one machine at the same time
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
 STILL_S = 60  # in which not a byte is copied: that is told
 STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given up
-FAREWELL_S = 0.2  # for it to end by itself, when it is told that there is no more
-COPY_TIMEOUT_S = 30 * 60  # the same of a store, which may have to wait for others
-OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # where we cannot see whether one is
+FAREWELL_S = (
+    0.2  # for a program to end by itself, when it is told that there is no more
+)
+COPY_TIMEOUT_S = (
+    30 * 60
+)  # for a store that takes no byte: it may have to wait for others
+OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # for a copy of which we do not see the bytes
 COPY_BATCH_BYTES = 100_000  # of paths at once: MAX_ARG_STRLEN of Linux is 128 KiB
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
 AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
 BULK_BYTES, BULK_PAUSE_S = 1 << 14, 0.0005  # after a read so big, wait: more is coming
-LOSSES = 5  # of a session with a builder, before a build is given up
-MARGIN_S = 60  # a builder has to enforce Nix's limits itself; later than that we do it,
-DAEMON_MARGIN_S = 5  # or than that where a daemon there is asked, without them,
-HERE_MARGIN_S = 2  # or than that behind a nix-store here, which tells no daemon of them
+LOSSES = 5  # of a session with a builder; with one more, a build is given up
+# How much later than Nix's limits of time and silence we end a build: where nix-store there
+# builds, and keeps to them; where it hands builds to a daemon that does not hear of them;
+# and where a nix-store here does that.
+MARGIN_S, DAEMON_MARGIN_S, HERE_MARGIN_S = 60, 5, 2
 
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
@@ -266,7 +271,7 @@ class Error(Exception):
     meaning = ""
 
     def become(self, kind: type[E]) -> E:
-        """The same of another kind."""
+        """The same of that kind, which decides what its catcher does about it."""
         error = kind(str(self))
         error.lasting, error.remedy = self.lasting, self.remedy
         error.meaning = self.meaning
@@ -441,8 +446,9 @@ def signs_in(words: str, speaker: str = "") -> Iterator[tuple[bool | None, str, 
 
 
 def heard(kind: type[E], words: str, speaker: str = "") -> E:
-    """The error that tells these words, and knows what they mean.  What else ssh says mostly
-    passes; what a program says lasts if it is to be nix-store and answers no question."""
+    """The error that tells these words, and knows what they mean: the first row that fits
+    decides.  If none does, ssh's words pass, as most do; those of a program that should be
+    nix-store, and answers no question, last; of anybody else's it is not known."""
     lasting = {"ssh": False, "far": True}.get(speaker)
     unknown = lasting, "", USELESS if speaker == "far" else ""
     error = kind(words)
@@ -463,8 +469,13 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def text_of(data: bytes) -> str:
+    """The text that encode would make these bytes of."""
+    return data.decode("utf-8", "surrogateescape")
+
+
 def decode(data: bytes) -> str:
-    """Words for people, of bytes that may be anything."""
+    """Words for people, of bytes that may be anything: what is no UTF-8 becomes U+FFFD."""
     return data.decode("utf-8", "replace")
 
 
@@ -498,7 +509,7 @@ def read_string(read: Read) -> str:
     padded = read(length + -length % 8)
     if any(padded[length:]):
         raise Nonsense("the padding of a string is not zero")
-    return padded[:length].decode("utf-8", "surrogateescape")
+    return text_of(padded[:length])
 
 
 def read_strings(read: Read, each: int = 1) -> list[str]:
@@ -754,7 +765,7 @@ def read_line() -> str:
     line = sys.stdin.buffer.readline(WIRE_LIMIT_BYTES)
     if not line.endswith(b"\n"):
         raise EOFError
-    return line.decode("utf-8", "surrogateescape")
+    return text_of(line)
 
 
 def is_old_call(arguments: list[str]) -> bool:
@@ -854,7 +865,8 @@ class Talk:
         self.old = nix.old
         self.debug = "NIX_DEBUG_HOOK" in nix.environ
         self.verbosity = nix.number("verbosity")
-        # The numbers of the levels above: 2.3 inserted warn, 2.4 notice.
+        # Nix's numbers of error, warn, info, talkative and debug, in this order: 2.0 has no
+        # warn, 2.3 inserted it, 2.4 notice; 1.x has error, info, talkative, chatty, debug.
         self.levels = (0, 0, 1, 2, 4)
         if nix.old:
             self.levels = (0, 0, 0, 1, 1)
@@ -863,7 +875,8 @@ class Talk:
         elif nix.since_2_3:
             self.levels = (0, 1, 2, 3, 5)
         self.started = 0  # how many activities have been
-        self.running: list[int] = []  # their numbers; each is a part of the one before
+        # Their numbers; each is a part of the one before (for us: Nix is told no parent).
+        self.running: list[int] = []
         # Of the path that is copied now: bytes so far, and in all; when that was told, last.
         self.moved = self.size = 0
         self.told = 0.0
@@ -1031,7 +1044,8 @@ class Way(NamedTuple):
 
     there: what ssh runs there, as words for the shell there; () without ssh.  here: the
     command that runs here, a nix-store which opens the machine's store; () if none does.
-    With both, that ssh leads from the one to the other.
+    `there` alone is a nix-store by ssh; `here` alone is another store that Nix here opens;
+    with both, ssh leads from the nix-store here to a nix-daemon there.
     """
 
     there: tuple[str, ...] = ()
@@ -1491,22 +1505,22 @@ def read_private(path: str, limit: int = TAIL_BYTES) -> str | None:
     with suppress(OSError), open(path, "rb", opener=opener) as file:
         data = file.read(limit + 1)
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode) and len(data) <= limit:
-            return data.decode("utf-8", "surrogateescape")
+            return text_of(data)
     return None
 
 
 def write_private(
-    path: str, text: str, mode: int = 0o600, *, lasting: bool = True
+    path: str, text: str, mode: int = 0o600, *, durable: bool = True
 ) -> None:
     """Make or replace a file in a private directory: as a whole, or not at all (OSError).  A
-    lasting one also survives a power loss, which a busy disk may take seconds for."""
+    durable one also survives a power loss, which a busy disk may take seconds for."""
     temporary = f"{path}.{os.urandom(8).hex()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with open(os.open(temporary, flags, mode), "wb") as file:
             file.write(encode(text))
             file.flush()
-            if lasting:
+            if durable:
                 os.fsync(file.fileno())
         if os.path.isdir(path):
             remove(path)
@@ -1589,8 +1603,8 @@ class Lock:
         return False
 
     def is_free(self) -> bool:
-        """Whether nobody holds it.  To ask does not keep others from asking, but somebody
-        who would take it meanwhile cannot."""
+        """Whether nobody holds it.  That shares it for a moment, in which others can ask, too,
+        but nobody can take it."""
         free = self.hold(fcntl.LOCK_SH)
         if free:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
@@ -1633,7 +1647,7 @@ class Lock:
         """What its file says; nothing if it is a fifo."""
         with suppress(OSError):
             data = os.pread(self.descriptor, limit, 0)
-            return data.decode("utf-8", "surrogateescape")
+            return text_of(data)
         return ""
 
     def write(self, text: str) -> None:
@@ -1809,7 +1823,7 @@ class Slots:
     def note(self, machine: Machine, what: str, text: str) -> None:
         """Keep that of a machine; it may be lost."""
         with suppress(OSError):  # a full disk
-            write_private(self.file(machine, what), text, lasting=False)
+            write_private(self.file(machine, what), text, durable=False)
 
     def shares(self, machines: list[Machine]) -> list[str]:
         """For each slot of these machines that a hook holds, the Nix that it works for."""
@@ -1840,8 +1854,8 @@ class Slots:
         return None
 
     def remember(self, text: str) -> bool:
-        """Note in the main lock's file, for hooks to come, that the Nix that started us has
-        been told this; False if it was already."""
+        """Note in the main lock's file, for hooks to come, that we have said or done this for
+        the Nix that started us; False if that was noted already."""
         entry = f"{calling_process()}-{checksum(text)}"
         with self.main_lock() as lock:
             said = lock.read(100 * SAID_LIMIT).split()
@@ -1939,7 +1953,8 @@ class Outages:
         return self.noted(machines).keys() - self.forgiven
 
     def despair(self, machines: list[Machine]) -> Error | None:
-        """What to say if all of these have failed and it is no use to wait longer."""
+        """What to say if all of these have failed and it is no use to wait longer: all are
+        hopeless, or the one that was of use last has not been for AWAY_TIMEOUT_S."""
         outages = list(self.noted(machines).values())
         if len(outages) < len(machines):
             return None
@@ -1955,7 +1970,8 @@ class Outages:
         return heard(Error, text)
 
     def forgive(self, machines: Iterable[Machine]) -> None:
-        """Try once for each Nix those that seem hopeless: they may have been put right."""
+        """Have this hook try those that seem hopeless, unless another hook of the same Nix
+        has: they may have been put right."""
         for machine, outage in self.noted(machines).items():
             if outage.is_hopeless and self.slots.remember(f"tried {machine.slots}"):
                 self.forgiven.add(machine)
@@ -1987,7 +2003,8 @@ class Outages:
 
     def find_out_of(self, machine: Machine, outage: Outage, lock: Lock) -> None:
         """The same for one.  Its file has 99 bytes with `until`, process and start time; then
-        what ssh and nix-store said.  With another `until` nobody has found out since."""
+        what ssh and nix-store said.  `until` is that of the outage for which it was begun; if
+        the outage has another now, the answer is too old."""
         until = f"{outage.until:.3f}"
         is_ours = lock.hold()
         text = lock.read()
@@ -2045,7 +2062,9 @@ class Need(NamedTuple):
     impatient: bool = False
 
 
-def turn(who: str, names: list[str], shares: list[str]) -> tuple[int, int, list[str]]:
+def precedence(
+    who: str, names: list[str], shares: list[str]
+) -> tuple[int, int, list[str]]:
     """Sorts those who stand first in lines, given what their files say of them, and the Nix
     of each slot that is taken: first who was passed too often, by time; then who has fewer
     machines to wait for; then whose Nix has fewer slots."""
@@ -2106,7 +2125,7 @@ class Line:
 
     Those of one Nix stand in a queue of their own.  Whoever is first there stands in another,
     `firsts`, and looks for a free slot when first there, too, or if that is full, or the disk.
-    Who then finds that another there comes sooner, see turn(), goes to its end.  Machines
+    Who then finds that another there comes sooner, see precedence(), goes to its end.  Machines
     that somebody of a sooner turn waits for in another line are left alone.
     """
 
@@ -2174,7 +2193,7 @@ class Line:
         shares = self.slots.shares(self.machines) if rivals else []
 
         def is_sooner(who: str, names: list[str]) -> bool:
-            turns = turn(who, names, shares), turn(self.who, ours, shares)
+            turns = precedence(who, names, shares), precedence(self.who, ours, shares)
             is_newcomer = names == ours and not self.firsts.lock
             return turns[0] <= turns[1] if is_newcomer else turns[0] < turns[1]
 
@@ -2403,7 +2422,7 @@ def read_derivation(path: str, store: Store, text: str | None = None) -> Derivat
     try:
         if text is None:
             with open(store.file(path), "rb") as stream:
-                text = stream.read().decode("utf-8", "surrogateescape")
+                text = text_of(stream.read())
         derivation = Derivation.parse(text)
         for output in () if derivation.is_floating else derivation.outputs:
             if not output.path:
@@ -2792,7 +2811,7 @@ class Connection:
     def note(self, proof: Proof) -> None:
         """Keep what is known of it."""
         with suppress(OSError):  # a full disk
-            write_private(f"{self.socket}.proved", proof.text(), lasting=False)
+            write_private(f"{self.socket}.proved", proof.text(), durable=False)
 
     def change(self, **known: Any) -> None:
         """Keep what is known besides, by the names that Proof has."""
@@ -2927,7 +2946,7 @@ class Spare:
             pids = [proof.pid, proof.start]
             for process in (keeper, ssh):
                 pids += [str(process.pid), start_time(process.pid)]
-            write_private(f"{file}.spare", " ".join(pids), lasting=False)
+            write_private(f"{file}.spare", " ".join(pids), durable=False)
         except BaseException:
             keeper.kill()
             raise
@@ -2996,7 +3015,7 @@ class Seat:
         self.base = f"{directory}/{ssh.socket_name()}"
         self.connection = Connection(ssh, programs, ALONE)
         self.number = 0  # of the seat on its connection
-        self.is_plain = False  # whether no session was had with --log-format
+        self.is_plain = False  # whether --log-format was refused, and is not asked for
         self.has_rivals = False  # whether another machine might do what we want of this
         self.lock: Lock | None = None
         known = read_private(f"{self.base}.way") if len(ssh.machine.ways) > 1 else "0"
@@ -3008,7 +3027,7 @@ class Seat:
         """The way to a session that we take."""
         return self.ssh.machine.ways[self.chosen]
 
-    def turn(self) -> bool:
+    def other_way(self) -> bool:
         """Take the other way from now on; False if there is none."""
         self.chosen = len(self.ssh.machine.ways) - 1 - self.chosen
         return len(self.ssh.machine.ways) > 1
@@ -3380,7 +3399,7 @@ class Session:
             self.is_silent = False
         self.tail = (self.tail + data)[-TAIL_BYTES:]
 
-    def next_look(self, now: float) -> float:
+    def watch_lock(self, now: float) -> float:
         """When to look next whether it waits too long for a lock there, which is told after
         a minute; Stuck if another machine might do."""
         lock = self.activities.lock
@@ -3404,7 +3423,7 @@ class Session:
                 raise BuildTimedOut(f"{limits}, and the builder let it")
             if now >= deadline:
                 raise Late("no answer within the time for it")
-            until = min(deadline, limit, self.next_look(now))
+            until = min(deadline, limit, self.watch_lock(now))
             self.pump(wait_readable(self.pipes(), until - now))
         return self.from_inbox(count)
 
@@ -3634,8 +3653,8 @@ def dump_question(path: str) -> bytes:
 
 
 def no_path(path: str) -> str:
-    """A store path beside that one, which nobody has.  If asked for it, nix-store ends at
-    once.  To close its input would end it, too, but before that cancel the build."""
+    """A store path beside that one, which nobody has.  If asked for its archive, nix-store
+    fails and so ends.  To close its input would end it, too, but cancel the build before."""
     return f"{os.path.dirname(path)}/{'0' * 32}-the-end"
 
 
@@ -3731,6 +3750,7 @@ class Site:
         into that file, in the background; returns the process of its ssh."""
         seat = self.new_seat(machine)
         if not seat.is_known:
+            # Any of them: probes that follow each other will try all.
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
         options: dict[str, Any] = {"stdout": output, "stderr": output}
         process = seat.serve(start_new_session=True, **options)
@@ -4283,7 +4303,7 @@ class Copier:
         try:
             os.makedirs(f"{folder}/realisations", 0o700)
             for name, text in cache_files(path, derivation, outputs).items():
-                write_private(f"{folder}/{name}", text, lasting=False)
+                write_private(f"{folder}/{name}", text, durable=False)
             status, _, said = self.programs.output(command, self.environ)
         except OSError as error:
             raise Error(f"cannot write {folder}: {error.strerror}") from None
@@ -4392,7 +4412,7 @@ def cache_files(
     head = f"Compression: none\nNarHash: sha256:{hashlib.sha256(archive).hexdigest()}\n"
     head += f"NarSize: {len(archive)}\nReferences: \nURL: archive\nStorePath: "
     files = {f"{digest(p)}.narinfo": f"{head}{p}\n" for p in (path, *outputs.values())}
-    files["archive"] = archive.decode("utf-8", "surrogateescape")
+    files["archive"] = text_of(archive)
     files["nix-cache-info"] = f"StoreDir: {path.rpartition('/')[0]}\n"
     for name, identity in derivation.realisations().items():
         last = outputs[name].rpartition("/")[2]
@@ -4535,13 +4555,13 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
         first = error
-        if not isinstance(error, Refused) or not seat.turn():
+        if not isinstance(error, Refused) or not seat.other_way():
             raise error.become(Unreachable) from None
     try:
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
         if first.meaning != "DAEMON":
-            seat.turn()
+            seat.other_way()
             raise first.become(Unreachable) from None
         seat.keep_way()  # it is nix-daemon, and what it says counts
         raise error.become(Unreachable) from None
@@ -4606,7 +4626,7 @@ class Failure(NamedTuple):
     built: bool = False  # and it has the outputs
 
 
-class Turn(NamedTuple):
+class Retry(NamedTuple):
     """Where a build goes on after a failure."""
 
     machines: list[Machine]  # any of them will do
@@ -4636,7 +4656,7 @@ class Retries:
         # When the first attempt failed, of those since a build last began.
         self.since: float | None = None
 
-    def after(self, failure: Failure) -> Turn:
+    def after(self, failure: Failure) -> Retry:
         """The next turn; raises the error to end with if there is none."""
         error, machine = failure.error, failure.machine
         again = machine in self.avoided
@@ -4659,7 +4679,7 @@ class Retries:
         outage = isinstance(error, Unreachable) or (unknown and again)
         impatient = once_more or self.verdict is not None
         renew = unknown and not outage
-        return Turn(machines, shunned, impatient, pause_s, outage, renew)
+        return Retry(machines, shunned, impatient, pause_s, outage, renew)
 
     def verdict_of(self, error: NotHere, machine: Machine) -> Error:
         """What to end with if no other can do it; raises that if none is left.  One other
@@ -5063,23 +5083,23 @@ class Build:
         progress = attempt.greeted, attempt.begun, attempt.has_built
         failure = Failure(now, machine, error, *progress)
         try:
-            turn = self.retries.after(failure)
+            retry = self.retries.after(failure)
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
             self.site.slots.note(machine, "lacks", self.need.kind)
         if not isinstance(error, Away):
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
-        if turn.outage:
+        if retry.outage:
             self.site.outages.note(machine, attempt.slot.outage, error)
-        if turn.outage or turn.renew:
+        if retry.outage or retry.renew:
             self.site.retire(machine)
-        if turn.pause_s:
+        if retry.pause_s:
             if despair := self.site.outages.despair(self.fit):
                 raise self.final(attempt, despair)
-            wait_readable([], turn.pause_s)
-        need = self.need._replace(shunned=turn.shunned, impatient=turn.impatient)
-        line = Line(self.site.outages, self.talk, turn.machines, need)
+            wait_readable([], retry.pause_s)
+        need = self.need._replace(shunned=retry.shunned, impatient=retry.impatient)
+        line = Line(self.site.outages, self.talk, retry.machines, need)
         line.join()
         return line
 
@@ -5156,7 +5176,8 @@ class Hook:
         self.site: Site | None = None  # once there is a machine
         self.machines: list[Machine] | None = None  # once they were read
         self.origin = origin()
-        self.back: set[Machine] = set()  # those that builds come from here
+        # The machines that builds come here from, or may, as their names are known to ssh only.
+        self.back: set[Machine] = set()
         # How many builds Nix does itself with the last that we left to it, for as long as
         # that may not have begun (monotonic time).
         self.stayed = 0.0, 0
@@ -5433,7 +5454,7 @@ def kept_settings(nix: Nix) -> str:
         program = find_program("nix", nix_directories(nix.environ))
         text = head + settings_of(program, nix.environ)
         with suppress(OSError):  # a full disk
-            write_private(path, text, lasting=False)
+            write_private(path, text, durable=False)
     return text
 
 
@@ -5790,7 +5811,11 @@ class Inspection:
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
             self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
         except SessionLost as error:
-            if isinstance(error, Refused) and self.seat.turn() and self.seat.chosen:
+            if (
+                isinstance(error, Refused)
+                and self.seat.other_way()
+                and self.seat.chosen
+            ):
                 return self.find_nix()
             if "begin" in self.facts:
                 self.logged_in()

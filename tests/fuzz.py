@@ -42,7 +42,7 @@ import nix_build_remote as hook
 from nix_build_remote import Derivation, Machine, Nix, integer, string, strings
 
 Rng = random.Random
-TIME_S = 5
+TIME_S = 60
 MEMORY_BYTES, MEMORY_RATIO = 16 << 20, 300  # for one case, and more for each byte of it
 ADDRESSES_BYTES = 4 << 30  # of the whole process, while up to 2**64 bytes are announced
 LONG_EVERY, LONG_BYTES = 1000, 1 << 20  # one case in so many repeats something

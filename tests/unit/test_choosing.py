@@ -17,8 +17,8 @@ from nix_build_remote import (
     Request,
     Slot,
     Slots,
+    precedence,
     rank,
-    turn,
     unfit,
 )
 
@@ -311,9 +311,11 @@ def test_one_line_comes_before_the_other(
     """The Nix n has two slots, o has one."""
     (who, names), (other, others) = first, second
     shares = ["n", "o", "n"]
-    assert turn(who, names.split(), shares) < turn(other, others.split(), shares)
+    assert precedence(who, names.split(), shares) < precedence(
+        other, others.split(), shares
+    )
 
 
 def test_lines_of_equally_many_machines_do_not_wait_for_each_other() -> None:
-    one = turn("1 7 n 100 waiting /d", ["b1"], [])
-    assert one == turn("2 7 o 101 waiting /d", ["b2"], [])
+    one = precedence("1 7 n 100 waiting /d", ["b1"], [])
+    assert one == precedence("2 7 o 101 waiting /d", ["b2"], [])

@@ -21,9 +21,9 @@ from nix_build_remote import (
     Nix,
     NotHere,
     Retries,
+    Retry,
     SessionLost,
     Stuck,
-    Turn,
     Unreachable,
     heard,
 )
@@ -52,11 +52,11 @@ class Step(NamedTuple):
     built: bool = False
 
 
-def where(turn: Turn) -> str:
-    return " ".join(machine.host for machine in turn.machines)
+def where(retry: Retry) -> str:
+    return " ".join(machine.host for machine in retry.machines)
 
 
-def play(retries: Retries, steps: list[Step]) -> list[Turn]:
+def play(retries: Retries, steps: list[Step]) -> list[Retry]:
     """Each failure in turn; all but the last must go where it says."""
     turns = []
     for when, step in enumerate(steps):
@@ -132,8 +132,8 @@ def test_a_failed_build_is_no_failure_of_a_machine() -> None:
 def test_a_machine_that_may_hold_locks_for_a_lost_session_is_shunned(
     built: bool,
 ) -> None:
-    turn = Retries([B1, B2]).after(Failure(0, B1, LOST, True, True, built))
-    assert turn.shunned == (None if built else B1)
+    retry = Retries([B1, B2]).after(Failure(0, B1, LOST, True, True, built))
+    assert retry.shunned == (None if built else B1)
 
 
 def test_a_build_ends_after_some_losses() -> None:
@@ -176,8 +176,8 @@ def test_the_time_counts_anew_when_a_build_has_begun() -> None:
 def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
     retries = Retries([B1, B2])
     turns = play(retries, [Step(B1, REFUSED, "b2"), Step(B2, REFUSED, "b1 b2")] * 9)
-    assert [turn.pause_s for turn in turns[::2]] == [0] * 9
-    pauses = [turn.pause_s for turn in turns[1::2]]
+    assert [retry.pause_s for retry in turns[::2]] == [0] * 9
+    pauses = [retry.pause_s for retry in turns[1::2]]
     assert (
         pauses[:3] == [PAUSE_S, 2 * PAUSE_S, 4 * PAUSE_S]
         and pauses[-1] == PAUSE_LIMIT_S
@@ -198,5 +198,5 @@ def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
 def test_what_else_a_failure_means(
     steps: list[Step], outage: bool, renew: bool, impatient: bool
 ) -> None:
-    turn = play(Retries([B1, B2]), steps)[-1]
-    assert (turn.outage, turn.renew, turn.impatient) == (outage, renew, impatient)
+    retry = play(Retries([B1, B2]), steps)[-1]
+    assert (retry.outage, retry.renew, retry.impatient) == (outage, renew, impatient)
