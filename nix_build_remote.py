@@ -2213,7 +2213,10 @@ class Line:
 
     def join(self) -> bool:
         """Take a place; False if there is none."""
-        return self.enter(self.queue)
+        is_in = self.enter(self.queue)
+        if is_in and self.queue.place == 0:
+            self.enter(self.firsts)
+        return is_in
 
     def enter(self, queue: Queue) -> bool:
         """Take a place there; False also if there is no room for its file."""
@@ -2236,7 +2239,8 @@ class Line:
         try:
             self.queue.move_up(self.who + self.names)
             while True:
-                self.enter(self.firsts)
+                if not self.firsts.lock:
+                    self.enter(self.firsts)
                 self.firsts.move_up(self.who + self.names)
                 if slot := self.wait_for_slot():
                     return slot

@@ -65,7 +65,7 @@ def holders(nix: Scene) -> list[Holder]:
     if not slot_directory(nix).exists():
         return []
     lines = [path.read_text().split() for path in slot_files(nix)]
-    return [Holder(int(a), b, int(c), d, e) for a, b, c, d, e in filter(None, lines)]
+    return [Holder(int(a), b, int(d), e, f) for a, b, _, d, e, f in filter(None, lines)]
 
 
 def building(nix: Scene) -> Holder:
@@ -254,7 +254,7 @@ def sent(nix: Scene, content: str) -> tuple[str, str]:
 
 def phase(nix: Scene) -> str:
     words = "".join(path.read_text() for path in slot_files(nix)).split()
-    return words[3] if len(words) > 3 else ""
+    return words[4] if len(words) > 4 else ""
 
 
 @pytest.mark.engines
