@@ -5459,11 +5459,15 @@ class Screen:
         print(text, flush=self.watch)
 
     def fit(self, lines: list[str]) -> list[str]:
-        """As many as there is room for; a long one takes several rows."""
+        """As many as there is room for, and how many more there are; a long one takes
+        several rows."""
         from itertools import accumulate
 
         rows = accumulate(math.ceil(len(line) / self.width) or 1 for line in lines)
-        return [line for line, end in zip(lines, rows) if end < self.height]
+        shown = sum(row < self.height for row in rows)
+        if more := len(lines) - shown:
+            lines = [*lines[: shown - 1], f"... and {more + 1} lines more"]
+        return lines
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -6194,18 +6198,58 @@ def held(slots: Slots, paths: list[str]) -> dict[str, str]:
 
 def status(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show what is built where, and who waits."""
-    while True:
-        machines, complaints = machines_named(options.names, nix)
-        loads, waiters = look(Slots.find(nix), machines)
-        lines = overview_lines(loads, waiters, screen)
-        if not machines:
-            lines = [f"no machines are listed ({where_machines_stand(nix)})"]
-        for complaint in complaints:
-            lines += screen.wrap(complaint)
-        screen.show(overview_json(loads, waiters), lines)
-        if not options.watch:
-            return 0
-        time.sleep(1)
+    if options.watch:
+        watch(lambda: show_status(options, nix, Screen(options)), screen.terminal)
+    else:
+        show_status(options, nix, screen)
+    return 0
+
+
+def watch(show: Callable[[], None], terminal: bool) -> None:
+    """Show it once a second, until `q` is typed if that is read from a terminal, which is
+    afterwards as it was."""
+    if not (terminal and os.isatty(0)):
+        while True:
+            show()
+            time.sleep(1)
+    import termios
+    import tty
+
+    before, typed = termios.tcgetattr(0), b"-"
+    try:
+        while typed and b"q" not in typed:
+            tty.setcbreak(0, termios.TCSANOW)  # again, since Ctrl-Z ends that
+            show()
+            typed = os.read(0, 99) if select.select([0], [], [], 1)[0] else b"-"
+    finally:
+        termios.tcsetattr(0, termios.TCSANOW, before)
+
+
+def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
+    """The same, once."""
+    machines, complaints = machines_named(options.names, nix)
+    loads, waiters = look(Slots.find(nix), machines)
+    lines, value = [], overview_json(loads, waiters)
+    if options.watch:  # what there is no room for is at the end
+        loads.sort(key=lambda load: load.outage is None)
+        lines = title(loads, waiters, screen)
+    lines += overview_lines(loads, waiters, screen)
+    if not machines:
+        lines.append(f"no machines are listed ({where_machines_stand(nix)})")
+    for complaint in complaints:
+        lines += screen.wrap(complaint)
+    screen.show(value, lines)
+
+
+def title(loads: list[Load], waiters: list[Waiter], screen: Screen) -> list[str]:
+    """The time, and how things are on the whole."""
+    slots = sum(load.machine.max_jobs for load in loads if load.machine.ways)
+    taken, ill = sum(len(l.building) for l in loads), sum(bool(l.outage) for l in loads)
+    text = (
+        f"{time.strftime('%H:%M:%S')}  {taken} of {slots} slots taken, {len(waiters)} "
+    )
+    text += f"waiting, {ill} of {len(loads)} left alone"
+    return screen.wrap(f"{text} (q: quit)" if screen.terminal else text)
 
 
 def slots_line(load: Load) -> list[str]:
@@ -6240,9 +6284,9 @@ def overview_lines(
     now, lines = time.time(), []
     for head, load in zip(table([*map(slots_line, loads)]), loads):
         lines.append(screen.paint(head, NOTE if load.outage else OK))
-        lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
         if load.outage:
             lines += screen.wrap(left_alone(load.outage), "    ", "        ")
+        lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
     hosts = {load.machine.slots: label(load.machine) for load in loads}
     for names, line in groupby(waiters, key=lambda waiter: waiter.names):
         known = sorted({hosts.get(name, name) for name in names if name})
@@ -6284,8 +6328,11 @@ def seconds(text: str) -> int:
 
 def pause_text(length: str, why: str) -> str:
     """What Slots.closed reads: until when, and the words for people."""
-    environ, until = os.environ, math.inf
-    user = environ.get("SUDO_USER") or environ.get("LOGNAME") or f"user {os.getuid()}"
+    import pwd
+
+    until, user = math.inf, f"user {os.getuid()}"
+    with suppress(KeyError):  # it has no name
+        user = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
     words = f"paused by {user}"
     if length:
         until = time.time() + seconds(length)
@@ -6311,6 +6358,7 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
     text = pause_text(options.time, options.why)
     for machine in machines:
         write_private(slots.file(machine, "paused"), text)
+    slots.main_lock().release()  # who has looked before that has a slot now
     value = overview_json(look(slots, machines)[0], [])
     lines = [
         f"{label(machine)} is {slots.closed(machine)}; builds that go on there: {count}"
@@ -6530,6 +6578,9 @@ def run_for_people(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, terminate)
     try:
         nix = calling_nix(options.machines)
+        if options.run is not check and os.geteuid() == 0:
+            with suppress(OSError):  # there is none; else root sees what its owner does
+                os.seteuid(os.stat(nix.slot_directory).st_uid)
         return int(options.run(options, nix, Screen(options)))
     except (KeyboardInterrupt, BrokenPipeError, Stop):
         return 130

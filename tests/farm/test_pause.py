@@ -158,3 +158,18 @@ def test_an_outage_of_a_paused_machine_is_no_reason_to_give_up(nix: Scene) -> No
     nix.client.run("rm", f"{SLOTS}/own/ssh:__b1.down")
     say(nix, "resume", "b1")
     assert built_on(nix, run.end()) == {"b1"}
+
+
+def test_root_may_pause_a_machine_for_who_owns_the_slots(nix: Scene) -> None:
+    """Such as the one user of a Nix without a daemon."""
+    load = "/home/eve/load"
+    if not nix.client.path("/home/eve").exists():
+        nix.client.add_user("eve")
+    nix.client.run("install", "-d", "-m700", "-o", "eve", load)
+    env = {"NIX_CURRENT_LOAD": load}
+    nix.client.run(INSTALLED, "pause", "b1", env=env)
+    for user in ("eve", None):
+        done = nix.client.run(INSTALLED, "status", env=env, user=user)
+        assert "paused by root" in done.stdout
+    nix.client.run(INSTALLED, "resume", "b1", env=env, user="eve")
+    assert "paused" not in nix.client.run(INSTALLED, "status", env=env).stdout
