@@ -86,6 +86,7 @@ Command line, for people:
 # slot        one of a machine's maxJobs, a lock file;  load: how many are taken
 # line        the queue of hooks that wait for one set of machines, each at its place
 # outage      what all hooks remember of a machine that failed
+# closed      said of a machine that gets no new builds now: somebody has paused it
 # connection  one shared ssh master;  seat: one hook's right to a session on it
 # session     one `nix-store --serve --write` on a builder;  way: how one is had
 # attempt     one try of a build on one machine
@@ -6232,24 +6233,16 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     lines, value = [], overview_json(loads, waiters)
     if options.watch:  # what there is no room for is at the end
         loads.sort(key=lambda load: load.outage is None)
-        lines = title(loads, waiters, screen)
+        ill = sum(load.outage is not None for load in loads)
+        text = f"{ill} of {len(loads)} machines left alone, {len(waiters)} waiting"
+        quits = " (q: quit)" if screen.terminal else ""
+        lines = screen.wrap(f"{time.strftime('%H:%M:%S')}  {text}{quits}")
     lines += overview_lines(loads, waiters, screen)
     if not machines:
         lines.append(f"no machines are listed ({where_machines_stand(nix)})")
     for complaint in complaints:
         lines += screen.wrap(complaint)
     screen.show(value, lines)
-
-
-def title(loads: list[Load], waiters: list[Waiter], screen: Screen) -> list[str]:
-    """The time, and how things are on the whole."""
-    slots = sum(load.machine.max_jobs for load in loads if load.machine.ways)
-    taken, ill = sum(len(l.building) for l in loads), sum(bool(l.outage) for l in loads)
-    text = (
-        f"{time.strftime('%H:%M:%S')}  {taken} of {slots} slots taken, {len(waiters)} "
-    )
-    text += f"waiting, {ill} of {len(loads)} left alone"
-    return screen.wrap(f"{text} (q: quit)" if screen.terminal else text)
 
 
 def slots_line(load: Load) -> list[str]:
@@ -6344,12 +6337,11 @@ def pause_text(length: str, why: str) -> str:
 
 
 def slots_of(options: Namespace, nix: Nix) -> tuple[Slots, list[Machine]]:
-    """The slots that hooks count, and the named machines, once for each set of slots."""
+    """The slots that hooks count, and the named machines."""
     machines, _ = machines_named(options.names, nix)
-    for machine in machines:
-        if not machine.ways:
-            raise Error(f"{label(machine)} is this machine: Nix itself builds here")
-    return make_slots(nix), [*{m.slots: m for m in machines}.values()]
+    if here := [label(machine) for machine in machines if not machine.ways]:
+        raise Error(f"{here[0]} is this machine: Nix itself builds here")
+    return make_slots(nix), machines
 
 
 def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
@@ -6359,37 +6351,29 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
     for machine in machines:
         write_private(slots.file(machine, "paused"), text)
     slots.main_lock().release()  # who has looked before that has a slot now
-    value = overview_json(look(slots, machines)[0], [])
-    lines = [
-        f"{label(machine)} is {slots.closed(machine)}; builds that go on there: {count}"
-        for machine, count in builds_on(slots, machines).items()
-    ]
-    screen.show(value, lines)
-    while options.wait and any(builds_on(slots, machines).values()):
+    show_status(options, nix, screen)
+    while options.wait and is_busy(slots, machines):
         time.sleep(0.5)
     return 0
 
 
-def builds_on(slots: Slots, machines: list[Machine]) -> dict[Machine, int]:
-    """How many builds still use each of these paused machines; Error if one is not paused."""
-    counts = {}
-    for load in look(slots, machines)[0]:
-        counts[load.machine] = len(load.building) + len(load.fetching)
-        if not slots.closed(load.machine):
-            raise Error(f"{label(load.machine)} is not paused any more")
-    return counts
+def is_busy(slots: Slots, machines: list[Machine]) -> bool:
+    """Whether builds still use one of these paused machines; Error if one is not paused."""
+    loads, _ = look(slots, machines)
+    for machine in machines:
+        if not slots.closed(machine):
+            raise Error(f"{label(machine)} is not paused any more")
+    return any(load.building or load.fetching for load in loads)
 
 
 def resume(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Send a machine builds again."""
     slots, machines = slots_of(options, nix)
-    lines = []
+    was = {machine: slots.closed(machine) for machine in machines}
+    lines = [f"{label(m)} was {words or 'not paused'}" for m, words in was.items()]
     for machine in machines:
-        was = slots.closed(machine)
         remove(slots.file(machine, "paused"))
-        ended = f"gets builds again; it was {was}" if was else "was not paused"
-        lines.append(f"{label(machine)} {ended}")
-    screen.show(overview_json(look(slots, machines)[0], []), lines)
+    screen.show({machine.name: words or None for machine, words in was.items()}, lines)
     return 0
 
 
@@ -6537,8 +6521,7 @@ def parse_options(arguments: list[str]) -> Namespace:
     """What people want of us."""
     import argparse
 
-    usage = "nix_build_remote.py check | status | explain | pause | resume | --help"
-    usage += " | --version"
+    usage = "nix_build_remote.py check|status|explain|pause|resume|--help|--version"
     parser = argparse.ArgumentParser(prog="nix_build_remote.py", usage=usage)
     verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
     for run in (check, status, explain, pause, resume):
