@@ -5467,7 +5467,7 @@ class Screen:
         rows = accumulate(math.ceil(len(line) / self.width) or 1 for line in lines)
         shown = sum(row < self.height for row in rows)
         if more := len(lines) - shown:
-            lines = [*lines[: shown - 1], f"... and {more + 1} lines more"]
+            lines = [*lines[: max(0, shown - 1)], f"... and {more + 1} lines more"]
         return lines
 
 
@@ -6232,7 +6232,7 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     loads, waiters = look(Slots.find(nix), machines)
     lines, value = [], overview_json(loads, waiters)
     if options.watch:  # what there is no room for is at the end
-        loads.sort(key=lambda load: load.outage is None)
+        loads.sort(key=lambda l: (0, len(l.building)) if l.outage else (1, 0))
         ill = sum(load.outage is not None for load in loads)
         text = f"{ill} of {len(loads)} machines left alone, {len(waiters)} waiting"
         quits = " (q: quit)" if screen.terminal else ""

@@ -160,6 +160,25 @@ def test_an_outage_of_a_paused_machine_is_no_reason_to_give_up(nix: Scene) -> No
     assert built_on(nix, run.end()) == {"b1"}
 
 
+def test_builds_go_on_when_the_time_of_a_pause_is_over(nix: Scene) -> None:
+    nix.machines("b1 - - 2\n")
+    say(nix, "pause", "b1", "--for", "3s")
+    run = nix.start(simple("timed"))
+    run.says("is paused by")
+    assert built_on(nix, run.end()) == {"b1"}
+    assert not nix.client.path(f"{SLOTS}/own/ssh:__b1.paused").exists()
+
+
+def test_who_is_neither_root_nor_the_owner_is_told_so(nix: Scene) -> None:
+    say(nix, "pause", "b2")
+    if not nix.client.path("/home/eve").exists():
+        nix.client.add_user("eve")
+    for verb in ("pause", "resume"):
+        done = nix.client.run(INSTALLED, verb, "b1", check=False, user="eve")
+        assert done.returncode == 1 and done.stderr.endswith("; try it as root\n")
+        assert "Permission denied" in done.stderr
+
+
 def test_root_may_pause_a_machine_for_who_owns_the_slots(nix: Scene) -> None:
     """Such as the one user of a Nix without a daemon."""
     load = "/home/eve/load"

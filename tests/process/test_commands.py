@@ -51,6 +51,12 @@ class People:
         (self.slots / "own" / name).write_text(text, encoding="utf-8")
 
 
+def names(people: People) -> list[str]:
+    """What the slots of paused machines are called, as Nix 1.x or 2.x does."""
+    notes = (people.slots / "own").glob("*.paused")
+    return sorted(note.name.removesuffix(".paused") for note in notes)
+
+
 @pytest.fixture
 def people(tmp_path: Path) -> People:
     return People(tmp_path)
@@ -202,6 +208,29 @@ def test_machines_that_are_left_alone_are_in_sight_among_many(people: People) ->
         assert text.count("\n") == 11 and "1 of 40 machines left alone" in text
         assert text.index("b40") < text.index("(new disk)") < text.index("b1 ")
         assert "... and 32 lines more" in text
+
+
+def test_one_left_alone_is_in_sight_though_another_has_many_builds(
+    people: People,
+) -> None:
+    people.machines.write_text("b1 - - 20\nb2 - - 2\n", encoding="utf-8")
+    people.run("pause", "b1", "b2")
+    slots = [people.slots / f"{name}-{n}" for name in names(people) for n in range(20)]
+    with contextlib.ExitStack() as stack:
+        for slot in slots[:20]:
+            fcntl.flock(stack.enter_context(slot.open("w")), fcntl.LOCK_EX)
+        with terminal(people, rows=12) as shown:
+            shown.see("lines more\r\n")
+            text = shown.seen.decode()
+            assert text.index("b2") < text.index("b1") < text.index("another program")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_picture_is_never_higher_than_the_terminal(people: People, rows: int) -> None:
+    people.run("pause", "b1")
+    with terminal(people, rows=rows) as shown:
+        shown.see("lines more\r\n")
+        assert shown.seen.count(b"\n") == 1
 
 
 def test_each_picture_reaches_a_pipe_at_once(people: People) -> None:
