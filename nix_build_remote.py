@@ -74,6 +74,9 @@ Command line, for people:
     nix_build_remote.py status [MACHINE...] [--watch]   what is built where, who waits
     nix_build_remote.py explain [DERIVATION]  where it would go, and why not elsewhere;
                         or for [--system S] [--features F,...]
+    nix_build_remote.py pause MACHINE [--for 2h] [--why TEXT] [--wait]   no new builds go
+                        there; with --wait, return when those that run have ended
+    nix_build_remote.py resume MACHINE        builds go there again
     nix_build_remote.py --help | --version
     They take --json, and --machines FILE.
 """
@@ -83,6 +86,7 @@ Command line, for people:
 # slot        one of a machine's maxJobs, a lock file;  load: how many are taken
 # line        the queue of hooks that wait for one set of machines, each at its place
 # outage      what all hooks remember of a machine that failed
+# closed      said of a machine that gets no new builds now: somebody has paused it
 # connection  one shared ssh master;  seat: one hook's right to a session on it
 # session     one `nix-store --serve --write` on a builder;  way: how one is had
 # attempt     one try of a build on one machine
@@ -1797,6 +1801,9 @@ class Slots:
                 if best:
                     best.lock.release()
                 best = Slot(machine, lock, loads[machine])
+            if best and not self.end_pause(best.machine):  # closed since we looked
+                best.lock.release()
+                best = None
         if failure and not loads:
             raise failure
         return best, loads
@@ -1817,7 +1824,8 @@ class Slots:
 
     def file(self, machine: Machine, what: str) -> str:
         """Where that of a machine is kept: `paths`, see digests; `lacks`, a kind of build that
-        it cannot do, though its line says so; `down` and `probe`, see Outages."""
+        it cannot do, though its line says so; `paused`, see closed; `down` and `probe`, see
+        Outages."""
         return f"{self.own}/{machine.slots}.{what}"
 
     def note(self, machine: Machine, what: str, text: str) -> None:
@@ -1843,6 +1851,24 @@ class Slots:
             is_new = time.time() < os.stat(path).st_mtime + LACK_S
             return is_new and read_private(path) == kind
         return False
+
+    def closed(self, machine: Machine) -> str:
+        """Why it gets no new builds at the moment, in words that go behind `is`; or "".  The
+        file of a pause has its end, in seconds since 1970, and below that these words."""
+        said = read_private(self.file(machine, "paused")) or ""
+        until, _, words = said.partition("\n")
+        with suppress(ValueError):
+            if time.time() < float(until):
+                return " ".join(printable(words).split())
+        return ""
+
+    def end_pause(self, machine: Machine) -> bool:
+        """Have no file of a pause that is over; False if the machine is closed."""
+        if self.closed(machine):
+            return False
+        with suppress(OSError):
+            remove(self.file(machine, "paused"))
+        return True
 
     def fetching_place(self, machine: Machine) -> Slot | None:
         """The right to bring outputs home, when the slot is free for the next build; there
@@ -1871,8 +1897,9 @@ class Slots:
 class Outage(NamedTuple):
     """A machine that failed, as all hooks remember it until it is of use again.
 
-    failures: in a row; since: when the first was, until: leave the machine alone, both in
-    seconds since 1970; lasting: as the error knew it; words: what went wrong.
+    failures: in a row, 0 if it is only closed (see Slots.closed); since: when the first
+    was, until: leave the machine alone, both in seconds since 1970; lasting: as the error
+    knew it; words: what went wrong.
     """
 
     failures: int = 0
@@ -1936,26 +1963,32 @@ class Outages:
         self.forgiven: set[Machine] = set()  # which we try all the same
 
     def of(self, machine: Machine) -> Outage | None:
-        """Its outage; what is old says nothing."""
+        """Its outage; what is old says nothing, nor does a failure while it is closed."""
+        if words := self.slots.closed(machine):
+            return Outage(words=words)
         outage = Outage.parse(read_private(self.slots.file(machine, "down")) or "")
         return None if outage and outage.is_old else outage
 
     def noted(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
         """The outages of those of the machines that have one."""
-        files: set[str] = set()
+        files: list[tuple[str, str, str]] = []
         with suppress(FileNotFoundError):  # somebody has removed it
-            files.update(os.listdir(self.slots.own))
-        found = ((m, self.of(m)) for m in machines if f"{m.slots}.down" in files)
+            files += (file.rpartition(".") for file in os.listdir(self.slots.own))
+        marked = {name for name, _, what in files if what in ("down", "paused")}
+        found = ((m, self.of(m)) for m in machines if m.slots in marked)
         return {machine: outage for machine, outage in found if outage}
 
     def away(self, machines: Iterable[Machine]) -> set[Machine]:
         """Those of the machines that are left alone."""
-        return self.noted(machines).keys() - self.forgiven
+        noted = self.noted(machines).items()
+        return {
+            m for m, outage in noted if not (outage.failures and m in self.forgiven)
+        }
 
     def despair(self, machines: list[Machine]) -> Error | None:
         """What to say if all of these have failed and it is no use to wait longer: all are
         hopeless, or the one that was of use last has not been for AWAY_TIMEOUT_S."""
-        outages = list(self.noted(machines).values())
+        outages = [o for o in self.noted(machines).values() if o.failures]
         if len(outages) < len(machines):
             return None
         last = max(outages, key=lambda outage: outage.since)
@@ -1995,7 +2028,7 @@ class Outages:
         """See to it that somebody finds out whether those whose time is over are of use
         again, in the background; who comes next hears of it."""
         for machine, outage in self.noted(machines).items():
-            if time.time() < outage.until:
+            if time.time() < outage.until or not outage.failures:
                 continue
             path = self.slots.file(machine, "probe")
             with suppress(Error, OSError), Lock(path) as lock:  # no room, no processes
@@ -2278,9 +2311,9 @@ class Line:
 
     def tell_of_absence(self) -> None:
         """Say once for each Nix and reason that all machines of the line are away."""
-        noted = self.outages.noted(self.machines).values()
-        words = "; ".join(sorted({outage.words for outage in noted}))
-        text = f"no machine for it can be reached now; waiting for one: {words}"
+        noted = self.outages.noted(self.machines).items()
+        told = {o.words if o.failures else f"'{m.name}' is {o.words}" for m, o in noted}
+        text = f"{'; '.join(sorted(told))}; waiting for a machine"
         if self.slots.remember(text):
             self.talk.say(WARN, f"'{self.need.path}': {text[:TAIL_BYTES]}")
 
@@ -5501,7 +5534,7 @@ def serve(arguments: list[str]) -> int:
 
 # ==== People =========================================================================
 
-# check, status and explain, which a hook does not need.
+# check, status, pause, resume and explain, which a hook does not need.
 
 CHECK_TIMEOUT_S = 90  # for the tiny build
 ROOM_B = 100 << 20  # less than that is a full disk
@@ -5549,11 +5582,15 @@ class Screen:
         print(text, flush=self.watch)
 
     def fit(self, lines: list[str]) -> list[str]:
-        """As many as there is room for; a long one takes several rows."""
+        """As many as there is room for, and how many more there are; a long one takes
+        several rows."""
         from itertools import accumulate
 
         rows = accumulate(math.ceil(len(line) / self.width) or 1 for line in lines)
-        return [line for line, end in zip(lines, rows) if end < self.height]
+        shown = sum(row < self.height for row in rows)
+        if more := len(lines) - shown:
+            lines = [*lines[: max(0, shown - 1)], f"... and {more + 1} lines more"]
+        return lines
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -5623,7 +5660,8 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
     known, complaints = load_machines(nix)
     chosen = []
     for word in words:
-        found = [m for m in known if word in (m.host, m.text.split()[0], m.destination)]
+        names = {m: (m.name, m.host, m.destination, label(m)) for m in known}
+        found = [m for m in known if word in (*names[m], m.text.split()[0])]
         if not found:
             there = ", ".join(m.host or label(m) for m in known) or "none"
             where = f"is listed in {where_machines_stand(nix)}"
@@ -5687,12 +5725,14 @@ class Inspection:
         self.phase = "waiting"  # what is done now, for people
         self.facts: dict[str, str] = {}  # what LOOK says
         self.done = False
+        self.closed = ""  # see Slots.closed
         self.process: subprocess.Popen[bytes] | None = None  # nix-build
 
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
             self.site = Site(self.nix, Talk(self.nix), Slots.find(self.nix))
+            self.closed = self.site.slots.closed(self.machine)
             self.seat = self.site.new_seat(self.machine)
             # What was found out before may have changed.
             self.seat.chosen, self.seat.is_plain = 0, True
@@ -5993,12 +6033,14 @@ class Inspection:
         write_private(tiny, text)
         program = find_program("nix-build", nix_directories(self.nix.environ))
         command = [program, tiny, "--no-out-link", "--max-jobs", "0"]
+        # A closed machine is tried all the same: so it has slots of its own for that.
+        more = {"NIX_CURRENT_LOAD": self.folder} if self.closed else {}
         if self.nix.old:
-            more = {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
+            more |= {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
             return command, self.nix.child_environ(**more)
         command += ["--option", "build-hook", hook, "--option", "substitute", "false"]
         command += ["--option", "builders", f"@{machines}"]
-        return command, self.nix.child_environ()
+        return command, self.nix.child_environ(**more)
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
         """What has come of the tiny build."""
@@ -6090,6 +6132,7 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
             "machine": inspection.machine.name,
             "where": inspection.machine.where,
             "well": inspection.well,
+            "closed": inspection.closed or None,
             "findings": [finding._asdict() for finding in inspection.found],
         }
         for inspection in inspections
@@ -6100,13 +6143,14 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     return 0 if all(i.well for i in inspections) and not complaints else 1
 
 
-def make_slots(nix: Nix) -> None:
-    """Have the directory that the tiny builds need, as a hook makes it."""
+def make_slots(nix: Nix) -> Slots:
+    """Have the directory with the slots, as a hook makes it."""
     try:
         slots = Slots.find(nix)
         slots.make()
         if not os.access(slots.path, os.W_OK):
             raise Error(f"cannot write into {slots.path}")
+        return slots
     except Error as error:
         raise Error(f"{error}; try it as root") from None
 
@@ -6180,7 +6224,7 @@ def inspection_lines(
 
 def finding_lines(inspection: Inspection, screen: Screen) -> list[str]:
     """What is wrong with one machine, and what else to note."""
-    lines = []
+    lines = screen.wrap(inspection.closed, "    ", "        ")
     for found in inspection.found:
         if found.state in (WRONG, NOTE):
             lines += screen.wrap(f"{found.what}: {found.text}", "    ", "        ")
@@ -6282,18 +6326,50 @@ def held(slots: Slots, paths: list[str]) -> dict[str, str]:
 
 def status(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show what is built where, and who waits."""
-    while True:
-        machines, complaints = machines_named(options.names, nix)
-        loads, waiters = look(Slots.find(nix), machines)
-        lines = overview_lines(loads, waiters, screen)
-        if not machines:
-            lines = [f"no machines are listed ({where_machines_stand(nix)})"]
-        for complaint in complaints:
-            lines += screen.wrap(complaint)
-        screen.show(overview_json(loads, waiters), lines)
-        if not options.watch:
-            return 0
-        time.sleep(1)
+    if options.watch:
+        watch(lambda: show_status(options, nix, Screen(options)), screen.terminal)
+    else:
+        show_status(options, nix, screen)
+    return 0
+
+
+def watch(show: Callable[[], None], terminal: bool) -> None:
+    """Show it once a second, until `q` is typed if that is read from a terminal, which is
+    afterwards as it was."""
+    if not (terminal and os.isatty(0)):
+        while True:
+            show()
+            time.sleep(1)
+    import termios
+    import tty
+
+    before, typed = termios.tcgetattr(0), b"-"
+    try:
+        while typed and b"q" not in typed:
+            tty.setcbreak(0, termios.TCSANOW)  # again, since Ctrl-Z ends that
+            show()
+            typed = os.read(0, 99) if select.select([0], [], [], 1)[0] else b"-"
+    finally:
+        termios.tcsetattr(0, termios.TCSANOW, before)
+
+
+def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
+    """The same, once."""
+    machines, complaints = machines_named(options.names, nix)
+    loads, waiters = look(Slots.find(nix), machines)
+    lines, value = [], overview_json(loads, waiters)
+    if options.watch:  # what there is no room for is at the end
+        loads.sort(key=lambda l: (0, len(l.building)) if l.outage else (1, 0))
+        ill = sum(load.outage is not None for load in loads)
+        text = f"{ill} of {len(loads)} machines left alone, {len(waiters)} waiting"
+        quits = " (q: quit)" if screen.terminal else ""
+        lines = screen.wrap(f"{time.strftime('%H:%M:%S')}  {text}{quits}")
+    lines += overview_lines(loads, waiters, screen)
+    if not machines:
+        lines.append(f"no machines are listed ({where_machines_stand(nix)})")
+    for complaint in complaints:
+        lines += screen.wrap(complaint)
+    screen.show(value, lines)
 
 
 def slots_line(load: Load) -> list[str]:
@@ -6309,6 +6385,8 @@ def slots_line(load: Load) -> list[str]:
 
 def left_alone(outage: Outage) -> str:
     """What people are told of an outage."""
+    if not outage.failures:
+        return outage.words
     now = time.time()
     left = outage.until - now
     until = f"for {duration(left)} more" if left > 0 else "until it answers"
@@ -6326,9 +6404,9 @@ def overview_lines(
     now, lines = time.time(), []
     for head, load in zip(table([*map(slots_line, loads)]), loads):
         lines.append(screen.paint(head, NOTE if load.outage else OK))
-        lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
         if load.outage:
             lines += screen.wrap(left_alone(load.outage), "    ", "        ")
+        lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
     hosts = {load.machine.slots: label(load.machine) for load in loads}
     for names, line in groupby(waiters, key=lambda waiter: waiter.names):
         known = sorted({hosts.get(name, name) for name in names if name})
@@ -6355,6 +6433,75 @@ def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]
         for w in waiters
     ]
     return {"machines": machines, "waiting": waiting}
+
+
+# ---- pause and resume ---------------------------------------------------------------
+
+
+def seconds(text: str) -> int:
+    """How long that is which people write as 90s, 30m, 2h or 1d."""
+    number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
+    if not unit or not number.isdecimal() or len(number) > 6:
+        raise Error(f"{text!r} is no length of time such as 90s, 30m, 2h or 1d")
+    return int(number) * unit
+
+
+def pause_text(length: str, why: str) -> str:
+    """What Slots.closed reads: until when, and the words for people."""
+    import pwd
+
+    until, user = math.inf, f"user {os.getuid()}"
+    with suppress(KeyError):  # it has no name
+        user = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+    words = f"paused by {user}"
+    if length:
+        until = time.time() + seconds(length)
+        end, now = time.localtime(until), time.localtime()
+        form = "%H:%M" if end[:3] == now[:3] else "%Y-%m-%d %H:%M"
+        words += time.strftime(f" until {form}", end)
+    words += f" ({why})" if why else ""
+    return f"{until}\n{words[:OUTAGE_LIMIT]}"
+
+
+def slots_of(options: Namespace, nix: Nix) -> tuple[Slots, list[Machine]]:
+    """The slots that hooks count, and the named machines."""
+    machines, _ = machines_named(options.names, nix)
+    if here := [label(machine) for machine in machines if not machine.ways]:
+        raise Error(f"{here[0]} is this machine: Nix itself builds here")
+    return make_slots(nix), machines
+
+
+def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
+    """Send a machine no new builds until `resume`; those that run there come to their end."""
+    slots, machines = slots_of(options, nix)
+    text = pause_text(options.time, options.why)
+    for machine in machines:
+        write_private(slots.file(machine, "paused"), text)
+    slots.main_lock().release()  # who has looked before that has a slot now
+    show_status(options, nix, screen)
+    while options.wait and is_busy(slots, machines):
+        time.sleep(0.5)
+    return 0
+
+
+def is_busy(slots: Slots, machines: list[Machine]) -> bool:
+    """Whether builds still use one of these paused machines; Error if one is not paused."""
+    loads, _ = look(slots, machines)
+    for machine in machines:
+        if not slots.closed(machine):
+            raise Error(f"{label(machine)} is not paused any more")
+    return any(load.building or load.fetching for load in loads)
+
+
+def resume(options: Namespace, nix: Nix, screen: Screen) -> int:
+    """Send a machine builds again."""
+    slots, machines = slots_of(options, nix)
+    was = {machine: slots.closed(machine) for machine in machines}
+    lines = [f"{label(m)} was {words or 'not paused'}" for m, words in was.items()]
+    for machine in machines:
+        remove(slots.file(machine, "paused"))
+    screen.show({machine.name: words or None for machine, words in was.items()}, lines)
+    return 0
 
 
 # ---- explain ------------------------------------------------------------------------
@@ -6503,10 +6650,10 @@ def parse_options(arguments: list[str]) -> Namespace:
     """What people want of us."""
     import argparse
 
-    usage = "nix_build_remote.py check | status | explain | --help | --version"
+    usage = "nix_build_remote.py check|status|explain|pause|resume|--help|--version"
     parser = argparse.ArgumentParser(prog="nix_build_remote.py", usage=usage)
     verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
-    for run in (check, status, explain):
+    for run in (check, status, explain, pause, resume):
         part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         part.set_defaults(run=run, watch=False)
         hint = "instead of those that the hook would use"
@@ -6517,7 +6664,14 @@ def parse_options(arguments: list[str]) -> Namespace:
             part.add_argument("--system", default="", help="such as x86_64-linux")
             part.add_argument("--features", default="", help="such as kvm,big-parallel")
         else:
-            part.add_argument("names", nargs="*", metavar="MACHINE")
+            count = "*" if run in (check, status) else "+"
+            part.add_argument("names", nargs=count, metavar="MACHINE")
+        if run is pause:
+            hint = "such as 90s, 30m, 2h, 1d; else until it is resumed"
+            part.add_argument("--for", default="", dest="time", help=hint)
+            part.add_argument("--why", default="", metavar="TEXT", help="for others")
+            hint = "return when no build is left there"
+            part.add_argument("--wait", action="store_true", help=hint)
         if run is status:
             part.add_argument("--watch", action="store_true", help="renew each second")
     return parser.parse_args(arguments)
@@ -6536,11 +6690,14 @@ def run_for_people(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, terminate)
     try:
         nix = calling_nix(options.machines)
+        if options.run is not check and os.geteuid() == 0:
+            with suppress(OSError):  # there is none; else root sees what its owner does
+                os.seteuid(os.stat(nix.slot_directory).st_uid)
         return int(options.run(options, nix, Screen(options)))
-    except Error as error:
-        print(f"nix_build_remote.py: {error}", file=sys.stderr)
     except (KeyboardInterrupt, BrokenPipeError, Stop):
         return 130
+    except (Error, OSError) as error:
+        print(f"nix_build_remote.py: {error}", file=sys.stderr)
     return 1
 
 
