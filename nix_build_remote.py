@@ -4836,11 +4836,14 @@ class Attempt:
         return NotHere(message, verdict) if may_move else verdict
 
     def status_told(self, message: str) -> int:
-        """The status in the words of a daemon there, which loses it if we are untrusted."""
+        """The status in the words of a daemon there, which loses it if we are untrusted; some
+        are only in the log of that of 2.3."""
+        last = decode(self.session.tail).rstrip().rpartition("\n")[2]
+        words = message if self.session.spoken >= 0x206 else f"{message} {last}"
         is_fixed = any(output.hash for output in self.wanted.derivation.outputs)
         broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
         told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
-        return told.get(heard(Error, message, "far").meaning, MISC)
+        return told.get(heard(Error, words, "far").meaning, MISC)
 
     def reconnect(self) -> None:
         """Have a new session, which keeps the inputs alive, since the old one has ended: maybe
