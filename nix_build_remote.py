@@ -3164,9 +3164,10 @@ class Activities:
         return action == b'@nix {"action":"result' and kind in (b"105}", b"106}")
 
     def is_excuse(self, words: bytes) -> bool:
-        """Whether that says that what may be missing is not valid, so that nix-store ends."""
+        """Whether that says that what may be missing is not valid, or as Lix has it does not
+        exist in store, so that nix-store ends."""
         about = any(path.encode() in words for path in self.absent)
-        if about and b"error:" in words and b" is not " in words:
+        if about and b"error:" in words and b" not " in words:
             self.are_over = True
             return True
         return False
@@ -5364,7 +5365,7 @@ def serve(arguments: list[str]) -> int:
     try:
         nix = (old_nix if is_old_call(arguments) else new_nix)(arguments, environ)
         talk = Talk(nix)
-        if "system" not in nix.settings:
+        if not nix.old and "fsync-metadata" not in nix.settings:  # which few set
             nix = with_all_settings(nix, talk)
             talk = Talk(nix)
         Hook(nix, talk).serve()
