@@ -3311,9 +3311,10 @@ class Activities:
         return action == b'@nix {"action":"result' and kind in (b"105}", b"106}")
 
     def is_excuse(self, words: bytes) -> bool:
-        """Whether that says that what may be missing is not valid, so that nix-store ends."""
+        """Whether that says that what may be missing is not valid, or as Lix has it does not
+        exist in store, so that nix-store ends."""
         about = any(path.encode() in words for path in self.absent)
-        if about and b"error:" in words and b" is not " in words:
+        if about and b"error:" in words and b" not " in words:
             self.are_over = True
             return True
         return False
@@ -4990,11 +4991,14 @@ class Attempt:
         return NotHere(message, verdict) if may_move else verdict
 
     def status_told(self, message: str) -> int:
-        """The status in the words of a daemon there, which loses it if we are untrusted."""
+        """The status in the words of a daemon there, which loses it if we are untrusted; some
+        are only in the log of that of 2.3."""
+        last = decode(self.session.tail).rstrip().rpartition("\n")[2]
+        words = message if self.session.spoken >= 0x206 else f"{message} {last}"
         is_fixed = any(output.hash for output in self.wanted.derivation.outputs)
         broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
         told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
-        return told.get(heard(Error, message, "far").meaning, MISC)
+        return told.get(heard(Error, words, "far").meaning, MISC)
 
     def reconnect(self) -> None:
         """Have a new session, which keeps the inputs alive, since the old one has ended: maybe
@@ -5516,7 +5520,7 @@ def serve(arguments: list[str]) -> int:
     try:
         nix = (old_nix if is_old_call(arguments) else new_nix)(arguments, environ)
         talk = Talk(nix)
-        if "system" not in nix.settings:
+        if not nix.old and "fsync-metadata" not in nix.settings:  # which few set
             nix = with_all_settings(nix, talk)
             talk = Talk(nix)
         Hook(nix, talk).serve()

@@ -354,6 +354,7 @@ class Client:
             "system": "x86_64-linux",
             "max-jobs": "1",
             "experimental-features": "",
+            "fsync-metadata": "true",
             "store": store,
         }
         self.environ = {

@@ -485,9 +485,11 @@ def test_an_untrusted_user_is_told_of_an_unsigned_input(
         assert running.locks() == []
 
 
-# What fails in a build by itself; a daemon there tells its client no status but 1.
+# What fails in a build by itself; a daemon there tells its client no status but 1, and of
+# the second that of 2.3 says only in the log what it was.
 BROKEN = {
     "fails": 'mk "fails" "echo run >> /tmp/runs; exit 7" {}',
+    "makes nothing": 'mk "nothing" "echo run >> /tmp/runs" {}',
     "wrong": """mk "wrong" "echo run >> /tmp/runs; echo > $out" {
       outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "%s";
     }"""

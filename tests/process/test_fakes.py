@@ -777,6 +777,12 @@ def test_what_was_sent_counts_more(lix: Client) -> None:
     assert lix.build().replies == ["decline-permanently"]
 
 
+@pytest.mark.parametrize("name", ["system", "experimental-features"])
+def test_it_is_asked_for_whatever_the_command_line_sets(lix: Client, name: str) -> None:
+    lix.settings[name] = "x86_64-linux"
+    assert lix.build().replies[0] == "accept"
+
+
 def test_a_nix_that_does_not_tell_builds_by_itself(lix: Client) -> None:
     (lix.prefix / "bin/nix").write_text("#!/bin/false\n", encoding="utf-8")
     answer = lix.build()

@@ -129,3 +129,12 @@ def test_the_end_of_a_lock_is_heard_of() -> None:
     assert activities.lock.words
     activities.plain(event(action="stop", id=7))
     assert not activities.lock.words
+
+
+@pytest.mark.parametrize("words", ["is not valid", "does not exist in store"])
+def test_that_what_was_not_built_is_not_there_is_no_line(words: str) -> None:
+    """As Nix and Lix say it, when a build has failed whose output was asked for with it."""
+    activities = Activities()
+    activities.absent = ("/nix/store/x",)
+    assert activities.plain(f"error: path '/nix/store/x' {words}\n".encode()) == b""
+    assert activities.are_over
