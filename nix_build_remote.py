@@ -423,7 +423,6 @@ SPEAKERS = {"ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
 SPEAKERS["any"] = ("ssh", "far", "")
 # What to do if a program there ends, or ssh does, and nothing above tells why.
 USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
-HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
 CHATTY = "a start-up file there may print nothing; or is USER's shell none?"
 CHATTY += " as root there: chsh -s /bin/sh USER"
 
@@ -1970,12 +1969,14 @@ class Outages:
             pid = self.probe(machine, lock.descriptor)
             text = f"{until} {pid} {start_time(pid)}"
             os.pwrite(lock.descriptor, encode(text), 0)
-        elif rest[8:16] == integer(0):  # it has greeted, and its store has answered
-            self.end(machine)
+        elif rest[8:16] == integer(0) and not means(outage.words, "READONLY"):
+            self.end(machine)  # it has greeted, and its store has answered
         else:
             told = " ".join(printable(decode(words + rest[8:])).split())
-            if len(machine.ways) > 1 and (not told or means(told, "DAEMON")):
-                told = outage.words  # that way is not allowed: it says nothing
+            # That way may not be allowed, or whoever answers may not write there.
+            vague = len(machine.ways) > 1 or means(outage.words, "READONLY")
+            if vague and (not told or means(told, "DAEMON")):
+                told = outage.words
             error = heard(Unreachable, told or "no answer")
             if error.lasting is None and told == outage.words:
                 error.lasting = outage.lasting
@@ -2483,6 +2484,16 @@ def user_ssh_options(environ: dict[str, str]) -> list[str]:
         raise Error(f"NIX_SSHOPTS cannot be read: {error}: {text}") from None
 
 
+def aloud(options: Iterable[str]) -> Iterator[str]:
+    """The words without those that would have ssh say more or less, or into a file."""
+    rest = iter(options)
+    for word in rest:
+        if word == "-E":
+            next(rest, "")
+        elif word[:2] != "-E" and word.rstrip("qv") != "-":
+            yield word
+
+
 def pin_host_key(machine: Machine, directory: str) -> str:
     """A known_hosts file that knows just this machine's key; "" if none is pinned."""
     if not machine.host_key:
@@ -2540,7 +2551,9 @@ class Ssh(NamedTuple):
     def options(self, socket: str) -> list[str]:
         """For a connection at that control socket; `none` shares nothing."""
         # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
-        return [f"-oControlPath={socket}", *self.own, *self.user, "-S", socket]
+        # Who goes alone may do so since the one before has failed and not told us why.
+        user = aloud(self.user) if socket == ALONE else self.user
+        return [f"-oControlPath={socket}", *self.own, *user, "-S", socket]
 
     def session(self, socket: str, defaults: list[str], *remote: str) -> list[str]:
         """The command line that runs a program on the machine."""
@@ -3280,8 +3293,9 @@ class Session:
         if not data:
             self.stderr = None
         data = self.activities.plain(data)
-        # If it does not trust us, we go on in another way, and say so.
-        hidden = self.is_silent and means(decode(data), "LIMITED")
+        # If it does not trust us, we go on in another way or elsewhere, and say so.
+        reasons = ("LIMITED", "READONLY")
+        hidden = self.is_silent and any(means(decode(data), r) for r in reasons)
         if data and self.version and not hidden:
             write_all(LOG, data)
             self.last = time.monotonic()
@@ -3395,7 +3409,7 @@ class Session:
         if fresh and self.tells:
             self.seat.is_plain = True
         if status == 255 and not self.version and not words:
-            error.lasting, error.remedy = None, HIDDEN
+            error.lasting, error.remedy = None, USELESS
         if fresh and status == 0 and not words:  # so ends nix-daemon for other users
             error.meaning, error.remedy = "DAEMON", DAEMON
         return error
@@ -4652,6 +4666,11 @@ class Attempt:
             self.leave_slot()
             self.fetch(infos)
             self.session.finish()
+        except SessionLost as error:
+            if error.meaning != "READONLY" or not self.session.is_silent:
+                raise
+            self.begun = False
+            raise error.become(Unreachable) from None
         finally:
             self.copier.end()
             self.session.cancel()
@@ -4784,8 +4803,7 @@ class Attempt:
             return tuple((self.built or self.ask_by_closure()).get())
         except SessionLost as error:
             tail = decode(self.session.tail)
-            lacks = self.wanted.derivation.is_floating and means(tail, "LACKS")
-            if lacks or means(tail, "READONLY"):
+            if self.wanted.derivation.is_floating and means(tail, "LACKS"):
                 raise NotHere(str(error), BuildBroken(self.failed(error))) from None
             if not means(tail, "LIMITED"):
                 raise
