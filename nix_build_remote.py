@@ -416,6 +416,7 @@ passes  any FULL     disk is full | No space left on device | lack of free disk 
 passes  ssh SLOW     not responding
 passes  any -        Broken pipe | onnection reset | onnection closed | closed by | unreachable | shutting down
 passes  any -        emporarily unavailable | annot allocate memory | is busy
+passes  far -        slurm controller | odes are busy | ode failure | ask launch for | been revoked | Socket timed out
 passes  FAR -        disconnected unexpectedly | end-of-file = is nix-daemon well? as root there: systemctl start nix-daemon.socket
 passes  FAR -        Too many open files | creating thread | interrupted by
 unknown any UNSEATED refused by peer
@@ -434,7 +435,6 @@ SPEAKERS = {"ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
 SPEAKERS["any"] = ("ssh", "far", "")
 # What to do if a program there ends, or ssh does, and nothing above tells why.
 USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
-HIDDEN = "try it by hand; -q and -E in NIX_SSHOPTS hide the reason"
 CHATTY = "a start-up file there may print nothing; or is USER's shell none?"
 CHATTY += " as root there: chsh -s /bin/sh USER"
 
@@ -1054,6 +1054,13 @@ class Way(NamedTuple):
 
     there: tuple[str, ...] = ()
     here: tuple[str, ...] = ()
+
+    @property
+    def is_job(self) -> bool:
+        """Whether it is another program that starts Nix's there, as `srun nix-store` does: it
+        may have to wait for its turn, and what it holds others may want."""
+        program = (*self.there, SERVE[0])[0].strip("'").rpartition("/")[2]
+        return program not in (SERVE[0], "nix-daemon")
 
 
 class Machine(NamedTuple):
@@ -2053,12 +2060,14 @@ class Outages:
             pid = self.probe(machine, lock.descriptor)
             text = f"{until} {pid} {start_time(pid)}"
             os.pwrite(lock.descriptor, encode(text), 0)
-        elif rest[8:16] == integer(0):  # it has greeted, and its store has answered
-            self.end(machine)
+        elif rest[8:16] == integer(0) and not means(outage.words, "READONLY"):
+            self.end(machine)  # it has greeted, and its store has answered
         else:
             told = " ".join(printable(decode(words + rest[8:])).split())
-            if len(machine.ways) > 1 and (not told or means(told, "DAEMON")):
-                told = outage.words  # that way is not allowed: it says nothing
+            # That way may not be allowed, or whoever answers may not write there.
+            vague = len(machine.ways) > 1 or means(outage.words, "READONLY")
+            if vague and (not told or means(told, "DAEMON")):
+                told = outage.words
             error = heard(Unreachable, told or "no answer")
             if error.lasting is None and told == outage.words:
                 error.lasting = outage.lasting
@@ -2628,6 +2637,16 @@ def user_ssh_options(environ: dict[str, str]) -> list[str]:
         raise Error(f"NIX_SSHOPTS cannot be read: {error}: {text}") from None
 
 
+def aloud(options: Iterable[str]) -> Iterator[str]:
+    """The words without those that would have ssh say more or less, or into a file."""
+    rest = iter(options)
+    for word in rest:
+        if word == "-E":
+            next(rest, "")
+        elif word[:2] != "-E" and word.rstrip("qv") != "-":
+            yield word
+
+
 def pin_host_key(machine: Machine, directory: str) -> str:
     """A known_hosts file that knows just this machine's key; "" if none is pinned."""
     if not machine.host_key:
@@ -2685,7 +2704,9 @@ class Ssh(NamedTuple):
     def options(self, socket: str) -> list[str]:
         """For a connection at that control socket; `none` shares nothing."""
         # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
-        return [f"-oControlPath={socket}", *self.own, *self.user, "-S", socket]
+        # Who goes alone may do so since the one before has failed and not told us why.
+        user = aloud(self.user) if socket == ALONE else self.user
+        return [f"-oControlPath={socket}", *self.own, *user, "-S", socket]
 
     def session(self, socket: str, defaults: list[str], *remote: str) -> list[str]:
         """The command line that runs a program on the machine."""
@@ -3064,6 +3085,11 @@ class Seat:
         """The way to a session that we take."""
         return self.ssh.machine.ways[self.chosen]
 
+    @property
+    def greeting_s(self) -> float:
+        """How long to wait for the first answer in a session."""
+        return AWAY_TIMEOUT_S if self.way.is_job else GREETING_TIMEOUT_S
+
     def other_way(self) -> bool:
         """Take the other way from now on; False if there is none."""
         self.chosen = len(self.ssh.machine.ways) - 1 - self.chosen
@@ -3144,7 +3170,7 @@ class Seat:
         """Begin a session for who comes next, on the first free seat, if that is of use."""
         proof = self.connection.proof()
         # A process of which the system tells no start might be a later namesake.
-        if not proof or not proof.is_far or proof.start == "-":
+        if not proof or not proof.is_far or proof.start == "-" or self.way.is_job:
             return
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed() - 1)]
         empty = [file for file in files if not Spare.at(file, proof)]
@@ -3367,6 +3393,9 @@ class Session:
             if not self.seat.connection.answers():
                 words = "the connection to it does not answer"
                 raise Late(words).become(SessionLost) from None
+            said = " ".join(printable(decode(self.tail)).split()) or "nothing"
+            name, talk = self.seat.ssh.machine.name, self.seat.programs.talk
+            talk.say(WARN, f"'{name}' lets us wait for nix-store, and says: {said}")
             magic = self.read(8, self.deadline)
         if magic != integer(SERVE_REPLY):
             raise self.no_greeting(magic)
@@ -3429,8 +3458,9 @@ class Session:
             self.stderr = None
         self.last = time.monotonic() if data and self.version else self.last
         data = self.activities.plain(data)
-        # If it does not trust us, we go on in another way, and say so.
-        hidden = self.is_silent and means(decode(data), "LIMITED")
+        # If it does not trust us, we go on in another way or elsewhere, and say so.
+        reasons = ("LIMITED", "READONLY")
+        hidden = self.is_silent and any(means(decode(data), r) for r in reasons)
         if data and self.version and not hidden:
             write_all(LOG, data)
             self.first = self.last if self.is_silent else self.first
@@ -3543,7 +3573,7 @@ class Session:
         if fresh and self.tells:
             self.seat.is_plain = True
         if status == 255 and not self.version and not words:
-            error.lasting, error.remedy = None, HIDDEN
+            error.lasting, error.remedy = None, USELESS
         if fresh and status == 0 and not words:  # so ends nix-daemon for other users
             error.meaning, error.remedy = "DAEMON", DAEMON
         return error
@@ -4612,7 +4642,8 @@ def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Sessi
         left = max(1.0, deadline - time.monotonic())
         session = Session(seat, min(GREETING_TIMEOUT_S, left))
         answer = session.ask_valid([path])
-        if session.proof:
+        job, soon = seat.way.is_job, min(REPLY_S, left)
+        if session.proof or (job and not wait_readable([session.stdout], soon)):
             return session
         if session.first_answer(answer):
             make_sure_of_another_store(site, session)
@@ -4807,6 +4838,11 @@ class Attempt:
             self.leave_slot()
             self.fetch(infos)
             self.session.finish()
+        except SessionLost as error:
+            if error.meaning != "READONLY" or not self.session.is_silent:
+                raise
+            self.begun = False
+            raise error.become(Unreachable) from None
         finally:
             self.copier.end()
             self.session.cancel()
@@ -4841,7 +4877,7 @@ class Attempt:
         if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
         if session.version is None:  # and Nix no longer waits for our reply
-            session.deadline = time.monotonic() + GREETING_TIMEOUT_S
+            session.deadline = time.monotonic() + session.seat.greeting_s
             session.first_answer(session.awaited[0])
         if empty:
             begin = time.monotonic()
@@ -4915,8 +4951,10 @@ class Attempt:
         just one order for them, its archive, after which nix-store shall end."""
         session, outputs = self.session, self.wanted.outputs
         questions = infos_question(outputs)
-        # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it.
-        looks_first = session.spoken >= 0x204 and not session.seat.way.here
+        # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it;
+        # and srun says that a job has ended badly.
+        way = session.seat.way
+        looks_first = session.spoken >= 0x204 and not way.here and not way.is_job
         if len(outputs) == 1 and looks_first:
             session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += b"".join(map(dump_question, session.activities.absent))
@@ -4939,8 +4977,7 @@ class Attempt:
             return tuple((self.built or self.ask_by_closure()).get())
         except SessionLost as error:
             tail = decode(self.session.tail)
-            lacks = self.wanted.derivation.is_floating and means(tail, "LACKS")
-            if lacks or means(tail, "READONLY"):
+            if self.wanted.derivation.is_floating and means(tail, "LACKS"):
                 raise NotHere(str(error), BuildBroken(self.failed(error))) from None
             if not means(tail, "LIMITED"):
                 raise
@@ -5011,7 +5048,7 @@ class Attempt:
             self.talk.say(INFO, f"'{self.machine.name}' {text}")
         self.session.finish()
         self.session.cancel()
-        self.session = self.copier.session = Session(seat, GREETING_TIMEOUT_S)
+        self.session = self.copier.session = Session(seat, seat.greeting_s)
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
         self.send_inputs(answer.get())

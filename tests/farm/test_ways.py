@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from lab import Host, connect, poll
 from scene import (
+    HOOK,
     INSTALLED,
     SLOTS,
     Run,
     Scene,
+    change_hook,
     distrustful,
     forget,
     other,
+    outage,
     scene,
     valid,
     version,
@@ -42,6 +45,13 @@ def dependent() -> str:
       let source = builtins.toFile "source" "text";
           input = mk "input-{next(numbers)}" "echo input > $out" {{}};
       in mk "dependent" "cat ${{source}} ${{input}} > $out; hostname >> $out" {{}}"""
+
+
+def to_send() -> str:
+    """A derivation with nothing but something to send."""
+    number = next(numbers)
+    source = f'builtins.toFile "source-{number}" "text"'
+    return f'mk "with-source-{number}" "cat ${{{source}}} > $out" {{}}'
 
 
 @pytest.fixture(scope="module")
@@ -214,17 +224,39 @@ def test_a_login_for_nix_store_alone_builds(limited: Scene) -> None:
     assert limited.client.read(outcome.output).endswith("b1\n")
 
 
+@pytest.mark.parametrize("expression", [fresh, to_send])
 @pytest.mark.parametrize("how", ["key", "ForceCommand"])
 @pytest.mark.parametrize("scheme", ["ssh", "ssh-ng"])
 def test_a_login_that_may_not_write_is_told_of_at_once(
-    limited: Scene, how: str, scheme: str
+    limited: Scene, how: str, scheme: str, expression: Callable[[], str]
 ) -> None:
     nix = limited
     allow(nix, "nix-store --serve", how=how)
     nix.machines(f"{scheme}://nix@b1 - - 4\n")
-    outcome = nix.build(fresh(), check=False, timeout=TIMEOUT_S)
-    assert outcome.status != 0 and "is not allowed" in outcome.log, outcome.log
+    outcome = nix.build(expression(), check=False, timeout=TIMEOUT_S)
+    assert outcome.status != 0 and outcome.log.count("is not allowed") == 1, outcome.log
     assert "that key there must be: nix-store --serve --write" in outcome.log
+    assert "trying again" not in outcome.log
+
+
+def test_other_builds_leave_a_login_that_may_not_write_alone(limited: Scene) -> None:
+    """Also after it has answered a question of who finds out whether it is of use again."""
+    nix = limited
+    allow(nix, "nix-store --serve")
+    nix.machines("ssh://nix@b1 - - 1 9\nroot@b1 - - 1\n")
+    change_hook(nix, PAUSE_S=0.1, PAUSE_LIMIT_S=0.1)
+    connect(nix.client, nix.builder)
+    try:
+        names = [f"chain-{next(numbers)}" for _ in range(4)]
+        links = "".join(
+            f'{name} = mk "{name}" "sleep 0.3; echo > $out" {{ before = {before}; }};'
+            for name, before in zip(names, ["null", *names])
+        )
+        outcome = nix.build(f"let {links} in {names[-1]}")
+        assert outcome.log.count("is not allowed") == 1, outcome.log
+        assert "is not allowed" in outage(nix, "nix@b1")
+    finally:
+        nix.client.copy(HOOK, INSTALLED)
 
 
 def test_a_line_without_ng_is_told_of_it(limited: Scene) -> None:
