@@ -1921,7 +1921,7 @@ class Outage(NamedTuple):
         with suppress(ValueError, KeyError):
             failures, since, until, lasting, words = text.split(" ", 4)
             times = float(since), float(until)
-            if math.isfinite(sum(times)):
+            if math.isfinite(sum(times)) and int(failures[:9]) > 0:
                 return cls(int(failures[:9]), *times, LASTING[lasting], words)
         return None
 

@@ -96,6 +96,7 @@ NOTES = [
     b"9 NOW NOW unknown \xc3\xbc\n",
     b"",
 ]
+PAUSES = [b"inf\npaused by alice", b"9e9\npaused (\xc3\xbc)", b"1.5\npaused", b""]
 PROGRAMS = [
     b"nix-copy-closure (Nix) 2.26.3",
     b"(Nix) 2.35pre20260101_abc",
@@ -615,6 +616,21 @@ class Taker:
         assert cut.lock.words == whole.lock.words
         return bool(cut.lock.words)
 
+    def pause(self, case: bytes) -> bool:
+        """What is no pause keeps nobody from a slot, and its file goes away."""
+        slots, outages = self.sites[1].slots, self.sites[1].outages
+        file = Path(slots.file(self.machine, "paused"))
+        file.write_bytes(case)
+        words = slots.closed(self.machine)
+        assert "\n" not in words and words == hook.printable(words)
+        assert bool(words) == (self.machine in outages.away([self.machine]))
+        slot, _ = slots.choose([self.machine])
+        assert bool(words) == (slot is None) == file.exists()
+        if slot:
+            slot.free()
+        file.unlink(missing_ok=True)
+        return bool(words)
+
     def paths(self, case: bytes) -> bool:
         slots = self.sites[1].slots
         Path(slots.own, f"{self.machine.slots}.paths").write_bytes(case)
@@ -656,6 +672,7 @@ TARGETS: dict[str, Target] = {
     "version": (lambda rng: rng.choice(PROGRAMS), Taker.version),
     "proof": (lambda rng: b"%d 4711 519 True" % rng.randrange(9999), Taker.proof),
     "activities": (activities, Taker.activities),
+    "pause": (lambda rng: rng.choice(PAUSES), Taker.pause),
     "paths": (lambda rng: b" ".join([b"a" * 32] * rng.randrange(40)), Taker.paths),
 }
 for minor in range(8):

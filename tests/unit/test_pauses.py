@@ -152,6 +152,12 @@ def test_nobody_despairs_of_a_paused_machine(slots: Slots) -> None:
     assert not Outages(slots).despair([B1])
 
 
+def test_a_damaged_note_of_an_outage_is_no_pause(slots: Slots) -> None:
+    now = time.time()
+    write(slots, "down", f"0 {now:.3f} {now:.3f} lasts it is broken")
+    assert Outages(slots).of(B1) is None
+
+
 def test_nobody_finds_out_whether_a_paused_machine_is_of_use_again(
     slots: Slots,
 ) -> None:
