@@ -5041,12 +5041,13 @@ class Build:
         """Add a line to the history: how the build has ended, None being success, or that an
         attempt has, with that result."""
         results = {type(None): "built", BuildFailed: "failed", BuildTimedOut: "timeout"}
-        other = "cancelled" if isinstance(error, Stop) else "error"
-        cause = self.cause or error
-        word = getattr(cause, "meaning", "").strip("-") or type(cause).__name__
-        words = {"derivation": self.path, "machine": self.machine}
+        other = "cancelled" if isinstance(error, (Stop, EOFError)) else "error"
+        words = {"derivation": self.path, "machine": self.machine, "reason": ""}
         words["result"] = result or results.get(type(error), other)
-        words["reason"] = word.lower() if cause else ""
+        if words["result"] not in results.values():
+            cause = self.cause or error
+            word = getattr(cause, "meaning", "").strip("-") or type(cause).__name__
+            words["reason"] = word.lower()
         tally, self.talk.tally, self.machine = self.talk.tally, Tally(), ""
         tally.begin("waiting")
         received = tally.bytes.pop("fetching")
@@ -6499,17 +6500,16 @@ def history_lines(builds: list[dict[str, Any]]) -> list[str]:
         cells = [time.strftime("%m-%d %H:%M:%S", time.localtime(build["when"]))]
         cells += [f"{took:.1f} s" if took < 60 else duration(took), bar([build])]
         cells += [*map(amount, (build["sent"], build["received"]))]
-        end = build["result"] if build["result"] in WELL else "{result}: {reason}"
-        cells += [called(build["machine"]), short(name), end.format_map(build)]
-        rows.append(cells)
-    sums = []
+        end = ": ".join(filter(None, (build["result"], build["reason"])))
+        rows.append([*cells, called(build["machine"]), short(name), end])
+    sums = [["machine", "builds", "failures", "waited", "time"]]
     for host in sorted({called(build["machine"]) for build in builds}):
         its = [build for build in builds if called(build["machine"]) == host]
         failures = sum(build["result"] not in WELL for build in its)
         waited = duration(sum(build["waiting"] for build in its))
-        counts = f"{len(its)} builds", f"{failures} failures", f"waited {waited}"
-        sums.append([host, *counts, bar(its)])
-    return [*table(rows), *table(sums)]
+        sums.append([host, str(len(its)), str(failures), waited, bar(its)])
+    legend = ", ".join(f"{phase[0]} {phase}" for phase in PHASES)
+    return [*table(rows), *table(sums), f"time: {legend}"]
 
 
 def history(options: Namespace, nix: Nix, screen: Screen) -> int:

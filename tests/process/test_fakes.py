@@ -585,6 +585,64 @@ def test_no_newcomer_takes_a_slot_while_somebody_waits(client: Client) -> None:
     assert len(client.sessions()) == 1
 
 
+# -- The history ----------------------------------------------------------------------
+
+
+def ends(client: Client) -> list[tuple[str, str, str, int]]:
+    """Of each line of the history: machine, result, reason, attempts."""
+    file = client.slots / "own/history"
+    lines = file.read_text(encoding="utf-8").split("\n")[1:] if file.exists() else []
+    builds = [json.loads(line) for line in lines]
+    return [(b["machine"], b["result"], b["reason"], b["attempts"]) for b in builds]
+
+
+@pytest.mark.parametrize(
+    ("status", "result", "reason"),
+    [
+        ("0", "built", ""),
+        ("3", "failed", ""),
+        ("8", "timeout", ""),
+        ("9", "error", "buildbroken"),
+    ],
+)
+def test_a_build_is_in_the_history_with_its_result(
+    client: Client, status: str, result: str, reason: str
+) -> None:
+    client.environ["FAKE_STATUS"] = status
+    client.build()
+    name = "root@b1" if client.old else "ssh://root@b1"
+    assert ends(client) == [(name, result, reason, 1)]
+
+
+def test_each_attempt_is_in_the_history(new: Client) -> None:
+    new.machines.write_text(TWO, encoding="utf-8")
+    new.environ["FAKE_HOST"] = "b1"
+    misbehave(new, "half-way").build()
+    assert ends(new) == [
+        ("ssh://root@b1", "retried", "sessionlost", 1),
+        ("ssh://root@b2", "built", "", 2),
+    ]
+
+
+def test_a_build_that_ends_with_a_lost_machine_is_an_error(new: Client) -> None:
+    misbehave(new, "half-way").build()
+    *attempts, (_, result, reason, number) = ends(new)
+    assert {attempt[1] for attempt in attempts} == {"retried"}
+    assert (result, reason, number) == ("error", "sessionlost", len(attempts) + 1)
+
+
+def test_what_is_declined_is_not_in_the_history(client: Client) -> None:
+    misbehave(client, "away").build()
+    assert ends(client) == []
+
+
+def test_a_nix_that_ends_before_it_says_what_to_build_has_cancelled(
+    client: Client,
+) -> None:
+    client.run(client.request())
+    assert [end[1:] for end in ends(client)] == [("cancelled", "eoferror", 0)]
+
+
 # -- What breaks here -----------------------------------------------------------------
 
 
