@@ -942,9 +942,7 @@ class Talk:
         self.write(f'@nix {{{head},"fields":[{done},{expected},0,0]}}')
 
     def end(self, depth: int = 0) -> None:
-        """End the activities at that depth and deeper; without a step, the build waits."""
-        if not depth:
-            self.tally.begin("waiting")
+        """End the activities at that depth and deeper."""
         while len(self.running) > depth:
             self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
 
@@ -4983,6 +4981,7 @@ class Build:
 
     def wait(self, line: Line) -> Slot:
         """Wait for a slot, and say where the build goes, which Nix does not know."""
+        self.talk.tally.begin("waiting")
         self.talk.begin(0, f"waiting for a builder for {short(self.path)}")
         if self.site.nix.old:
             self.talk.say(INFO, f"waiting for a builder for '{self.path}'")
@@ -6468,7 +6467,7 @@ def read_history(slots: Slots, *files: str) -> list[dict[str, Any]]:
     for folder in filter(os.path.isdir, (slots.path, slots.own)):
         if not os.access(folder, os.R_OK | os.X_OK):
             raise Error(f"cannot read {folder}; try it as root")
-    texts = (read_private(file, 2 * HISTORY_BYTES) or "" for file in files)
+    texts = (read_private(file, LOCK_LIMIT_BYTES) or "" for file in files)
     for line in "\n".join(texts).split("\n"):
         with suppress(Exception):
             said = json.loads(line)

@@ -8,9 +8,11 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from fakes import (
@@ -25,6 +27,7 @@ from fakes import (
     Client,
     write_program,
 )
+from lab import poll
 
 # Bad manners, and the words in which the user is to hear of them.
 BEFORE_ACCEPT = {
@@ -539,7 +542,7 @@ def test_the_likeliest_machines_are_connected_at_the_same_time(client: Client) -
 
 
 @contextlib.contextmanager
-def busy(client: Client, *, waiting: bool = False) -> Iterator[None]:
+def busy(client: Client, *, waiting: bool = False) -> Iterator[contextlib.ExitStack]:
     """The only slot is taken; and so is, if somebody is `waiting`, the only place."""
     client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
     client.build()
@@ -547,7 +550,7 @@ def busy(client: Client, *, waiting: bool = False) -> Iterator[None]:
         for pattern in ("*b1-0", *["own/line-*.0"] * waiting):
             (path,) = client.slots.glob(pattern)
             fcntl.flock(held.enter_context(path.open("r+b")), fcntl.LOCK_EX)
-        yield
+        yield held
 
 
 def unable(client: Client) -> Client:
@@ -588,12 +591,16 @@ def test_no_newcomer_takes_a_slot_while_somebody_waits(client: Client) -> None:
 # -- The history ----------------------------------------------------------------------
 
 
-def ends(client: Client) -> list[tuple[str, str, str, int]]:
-    """Of each line of the history: machine, result, reason, attempts."""
+def history(client: Client) -> list[dict[str, Any]]:
     file = client.slots / "own/history"
     lines = file.read_text(encoding="utf-8").split("\n")[1:] if file.exists() else []
-    builds = [json.loads(line) for line in lines]
-    return [(b["machine"], b["result"], b["reason"], b["attempts"]) for b in builds]
+    return [json.loads(line) for line in lines]
+
+
+def ends(client: Client) -> list[tuple[str, str, str, int]]:
+    """Of each line of the history: machine, result, reason, attempts."""
+    names = "machine", "result", "reason", "attempts"
+    return [tuple(build[name] for name in names) for build in history(client)]
 
 
 @pytest.mark.parametrize(
@@ -634,6 +641,46 @@ def test_a_build_that_ends_with_a_lost_machine_is_an_error(new: Client) -> None:
 def test_what_is_declined_is_not_in_the_history(client: Client) -> None:
     misbehave(client, "away").build()
     assert ends(client) == []
+
+
+def test_the_time_to_log_in_is_not_waiting(client: Client) -> None:
+    client.build()
+    [build] = history(client)
+    assert build["waiting"] < build["connecting"]
+
+
+def test_a_question_that_was_declined_does_not_count_for_the_next(new: Client) -> None:
+    """The first one has to wait for a slot, so long that the second cannot by chance."""
+    new.constants["PATIENCE_S"] = 3
+    with busy(new):
+        new.machines.write_text(
+            "root@b1 x86_64-linux - 1\nroot@b2 x86_64-linux - 1 1 - kvm\n",
+            encoding="utf-8",
+        )
+        first = new.request(willing=False)
+        second = new.request(features=["kvm"]) + new.lists([], [CAP_A])
+        new.settings["system-features"] = "kvm"
+        assert new.run(first + second).replies == ["postpone", "accept"]
+    assert history(new)[-1]["waiting"] < 3
+
+
+def is_waiting(client: Client) -> bool:
+    places = client.slots.glob("own/line-*.0")
+    return any(" waiting " in place.read_text(encoding="utf-8") for place in places)
+
+
+def test_a_line_is_waited_in_also_after_a_machine_that_was_away(new: Client) -> None:
+    new.environ["FAKE_HOST"] = "b2"
+    with busy(unable(new)) as slot, ThreadPoolExecutor() as pool:
+        new.machines.write_text(TWO, encoding="utf-8")
+        asked = new.request(willing=False) + new.lists([], [CAP_A])
+        answer = pool.submit(misbehave(new, "away").run, asked)
+        poll(lambda: answer.done() or is_waiting(new), "its place in line")
+        time.sleep(1)
+        slot.close()
+        assert "Connection refused" in answer.result().messages
+    build = history(new)[-1]
+    assert build["machine"] == "ssh://root@b1" and build["waiting"] >= 1
 
 
 def test_a_nix_that_ends_before_it_says_what_to_build_has_cancelled(

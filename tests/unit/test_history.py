@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -200,6 +201,39 @@ def test_several_that_begin_a_new_file_throw_only_old_lines_away(slots: Slots) -
     assert max(build["attempts"] for build in read(slots)) == 999
 
 
+def test_nobody_waits_to_begin_a_new_file(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hook, "HISTORY_BYTES", 1000)
+    add(slots)
+    with open(slots.history, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as who is about to rename it
+        for _ in range(9):
+            add(slots)
+        assert os.listdir(slots.own) == ["history"]
+    add(slots)
+    assert os.listdir(slots.own) == ["history.old"] and len(read(slots)) == 11
+
+
+def test_who_comes_too_late_to_begin_a_new_file_leaves_that_alone(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the moment when it has the lock, another has renamed the file and begun a new one."""
+    monkeypatch.setattr(hook, "HISTORY_BYTES", 1000)
+    for number in range(3):
+        add(slots, attempts=number)
+    hold = hook.Lock.hold
+
+    def late(lock: hook.Lock) -> bool:
+        os.rename(slots.history, f"{slots.history}.old")
+        Path(slots.history).write_text(f"\n{json.dumps(LINE)}", encoding="utf-8")
+        return hold(lock)
+
+    monkeypatch.setattr(hook.Lock, "hold", late)
+    add(slots, attempts=3)
+    assert [build["attempts"] for build in read(slots)] == [0, 1, 2, 3, 1]
+
+
 def is_whole(line: str) -> bool:
     with contextlib.suppress(ValueError):
         return bool(json.loads(line))
@@ -221,6 +255,14 @@ def test_whoever_is_killed_while_writing_spoils_no_other_line(
     lines = Path(slots.history).read_text(encoding="utf-8").split("\n")[1:]
     assert json.loads(lines[-1])["attempts"] == 7
     assert sum(not is_whole(line) for line in lines) <= 5 * 4
+
+
+# -- What is written ------------------------------------------------------------------
+
+
+def test_a_build_that_no_machine_could_do_ends_for_the_reason_of_the_last() -> None:
+    error = hook.NotHere("no space: disk is full", hook.BuildBroken("it failed"))
+    assert error.verdict.meaning == "FULL"
 
 
 # -- For people -----------------------------------------------------------------------
