@@ -5043,7 +5043,7 @@ class Build:
         other = "cancelled" if isinstance(error, (Stop, EOFError)) else "error"
         words = {"derivation": self.path, "machine": self.machine, "reason": ""}
         words["result"] = result or results.get(type(error), other)
-        if words["result"] not in results.values():
+        if type(error) not in results:
             cause = self.cause or error
             word = getattr(cause, "meaning", "").strip("-") or type(cause).__name__
             words["reason"] = word.lower()
@@ -6463,10 +6463,8 @@ def read_history(slots: Slots, *files: str) -> list[dict[str, Any]]:
     """The lines of these, if they are there, but what is half a line, or none of ours."""
     import json
 
+    look(slots, [])  # Error if we may not read what is there
     found: list[dict[str, Any]] = []
-    for folder in filter(os.path.isdir, (slots.path, slots.own)):
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise Error(f"cannot read {folder}; try it as root")
     texts = (read_private(file, LOCK_LIMIT_BYTES) or "" for file in files)
     for line in "\n".join(texts).split("\n"):
         with suppress(Exception):
@@ -6577,9 +6575,9 @@ def parse_options(arguments: list[str]) -> Namespace:
         elif run in (check, status):
             part.add_argument("names", nargs="*", metavar="MACHINE")
         elif run is history:
-            part.add_argument("--failed", action="store_true", help="only those")
-            part.add_argument("--machine", default="", help="where they were")
-            part.add_argument("--since", metavar="2d", help="or 90s, 30m, 2h")
+            part.add_argument("--failed", action="store_true", help="only failures")
+            part.add_argument("--machine", default="", help="only what was there")
+            part.add_argument("--since", metavar="2d", help="only the last 2 days")
         if run is status:
             part.add_argument("--watch", action="store_true", help="renew each second")
     return parser.parse_args(arguments)

@@ -231,6 +231,7 @@ def test_who_comes_too_late_to_begin_a_new_file_leaves_that_alone(
 
     monkeypatch.setattr(hook.Lock, "hold", late)
     add(slots, attempts=3)
+    monkeypatch.undo()
     assert [build["attempts"] for build in read(slots)] == [0, 1, 2, 3, 1]
 
 
