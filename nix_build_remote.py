@@ -77,6 +77,8 @@ Command line, for people:
     nix_build_remote.py pause MACHINE [--for 2h] [--why TEXT] [--wait]   no new builds go
                         there; with --wait, return when those that run have ended
     nix_build_remote.py resume MACHINE        builds go there again
+    nix_build_remote.py history [--failed] [--machine M] [--since 2d]   what was built
+    nix_build_remote.py metrics   the same as counters, for Prometheus' node_exporter
     nix_build_remote.py --help | --version
     They take --json, and --machines FILE.
 """
@@ -84,6 +86,7 @@ Command line, for people:
 # The words of this program, each for one thing:
 # machine     one entry of the machines file;  builder: the host behind it
 # slot        one of a machine's maxJobs, a lock file;  load: how many are taken
+# history     a line for each build that has ended: where, how, how long
 # line        the queue of hooks that wait for one set of machines, each at its place
 # outage      what all hooks remember of a machine that failed
 # closed      said of a machine that gets no new builds now: somebody has paused it
@@ -146,6 +149,9 @@ PAUSE_S = 1  # a machine that has failed is left alone for that,
 PAUSE_LIMIT_S = 60  # and for longer each time it fails again
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 OUTAGE_LIMIT = 1000  # characters of what is remembered of a failure
+HISTORY_BYTES = 2 << 20  # of the history's file, before a new one is begun,
+LINE_BYTES = 4096  # of a line there
+PHASES = ("waiting", "connecting", "sending", "building", "fetching")  # of a build
 PROBE_HEAD = 99  # bytes of a probe's file, before what ssh and nix-store said
 
 # ssh and sessions
@@ -349,7 +355,8 @@ class NotHere(Error):
 
     def __init__(self, words: str, verdict: Error) -> None:
         super().__init__(words)
-        self.verdict, self.meaning = verdict, heard(Error, words).meaning
+        self.verdict = verdict
+        self.meaning = verdict.meaning = heard(Error, words).meaning
 
 
 class BuildBroken(Error):
@@ -862,6 +869,20 @@ def short(derivation: str) -> str:
     return derivation.rpartition("/")[2][33:].removesuffix(".drv") or derivation
 
 
+class Tally:
+    """What a build has taken so far: seconds, and bytes copied, by phase."""
+
+    def __init__(self) -> None:
+        self.phase, self.since = PHASES[0], time.monotonic()
+        self.seconds, self.bytes = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0)
+
+    def begin(self, phase: str) -> None:
+        """Count what comes now for that phase."""
+        now = time.monotonic()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
+
+
 class Talk:
     """Replies, messages and activities to Nix, on descriptor 2, in its dialect."""
 
@@ -885,6 +906,7 @@ class Talk:
         self.moved = self.size = 0
         self.told = 0.0
         self.paths = self.expected = 0  # that are copied, so far and in all
+        self.tally = Tally()  # of the build that we were asked of last
 
     def write(self, line: str) -> None:
         """A line to Nix; NixGone if it has ended."""
@@ -930,6 +952,7 @@ class Talk:
 
     def progress(self, more: int) -> None:
         """Tell that so many bytes more were copied, at most every 0.1 s and at the end."""
+        self.tally.bytes[self.tally.phase] += more
         self.moved = min(self.moved + more, self.size)
         is_whole = self.moved == self.size
         if self.running[2:] and (is_whole or time.monotonic() > self.told + 0.1):
@@ -1725,7 +1748,7 @@ class Slots:
     what the stock hook does not know."""
 
     def __init__(self, path: str, talk: Talk | None = None) -> None:
-        self.path, self.own = path, f"{path}/own"
+        self.path, self.own, self.history = path, f"{path}/own", f"{path}/own/history"
         self.talk = talk  # is told if somebody keeps the main lock
         self.is_stuck = False  # whether somebody did
 
@@ -1885,6 +1908,18 @@ class Slots:
                 if lock := Lock.take(self.file(machine, f"fetch-{number}")):
                     return Slot(machine, lock)
         return None
+
+    def add_to_history(self, line: str) -> None:
+        """Add that to the file with a line for each build that has ended; a big one becomes
+        history.old.  Each line begins with its newline: if the disk was full, or somebody
+        killed, what is left of a line spoils no other."""
+        with suppress(Error, OSError), Lock(self.history) as file:  # a full disk
+            fcntl.fcntl(file.descriptor, fcntl.F_SETFL, os.O_APPEND)
+            os.write(file.descriptor, encode(f"\n{line}"[:LINE_BYTES]))
+            info = os.fstat(file.descriptor)
+            is_ours = info.st_size > HISTORY_BYTES and file.hold()
+            if is_ours and os.path.samestat(info, os.lstat(self.history)):
+                os.rename(self.history, f"{self.history}.old")
 
     def remember(self, text: str) -> bool:
         """Note in the main lock's file, for hooks to come, that we have said or done this for
@@ -4855,6 +4890,7 @@ class Attempt:
         what = phase + verb.lstrip(LETTERS)
         text = f"{what} '{path}' {preposition} '{name}'"
         self.talk.begin(0, f"{what} {short(path)} {preposition} {name}")
+        self.talk.tally.begin(phase)
         self.talk.say(DEBUG, text)
         if self.nix.old and phase != "connecting":
             self.talk.say(INFO, text)
@@ -5097,6 +5133,8 @@ class Build:
         self.derivation, self.fit = derivation, fit
         self.retries = Retries(fit)
         self.said: set[str] = set()  # what is said once for each build
+        self.machine, self.attempts = "", 0  # where it is, and how many there were
+        self.cause: Error | None = None  # of the error that it ends with
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
         """Take the lists that follow an accept: outputs are names (2.4+) or paths."""
@@ -5124,6 +5162,7 @@ class Build:
             try:
                 slot = self.wait(place) if isinstance(place, Line) else place
                 attempt = last = Attempt(self.site, self.wanted, self.locks, slot)
+                self.machine, self.attempts = slot.machine.name, self.attempts + 1
                 attempt.perform(session)
                 return
             except (Unreachable, SessionLost, NotHere, Away) as error:
@@ -5137,6 +5176,7 @@ class Build:
 
     def wait(self, line: Line) -> Slot:
         """Wait for a slot, and say where the build goes, which Nix does not know."""
+        self.talk.tally.begin("waiting")
         self.talk.begin(0, f"waiting for a builder for {short(self.path)}")
         if self.site.nix.old:
             self.talk.say(INFO, f"waiting for a builder for '{self.path}'")
@@ -5167,6 +5207,7 @@ class Build:
         if isinstance(error, NotHere) and error.meaning == "LACKS":
             self.site.slots.note(machine, "lacks", self.need.kind)
         if not isinstance(error, Away):
+            self.record(error, "retried")
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
         if retry.outage:
             self.site.outages.note(machine, attempt.slot.outage, error)
@@ -5183,11 +5224,32 @@ class Build:
 
     def final(self, attempt: Attempt | None, error: Error) -> Error:
         """The error that the build ends with, which tells what was tried."""
+        self.cause = error
         if isinstance(error, (BuildFailed, BuildTimedOut, BuildBroken)):
             return error
         if attempt:
             return Error(attempt.failed(error))
         return Error(f"cannot build '{self.path}': {error.told('')}")
+
+    def record(self, error: BaseException | None, result: str = "") -> None:
+        """Add a line to the history: how the build has ended, None being success, or that an
+        attempt has, with that result."""
+        results = {type(None): "built", BuildFailed: "failed", BuildTimedOut: "timeout"}
+        other = "cancelled" if isinstance(error, (Stop, EOFError)) else "error"
+        words = {"derivation": self.path, "machine": self.machine, "reason": ""}
+        words["result"] = result or results.get(type(error), other)
+        if type(error) not in results:
+            cause = self.cause or error
+            word = getattr(cause, "meaning", "").strip("-") or type(cause).__name__
+            words["reason"] = word.lower()
+        tally, self.talk.tally, self.machine = self.talk.tally, Tally(), ""
+        tally.begin("waiting")
+        received = tally.bytes.pop("fetching")
+        line = f'{{"when":{time.time():.3f},"attempts":{self.attempts}'
+        line += "".join(f',"{name}":{quoted(text)}' for name, text in words.items())
+        line += "".join(f',"{phase}":{s:.3f}' for phase, s in tally.seconds.items())
+        line += f',"sent":{sum(tally.bytes.values())},"received":{received}}}'
+        self.site.slots.add_to_history(line)
 
 
 # ---- The hook -----------------------------------------------------------------------
@@ -5290,8 +5352,11 @@ class Hook:
         for request in requests(self.nix):
             if accepted := self.answer(request):
                 heed_signals()
-                accepted.build.understand(*read_lists(self.nix))
-                accepted.build.perform(accepted.place, accepted.session)
+                try:
+                    accepted.build.understand(*read_lists(self.nix))
+                    accepted.build.perform(accepted.place, accepted.session)
+                finally:
+                    accepted.build.record(sys.exc_info()[1])
                 return
 
     def answer(self, request: Request) -> Accepted | None:
@@ -5320,6 +5385,7 @@ class Hook:
         derivation = self.site.read_derivation(request.derivation)
         digests, slots = derivation.digests(), self.site.slots
         need = Need(request.derivation, request.kind, digests, time.time())
+        self.talk.tally = Tally()
         fit = [m for m in fit if not slots.lacks(m, request.kind)] or fit
         build = Build(self.site, need, derivation, fit)
         line = Line(self.site.outages, self.talk, fit, need)
@@ -5420,6 +5486,7 @@ class Hook:
                 heed_signals()
                 text = f"connecting for {short(build.path)} to {machine.name}"
                 self.talk.begin(0, text)
+                self.talk.tally.begin("connecting")
                 self.talk.say(DEBUG, text)
                 self.warm(build)
                 left = max(1.0, until - time.monotonic())
@@ -5575,7 +5642,7 @@ def serve(arguments: list[str]) -> int:
 
 # ==== People =========================================================================
 
-# check, status, pause, resume and explain, which a hook does not need.
+# What a hook does not need: the commands for people.
 
 CHECK_TIMEOUT_S = 90  # for the tiny build
 ROOM_B = 100 << 20  # less than that is a full disk
@@ -5647,6 +5714,14 @@ def duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def seconds_of(text: str) -> float:
+    """What people mean by 90s, 30m, 2h or 1d; Error if it is nothing of that kind."""
+    number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
+    if not unit or not 0 < len(number) < 7 or not only(number, DIGITS):
+        raise Error(f"{text!r} is no length of time such as 90s, 30m, 2h or 1d")
+    return float(number) * unit
 
 
 def amount(size: float) -> str:
@@ -6479,14 +6554,6 @@ def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]
 # ---- pause and resume ---------------------------------------------------------------
 
 
-def seconds(text: str) -> int:
-    """How long that is which people write as 90s, 30m, 2h or 1d."""
-    number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
-    if not unit or not number.isdecimal() or len(number) > 6:
-        raise Error(f"{text!r} is no length of time such as 90s, 30m, 2h or 1d")
-    return int(number) * unit
-
-
 def pause_text(length: str, why: str) -> str:
     """What Slots.closed reads: until when, and the words for people."""
     import pwd
@@ -6496,7 +6563,7 @@ def pause_text(length: str, why: str) -> str:
         user = os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
     words = f"paused by {user}"
     if length:
-        until = time.time() + seconds(length)
+        until = time.time() + seconds_of(length)
         end, now = time.localtime(until), time.localtime()
         form = "%H:%M" if end[:3] == now[:3] else "%Y-%m-%d %H:%M"
         words += time.strftime(f" until {form}", end)
@@ -6684,6 +6751,115 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     return 0 if choice.ranked else 1
 
 
+# ---- history and metrics ------------------------------------------------------------
+
+WAYS = ("sent", "received")
+NUMBERS = ("when", "attempts", *PHASES, *WAYS)  # in a line, see Build.record
+WORDS = ("derivation", "machine", "result", "reason")
+WELL = ("built", "cancelled")  # results that are no failure
+# Of Prometheus, for each machine:
+METRICS = {
+    "builds_total": "counter Builds that have ended there, or were tried again.",
+    "seconds_total": "counter Where the time of these builds went.",
+    "bytes_total": "counter Archives copied for these builds.",
+    "slots": "gauge Builds that it may have at once.",
+    "slots_taken": "gauge Builds that it has.",
+    "up": "gauge 0 while it is left alone after a failure, else 1.",
+}
+
+
+def read_history(slots: Slots, *files: str) -> list[dict[str, Any]]:
+    """The lines of these, if they are there, but what is half a line, or none of ours."""
+    import json
+
+    look(slots, [])  # Error if we may not read what is there
+    found: list[dict[str, Any]] = []
+    texts = (read_private(file, LOCK_LIMIT_BYTES) or "" for file in files)
+    for line in "\n".join(texts).split("\n"):
+        with suppress(Exception):
+            said = json.loads(line)
+            words = {name: " ".join(printable(said[name]).split()) for name in WORDS}
+            if all(0 <= said[name] < 1e15 for name in NUMBERS):
+                found.append({**{name: said[name] for name in NUMBERS}, **words})
+    return found
+
+
+def called(machine: str) -> str:
+    """The host of a machine of that name, which need not be listed any more."""
+    return machine.partition("?")[0].rpartition("//")[2].rpartition("@")[2] or "-"
+
+
+def bar(builds: list[dict[str, Any]]) -> str:
+    """The first letter of each phase, as often as its share of their time is."""
+    spent = [sum(build[phase] for build in builds) for phase in PHASES]
+    text, whole = "", sum(spent) or 1
+    for number, phase in enumerate(PHASES, 1):
+        text += phase[0] * (round(BAR / 2 * sum(spent[:number]) / whole) - len(text))
+    return text
+
+
+def history_lines(builds: list[dict[str, Any]]) -> list[str]:
+    """These builds for people, and then how many there were on each machine."""
+    rows = [["ended", "took", "time", "sent", "received", "machine", "build", "result"]]
+    for build in builds:
+        took, name = sum(build[phase] for phase in PHASES), build["derivation"]
+        cells = [time.strftime("%m-%d %H:%M:%S", time.localtime(build["when"]))]
+        cells += [f"{took:.1f} s" if took < 60 else duration(took), bar([build])]
+        cells += [*map(amount, (build["sent"], build["received"]))]
+        end = ": ".join(filter(None, (build["result"], build["reason"])))
+        rows.append([*cells, called(build["machine"]), short(name), end])
+    sums = [["machine", "builds", "failures", "waited", "time"]]
+    for host in sorted({called(build["machine"]) for build in builds}):
+        its = [build for build in builds if called(build["machine"]) == host]
+        failures = sum(build["result"] not in WELL for build in its)
+        waited = duration(sum(build["waiting"] for build in its))
+        sums.append([host, str(len(its)), str(failures), waited, bar(its)])
+    legend = ", ".join(f"{phase[0]} {phase}" for phase in PHASES)
+    return [*table(rows), *table(sums), f"time: {legend}"]
+
+
+def history(options: Namespace, nix: Nix, screen: Screen) -> int:
+    """Show which builds have ended, where, how long they took, and why they failed."""
+    slots, host = Slots.find(nix), called(options.machine)
+    since = time.time() - seconds_of(options.since) if options.since else 0
+    builds = [
+        build
+        for build in read_history(slots, f"{slots.history}.old", slots.history)
+        if build["when"] >= since
+        and (not options.machine or called(build["machine"]) == host)
+        and not (options.failed and build["result"] in WELL)
+    ]
+    screen.show(builds, history_lines(builds))
+    return 0
+
+
+def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
+    """Print counts in Prometheus' text format, for node_exporter's textfile folder."""
+    slots, samples = Slots.find(nix), dict[str, float]()
+    # Without the older file: a counter that loses something must begin again at 0.
+    for build in read_history(slots, slots.history):
+        head = f"{{machine={quoted(build['machine'])},"
+        more = {f"builds_total{head}result={quoted(build['result'])}}}": 1}
+        more |= {f'seconds_total{head}phase="{p}"}}': build[p] for p in PHASES}
+        more |= {f'bytes_total{head}direction="{way}"}}': build[way] for way in WAYS}
+        samples |= {key: samples.get(key, 0) + number for key, number in more.items()}
+    machines = [machine for machine in load_machines(nix)[0] if machine.ways]
+    # Lines of the same name share their slots.
+    for load in look(slots, sorted(machines, key=lambda m: m.max_jobs))[0]:
+        label = f"{{machine={quoted(load.machine.name)}}}"
+        samples[f"slots{label}"] = load.machine.max_jobs
+        samples[f"slots_taken{label}"] = len(load.building)
+        samples[f"up{label}"] = int(not load.outage)
+    lines = []
+    for metric, text in METRICS.items():
+        name, (kind, _, words) = f"nix_build_remote_{metric}", text.partition(" ")
+        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
+        its = (key for key in sorted(samples) if key.partition("{")[0] == metric)
+        lines += [f"nix_build_remote_{key} {round(samples[key], 3)}" for key in its]
+    screen.show(samples, lines)
+    return 0
+
+
 # ---- Command line -------------------------------------------------------------------
 
 
@@ -6691,10 +6867,13 @@ def parse_options(arguments: list[str]) -> Namespace:
     """What people want of us."""
     import argparse
 
-    usage = "nix_build_remote.py check|status|explain|pause|resume|--help|--version"
+    verbs_for_people = (check, status, explain, pause, resume, history, metrics)
+    usage = "nix_build_remote.py "
+    usage += " | ".join(run.__name__ for run in verbs_for_people)
+    usage += " | --help | --version"
     parser = argparse.ArgumentParser(prog="nix_build_remote.py", usage=usage)
     verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
-    for run in (check, status, explain, pause, resume):
+    for run in verbs_for_people:
         part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         part.set_defaults(run=run, watch=False)
         hint = "instead of those that the hook would use"
@@ -6704,9 +6883,13 @@ def parse_options(arguments: list[str]) -> Namespace:
             part.add_argument("derivation", nargs="?", metavar="DERIVATION")
             part.add_argument("--system", default="", help="such as x86_64-linux")
             part.add_argument("--features", default="", help="such as kvm,big-parallel")
-        else:
+        elif run in (check, status, pause, resume):
             count = "*" if run in (check, status) else "+"
             part.add_argument("names", nargs=count, metavar="MACHINE")
+        elif run is history:
+            part.add_argument("--failed", action="store_true", help="only failures")
+            part.add_argument("--machine", default="", help="only what was there")
+            part.add_argument("--since", metavar="2d", help="only the last 2 days")
         if run is pause:
             hint = "such as 90s, 30m, 2h, 1d; else until it is resumed"
             part.add_argument("--for", default="", dest="time", help=hint)

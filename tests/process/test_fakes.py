@@ -9,9 +9,11 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from fakes import (
@@ -26,6 +28,7 @@ from fakes import (
     Client,
     write_program,
 )
+from lab import poll
 
 import nix_build_remote as hook
 
@@ -553,7 +556,7 @@ def somebody_waits(client: Client) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def busy(client: Client, *, waiting: bool = False) -> Iterator[None]:
+def busy(client: Client, *, waiting: bool = False) -> Iterator[contextlib.ExitStack]:
     """The only slot is taken; and so is, if somebody is `waiting`, the only place."""
     client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
     client.build()
@@ -562,7 +565,7 @@ def busy(client: Client, *, waiting: bool = False) -> Iterator[None]:
         fcntl.flock(held.enter_context(path.open("r+b")), fcntl.LOCK_EX)
         if waiting:
             held.enter_context(somebody_waits(client))
-        yield
+        yield held
 
 
 def unable(client: Client) -> Client:
@@ -596,6 +599,108 @@ def test_no_newcomer_takes_a_slot_while_somebody_waits(client: Client) -> None:
     with somebody_waits(client):
         client.run(client.request(willing=False))
     assert len(client.sessions()) == 1
+
+
+# -- The history ----------------------------------------------------------------------
+
+
+def history(client: Client) -> list[dict[str, Any]]:
+    file = client.slots / "own/history"
+    lines = file.read_text(encoding="utf-8").split("\n")[1:] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def ends(client: Client) -> list[tuple[str, str, str, int]]:
+    """Of each line of the history: machine, result, reason, attempts."""
+    names = "machine", "result", "reason", "attempts"
+    return [tuple(build[name] for name in names) for build in history(client)]
+
+
+@pytest.mark.parametrize(
+    ("status", "result", "reason"),
+    [
+        ("0", "built", ""),
+        ("3", "failed", ""),
+        ("8", "timeout", ""),
+        ("9", "error", "buildbroken"),
+    ],
+)
+def test_a_build_is_in_the_history_with_its_result(
+    client: Client, status: str, result: str, reason: str
+) -> None:
+    client.environ["FAKE_STATUS"] = status
+    client.build()
+    name = "root@b1" if client.old else "ssh://root@b1"
+    assert ends(client) == [(name, result, reason, 1)]
+
+
+def test_each_attempt_is_in_the_history(new: Client) -> None:
+    new.machines.write_text(TWO, encoding="utf-8")
+    new.environ["FAKE_HOST"] = "b1"
+    misbehave(new, "half-way").build()
+    assert ends(new) == [
+        ("ssh://root@b1", "retried", "sessionlost", 1),
+        ("ssh://root@b2", "built", "", 2),
+    ]
+
+
+def test_a_build_that_ends_with_a_lost_machine_is_an_error(new: Client) -> None:
+    misbehave(new, "half-way").build()
+    *attempts, (_, result, reason, number) = ends(new)
+    assert {attempt[1] for attempt in attempts} == {"retried"}
+    assert (result, reason, number) == ("error", "sessionlost", len(attempts) + 1)
+
+
+def test_what_is_declined_is_not_in_the_history(client: Client) -> None:
+    misbehave(client, "away").build()
+    assert ends(client) == []
+
+
+def test_the_time_to_log_in_is_not_waiting(client: Client) -> None:
+    client.build()
+    [build] = history(client)
+    assert build["waiting"] < build["connecting"]
+
+
+def test_a_question_that_was_declined_does_not_count_for_the_next(new: Client) -> None:
+    """The first one has to wait for a slot, so long that the second cannot by chance."""
+    new.constants["PATIENCE_S"] = 3
+    with busy(new):
+        new.machines.write_text(
+            "root@b1 x86_64-linux - 1\nroot@b2 x86_64-linux - 1 1 - kvm\n",
+            encoding="utf-8",
+        )
+        first = new.request(willing=False)
+        second = new.request(features=["kvm"]) + new.lists([], [CAP_A])
+        new.settings["system-features"] = "kvm"
+        assert new.run(first + second).replies == ["postpone", "accept"]
+    assert history(new)[-1]["waiting"] < 3
+
+
+def is_waiting(client: Client) -> bool:
+    places = client.slots.glob("own/line-*.0")
+    return any(" waiting " in place.read_text(encoding="utf-8") for place in places)
+
+
+def test_a_line_is_waited_in_also_after_a_machine_that_was_away(new: Client) -> None:
+    new.environ["FAKE_HOST"] = "b2"
+    with busy(unable(new)) as slot, ThreadPoolExecutor() as pool:
+        new.machines.write_text(TWO, encoding="utf-8")
+        asked = new.request(willing=False) + new.lists([], [CAP_A])
+        answer = pool.submit(misbehave(new, "away").run, asked)
+        poll(lambda: answer.done() or is_waiting(new), "its place in line")
+        time.sleep(1)
+        slot.close()
+        assert "Connection refused" in answer.result().messages
+    build = history(new)[-1]
+    assert build["machine"] == "ssh://root@b1" and build["waiting"] >= 1
+
+
+def test_a_nix_that_ends_before_it_says_what_to_build_has_cancelled(
+    client: Client,
+) -> None:
+    client.run(client.request())
+    assert [end[1:] for end in ends(client)] == [("cancelled", "eoferror", 0)]
 
 
 # -- What breaks here -----------------------------------------------------------------

@@ -16,7 +16,7 @@ from nix_build_remote import (
     Slots,
     machines_named,
     pause_text,
-    seconds,
+    seconds_of,
 )
 
 NIX = Nix(False, {"system": "x86_64-linux"}, {})
@@ -44,7 +44,7 @@ def write(slots: Slots, what: str, text: str) -> Path:
     "text, length", [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86400)]
 )
 def test_a_length_of_time_is_understood(text: str, length: int) -> None:
-    assert seconds(text) == length
+    assert seconds_of(text) == length
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_length_of_time_is_understood(text: str, length: int) -> None:
 )
 def test_what_is_no_length_of_time_is_refused_by_name(text: str) -> None:
     with pytest.raises(Error, match=f"{text!r} is no length of time such as 90s"):
-        seconds(text)
+        seconds_of(text)
 
 
 def test_a_pause_says_by_whom_until_when_and_why(
