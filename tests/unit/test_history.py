@@ -269,19 +269,6 @@ def test_a_build_that_no_machine_could_do_ends_for_the_reason_of_the_last() -> N
 # -- For people -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text, seconds", [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86400)]
-)
-def test_a_length_of_time_is_understood(text: str, seconds: float) -> None:
-    assert hook.seconds_of(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "s", "90", "1w", "-1h", "1.5.h", "x2h", "²h"])
-def test_what_is_no_length_of_time_is_refused(text: str) -> None:
-    with pytest.raises(hook.Error, match="such as 90s, 30m, 2h or 1d"):
-        hook.seconds_of(text)
-
-
 def test_history_shows_a_line_for_each_build_and_one_for_each_machine(
     slots: Slots, capsys: pytest.CaptureFixture[str]
 ) -> None:
