@@ -83,7 +83,7 @@ def unavailable() -> str | None:
     return None
 
 
-def poll(found: Callable[[], T], what: str, *, timeout: float = 10) -> T:
+def poll(found: Callable[[], T], what: str, *, timeout: float = 60) -> T:
     """Wait until `found` returns something true, and return that."""
     deadline = time.monotonic() + timeout
     while not (value := found()):

@@ -95,7 +95,7 @@ class Run(NamedTuple):
 
     def says(self, text: str) -> None:
         """Wait until it has said that."""
-        poll(lambda: text in self.log or self.ended, f"{text!r} in the log", timeout=30)
+        poll(lambda: text in self.log or self.ended, f"{text!r} in the log")
         assert text in self.log, self.log[-4000:]
 
     @property
@@ -111,7 +111,7 @@ class Run(NamedTuple):
             time.sleep(0.5)
             return self.ended
 
-        poll(gone, "the end of nix-build", timeout=30)
+        poll(gone, "the end of nix-build")
 
     def end(self, timeout: float = 60) -> Outcome:
         out, _ = self.process.communicate(timeout=timeout)

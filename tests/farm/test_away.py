@@ -173,7 +173,7 @@ def test_a_hook_that_wants_to_go_back_does_not_wait_for_itself(nix: Scene) -> No
     """Its session is lost just when another hook has found that the machine fails."""
     nix.machines("b1 - - 4\n")
     run = nix.start(some(1, HELD))
-    poll(nix.builder.path("/tmp/held").exists, "the build", timeout=30)
+    poll(nix.builder.path("/tmp/held").exists, "the build")
     leave_alone(nix, "b1", "Connection refused")
     nix.builder.write("/tmp/go", "")
     nix.builder.restart_sshd(sessions=True)
@@ -189,7 +189,7 @@ def test_an_outage_of_long_ago_ends_no_build(nix: Scene) -> None:
     nix.client.write(f"{SLOTS}/own/ssh:__b1.down", note, 0o600)
     run = nix.start(some(1, HELD))
     for _ in range(2):
-        poll(nix.builder.path("/tmp/held").exists, "the build", timeout=30)
+        poll(nix.builder.path("/tmp/held").exists, "the build")
         nix.builder.run("rm", "/tmp/held")
         found = nix.builder.processes()
         stores = [p.pid for p in found if "nix-store --serve" in p.cmdline]
@@ -265,7 +265,7 @@ def test_a_dead_daemon_on_the_builder_is_an_outage(
         nix.builder.signal(signal.SIGKILL, *daemons(nix))
         waiting = nix.start(some(4))
         note = nix.client.path(f"{SLOTS}/own/ssh:__nix@b1.down")
-        poll(note.exists, "a note of the outage", timeout=30)
+        poll(note.exists, "a note of the outage")
         assert "daemon-socket" in note.read_text()
         assert built_on(nix, some(3), "-j2") == {"client"}
         nix.builder.start_daemon()

@@ -52,7 +52,7 @@ def test_a_time_to_connect_that_is_configured_is_not_exceeded(nix: Scene) -> Non
     nix.builder.swallow(True)
     try:
         run = nix.start(one())
-        poll(lambda: "timed out" in outage(nix, "b1"), "the outage", timeout=30)
+        poll(lambda: "timed out" in outage(nix, "b1"), "the outage")
     finally:
         nix.builder.swallow(False)
     assert run.end().status == 0

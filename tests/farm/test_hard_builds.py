@@ -72,7 +72,7 @@ def start_arriving(running: Scene, expression: str) -> Run:
     def arrives() -> bool:
         return output.exists() and output.stat().st_size > 1 << 20
 
-    poll(lambda: arrives() or run.ended, "the output's first bytes", timeout=30)
+    poll(lambda: arrives() or run.ended, "the output's first bytes")
     assert not run.ended, run.log
     return run
 
@@ -81,7 +81,7 @@ def test_nothing_is_registered_if_the_connection_breaks(running: Scene) -> None:
     expression = 'mk "cut" "head -c 600000000 /dev/zero > $out" {}'
     run = start_arriving(running, expression)
     running.builder.stop_sshd(sessions=True)
-    poll(lambda: "cannot fetch the outputs of '" in run.log, "the loss", timeout=30)
+    poll(lambda: "cannot fetch the outputs of '" in run.log, "the loss")
     assert not registered(running.client, running.output(expression))
     running.builder.start_sshd()
     assert valid(running.client, run.end().output)
@@ -140,11 +140,11 @@ def test_junk_at_the_output_path_does_not_become_valid(running: Scene) -> None:
     """
     output = running.output(expression)
     run = running.start(expression)
-    poll(lambda: "while !" in str(running.builder.processes()), "the build", timeout=30)
+    poll(lambda: "while !" in str(running.builder.processes()), "the build")
     # A mount point cannot be removed or replaced. Nix, and so the hook, may have a
     # mount namespace of its own, and so may the program that waits to fetch.
     running.client.path(output).mkdir()
-    poll(lambda: copiers(running), "a program that waits to fetch", timeout=30)
+    poll(lambda: copiers(running), "a program that waits to fetch")
     for process in (*running.hooks(), *copiers(running)):
         enter = ("nsenter", "--target", str(process), "--mount")
         running.client.run(*enter, "mount", "-t", "tmpfs", "junk", output)

@@ -146,7 +146,7 @@ def test_a_full_slot_directory_loses_no_build(nix: Scene, full: str) -> None:
     nix.client.run("mount", "-t", "tmpfs", "-o", f"{size},mode=700", "x", SLOTS)
     try:
         run = nix.start(one(HELD))
-        poll(nix.builder.path("/tmp/held").exists, "the build", timeout=30)
+        poll(nix.builder.path("/tmp/held").exists, "the build")
         fill = "while echo x > $(mktemp -p . full.XXXXXXXX); do :; done"
         if full == "bytes":
             fill = "cat /dev/zero > full"
@@ -170,7 +170,7 @@ def hold(nix: Scene, path: str) -> Inside:
     """Have mallory hold that lock."""
     done = nix.client.popen("flock", path, "sleep", "1000", user="mallory")
     test = ("flock", "--nonblock", path, "true")
-    poll(lambda: nix.client.run(*test, check=False).returncode, "the lock", timeout=10)
+    poll(lambda: nix.client.run(*test, check=False).returncode, "the lock")
     return done
 
 

@@ -15,7 +15,7 @@ import pytest
 from lab import poll
 from scene import SLOTS, Run, Scene, other, scene, valid, verified
 
-SOON_S = 20
+SOON_S = 60
 numbers = itertools.count()
 
 # With an input to send and an output to fetch, both of some size.

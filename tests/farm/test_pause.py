@@ -59,7 +59,7 @@ def built_on(nix: Scene, outcome: Outcome) -> set[str]:
 def hold(nix: Scene, name: str, where: int = 0) -> None:
     """Wait until that build runs on that builder."""
     there = nix.builders[where].path(f"/tmp/held-{name}")
-    poll(there.exists, f"{name} on that builder", timeout=30)
+    poll(there.exists, f"{name} on that builder")
 
 
 @pytest.mark.engines
@@ -102,7 +102,7 @@ def status(nix: Scene) -> dict[str, list[dict[str, object]]]:
 def test_who_waits_for_its_slot_does_not_take_it(nix: Scene) -> None:
     nix.machines("b1 - - 1\n")
     run = nix.start(f'[ (mk "one" "{HELD}" {{}}) (mk "two" "{HELD}" {{}}) ]')
-    poll(lambda: len(status(nix)["waiting"]) == 1, "one that waits", timeout=30)
+    poll(lambda: len(status(nix)["waiting"]) == 1, "one that waits")
     say(nix, "pause", "b1")
     nix.builder.write(GO, "")
     run.says("is paused by")

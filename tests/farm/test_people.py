@@ -354,9 +354,9 @@ def test_a_check_that_is_interrupted_leaves_nothing(nix: Scene) -> None:
 def test_its_build_ends_with_a_check(nix: Scene, how: signal.Signals) -> None:
     nix.machines("b1 - - 1\n")
     run = nix.start(f'mk "only-{int(how)}" "{WAITS}" {{}}')
-    poll(lambda: running_on(nix.builder), "a build in the only slot", timeout=30)
+    poll(lambda: running_on(nix.builder), "a build in the only slot")
     check_all = nix.client.popen(INSTALLED, "check", stdout=subprocess.DEVNULL)
-    poll(lambda: "tiny.nix" in commands(nix), "its build", timeout=30)
+    poll(lambda: "tiny.nix" in commands(nix), "its build")
     check_all.send_signal(how)
     assert check_all.wait(10) == 130
     poll(lambda: "tiny.nix" not in commands(nix), "the end of its build")

@@ -18,7 +18,7 @@ from lab import Host, is_taken, poll
 from scene import INSTALLED, PRELUDE, SLOTS, Run, Scene, registered, scene, version
 
 POLL = ("--option", "build-poll-interval", "1")
-SOON_S = 20
+SOON_S = 60
 LONG_S = 120
 
 # Notes down on the builder how many builds run there as it begins.

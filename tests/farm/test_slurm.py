@@ -108,7 +108,7 @@ def start_slurmd(nix: Scene, node: Host) -> None:
     node.run("slurmd")
     asked = ("sinfo", "--noheader", "--nodes", node.name, "--format", "%T")
     idle = lambda: nix.builder.run(*asked, check=False).stdout == "idle\n"
-    poll(idle, f"slurmd on {node.name}", timeout=30)
+    poll(idle, f"slurmd on {node.name}")
 
 
 def jobs(nix: Scene) -> str:

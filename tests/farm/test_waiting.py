@@ -16,7 +16,7 @@ from lab import is_taken, poll
 from scene import DRIVER, HOOK, INSTALLED, SLOTS, Run, Scene, change_hook, other, scene
 
 WAITING = "waiting for a builder"
-SOON_S = 20
+SOON_S = 60
 LONG_S = 120
 # With this, whoever must be asked for again is asked for too late for these tests.
 NEVER_POLL = ("--option", "build-poll-interval", "600")

@@ -52,7 +52,7 @@ def start_seen(
 ) -> Run:
     """Start the graph, and see that it is this hook that builds it."""
     run = running.start(GRAPH, *options, user=user)
-    poll(lambda: running.hooks(hook) or run.ended, f"a {hook}", timeout=30)
+    poll(lambda: running.hooks(hook) or run.ended, f"a {hook}")
     assert not run.ended, run.log
     return run
 
@@ -295,7 +295,7 @@ def test_a_daemon_with_a_bare_environment_builds_for_its_users(running: Scene) -
     client.start_daemon()
     daemon = {"NIX_REMOTE": "daemon"}
     run = by_conf.start(GRAPH, env=daemon, user="alice")
-    poll(lambda: running.hooks(IN_CONF) or run.ended, "the hook", timeout=30)
+    poll(lambda: running.hooks(IN_CONF) or run.ended, "the hook")
     (hook,) = running.hooks(IN_CONF)
     assert client.path(f"/proc/{hook}").stat().st_uid == 0
     built = finish(running, run).output
@@ -349,14 +349,14 @@ def test_the_store_may_be_mounted_read_only(running: Scene) -> None:
 def test_slots_are_where_nix_keeps_its_state(running: Scene) -> None:
     run = running.start(GRAPH, env={"NIX_STATE_DIR": "/tmp/state"})
     slot = running.client.path("/tmp/state/current-load/ssh:__b1-0")
-    poll(lambda: slot.exists() or run.ended, "the slot", timeout=30)
+    poll(lambda: slot.exists() or run.ended, "the slot")
     assert running.client.read(finish(running, run).output) == "text\nb1\n"
 
 
 def test_slots_are_where_the_environment_wants_them(running: Scene) -> None:
     run = running.start(GRAPH, env={"NIX_CURRENT_LOAD": "/tmp/slots"})
     slot = running.client.path("/tmp/slots/ssh:__b1-0")
-    poll(lambda: slot.exists() or run.ended, "the slot", timeout=30)
+    poll(lambda: slot.exists() or run.ended, "the slot")
     assert running.client.read(finish(running, run).output) == "text\nb1\n"
 
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -148,7 +149,12 @@ class Terminal:
         return termios.tcgetattr(self.ours) == self.before
 
     def end(self) -> int:
-        return self.process.wait(timeout=30)
+        """Its exit status; meanwhile it may write more than a terminal holds."""
+        while self.process.poll() is None:
+            if select.select([self.ours], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # it has ended
+                    os.read(self.ours, 4096)
+        return self.process.returncode
 
 
 @contextlib.contextmanager
