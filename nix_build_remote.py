@@ -405,6 +405,7 @@ passes  any FULL     disk is full | No space left on device | lack of free disk 
 passes  ssh SLOW     not responding
 passes  any -        Broken pipe | onnection reset | onnection closed | closed by | unreachable | shutting down
 passes  any -        emporarily unavailable | annot allocate memory | is busy
+passes  far -        slurm controller | odes are busy | ode failure | ask launch for | been revoked | Socket timed out
 passes  FAR -        disconnected unexpectedly | end-of-file = is nix-daemon well? as root there: systemctl start nix-daemon.socket
 passes  FAR -        Too many open files | creating thread | interrupted by
 unknown any UNSEATED refused by peer
@@ -1025,6 +1026,13 @@ class Way(NamedTuple):
 
     there: tuple[str, ...] = ()
     here: tuple[str, ...] = ()
+
+    @property
+    def is_job(self) -> bool:
+        """Whether it is another program that starts Nix's there, as `srun nix-store` does: it
+        may have to wait for its turn, and what it holds others may want."""
+        program = (*self.there, SERVE[0])[0].strip("'").rpartition("/")[2]
+        return program not in (SERVE[0], "nix-daemon")
 
 
 class Machine(NamedTuple):
@@ -2930,6 +2938,11 @@ class Seat:
         """The way to a session that we take."""
         return self.ssh.machine.ways[self.chosen]
 
+    @property
+    def greeting_s(self) -> float:
+        """How long to wait for the first answer in a session."""
+        return AWAY_TIMEOUT_S if self.way.is_job else GREETING_TIMEOUT_S
+
     def turn(self) -> bool:
         """Take the other way from now on; False if there is none."""
         self.chosen = len(self.ssh.machine.ways) - 1 - self.chosen
@@ -3010,7 +3023,7 @@ class Seat:
         """Begin a session for who comes next, on the first free seat, if that is of use."""
         proof = self.connection.proof()
         # A process of which the system tells no start might be a later namesake.
-        if not proof or not proof.is_far or proof.start == "-":
+        if not proof or not proof.is_far or proof.start == "-" or self.way.is_job:
             return
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed() - 1)]
         empty = [file for file in files if not Spare.at(file, proof)]
@@ -3232,6 +3245,9 @@ class Session:
             if not self.seat.connection.answers():
                 words = "the connection to it does not answer"
                 raise Late(words).become(SessionLost) from None
+            said = " ".join(printable(decode(self.tail)).split()) or "nothing"
+            name, talk = self.seat.ssh.machine.name, self.seat.programs.talk
+            talk.say(WARN, f"'{name}' lets us wait for nix-store, and says: {said}")
             magic = self.read(8, self.deadline)
         if magic != integer(SERVE_REPLY):
             raise self.no_greeting(magic)
@@ -4474,7 +4490,8 @@ def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Sessi
         left = max(1.0, deadline - time.monotonic())
         session = Session(seat, min(GREETING_TIMEOUT_S, left))
         answer = session.ask_valid([path])
-        if session.proof:
+        job, soon = seat.way.is_job, min(REPLY_S, left)
+        if session.proof or (job and not wait_readable([session.stdout], soon)):
             return session
         if session.first_answer(answer):
             make_sure_of_another_store(site, session)
@@ -4705,7 +4722,7 @@ class Attempt:
         if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
         if session.version is None:  # and Nix no longer waits for our reply
-            session.deadline = time.monotonic() + GREETING_TIMEOUT_S
+            session.deadline = time.monotonic() + session.seat.greeting_s
             session.first_answer(session.awaited[0])
         if empty:
             begin = time.monotonic()
@@ -4779,8 +4796,10 @@ class Attempt:
         just one order for them, its archive, after which nix-store shall end."""
         session, outputs = self.session, self.wanted.outputs
         questions = infos_question(outputs)
-        # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it.
-        looks_first = session.spoken >= 0x204 and not session.seat.way.here
+        # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it;
+        # and srun says that a job has ended badly.
+        way = session.seat.way
+        looks_first = session.spoken >= 0x204 and not way.here and not way.is_job
         if len(outputs) == 1 and looks_first:
             session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += b"".join(map(dump_question, session.activities.absent))
@@ -4871,7 +4890,7 @@ class Attempt:
             self.talk.say(INFO, f"'{self.machine.name}' {text}")
         self.session.finish()
         self.session.cancel()
-        self.session = self.copier.session = Session(seat, GREETING_TIMEOUT_S)
+        self.session = self.copier.session = Session(seat, seat.greeting_s)
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
         self.send_inputs(answer.get())

@@ -38,6 +38,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar, final
 
 ENGINES = {"2.3": "bullseye", "2.8": "bookworm", "2.26": "trixie", "2.34": "sid"}
+CLUSTER = "slurm"  # one more root, of trixie, which has Slurm, too
 ENGINES_DIR = Path(
     os.environ.get("NBR_ENGINES", "/var/cache/nix-build-remote/engines")
 ).absolute()

@@ -199,6 +199,23 @@ def test_a_session_is_what_the_parameters_say(parameters: str, words: str) -> No
 
 
 @pytest.mark.parametrize(
+    "line, is_job",
+    [
+        ("ssh://b1", False),
+        ("ssh://b1?remote-program=/a%20b/nix-store", True),
+        ("ssh://b1?remote-program=/$a/nix-store", False),
+        ("ssh-ng://b1?remote-program=/opt/nix-daemon", False),
+        ("ssh://b1?remote-program=srun%20-u%20nix-store", True),
+        ("ssh-ng://b1?remote-program=srun%20-u%20nix-daemon", True),
+        ("ssh://b1?remote-program=/opt/in-the-cluster", True),
+        ("/mnt/store", False),
+    ],
+)
+def test_a_job_is_begun_by_another_program_than_nixs(line: str, is_job: bool) -> None:
+    assert [way.is_job for way in parse(line, NIX_2_24).ways][-1] == is_job
+
+
+@pytest.mark.parametrize(
     "line, store, features",
     [
         ("/mnt/store", "/mnt/store", ""),
