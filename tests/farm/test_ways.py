@@ -268,6 +268,31 @@ def test_a_line_without_ng_is_told_of_it(limited: Scene) -> None:
     assert "trying again" not in outcome.log, outcome.log
 
 
+@pytest.fixture(scope="module")
+def pair(client_engine: str, builder_engine: str) -> Iterator[Scene]:
+    with scene(client_engine, builder_engine) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "command, scheme, remedy",
+    [
+        ("nix-daemon --stdio", "ssh-ng", ""),
+        ("nix-daemon --stdio", "ssh", "write ssh-ng://b1"),
+        ("nix-store --serve", "ssh-ng", "there must be: nix-store --serve --write"),
+    ],
+)
+def test_any_nix_with_any_other_builds_or_is_told_what_the_key_must_allow(
+    pair: Scene, command: str, scheme: str, remedy: str
+) -> None:
+    forget(pair)
+    allow(pair, command, user="root")
+    pair.machines(f"{scheme}://root@b1 - - 4\n")
+    outcome = pair.build(dependent(), check=False, timeout=TIMEOUT_S)
+    assert (outcome.status != 0) == bool(remedy) and remedy in outcome.log, outcome.log
+    assert "trying again" not in outcome.log
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_a_daemon_that_is_down_is_an_outage_of_its_own(
     limited: Scene, known: bool
