@@ -409,7 +409,7 @@ passes  FAR -        disconnected unexpectedly | end-of-file = is nix-daemon wel
 passes  FAR -        Too many open files | creating thread | interrupted by
 unknown any UNSEATED refused by peer
 unknown any UNSHARED disabling multiplexing
-unknown any LACKS    experimental Nix feature = in nix.conf there: extra-experimental-features = ca-derivations
+unknown any LACKS    experimental Nix feature | experimental Lix feature = in nix.conf there: extra-experimental-features = ca-derivations
 unknown any LACKS    is required to build | platform mismatch | missing system features
 unknown any SPOILT   hash mismatch importing | size mismatch importing | is not valid | bad archive | Nix archive
 unknown any SPOILT   look like something created by
@@ -3650,6 +3650,7 @@ class Site:
 # ---- Copying ------------------------------------------------------------------------
 
 LONGER = "size mismatch importing what the builder has"
+TOLD = ("copying ", "warning: deprecated")  # by a relay; by the calling Nix, once
 JOINED = (8, 9)  # sh knows only descriptors of one digit
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 
@@ -4284,7 +4285,7 @@ class Copier:
         wrong = line.startswith("error:") and "(ignored)" not in line
         if self.problem or wrong:  # it goes into our own message
             self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
-        elif line and not (self.told_by_relay and line.startswith("copying ")):
+        elif line and not (self.told_by_relay and line.startswith(TOLD)):
             self.talk.say(INFO, line)
 
 

@@ -164,8 +164,13 @@ def test_output_names_are_understood(new: Client) -> None:
     assert call.arguments[-1] == CAP_B_DEV and CAP_B not in call.arguments
 
 
-@pytest.mark.parametrize("version, held", [("2.28.5", CAP_A), ("2.29.0", "")])
-def test_held_locks_are_named_up_to_2_28(
+LIX = "(Lix, like Nix) 2.93.4\nSystem type: x86_64-linux\nFeatures: signed-caches"
+
+
+@pytest.mark.parametrize(
+    "version, held", [("2.28.5", CAP_A), ("2.29.0", ""), (LIX, CAP_A)]
+)
+def test_held_locks_are_named_up_to_2_28_and_for_lix(
     version: str, held: str, client: Client
 ) -> None:
     client.environ["FAKE_NIX"] = version
@@ -740,6 +745,7 @@ def lix(new: Client) -> Client:
     new.program("bin/nix", SHOW_CONFIG)
     told = {**new.settings, "system": "riscv64-linux", "max-jobs": "0"}
     told["repl-overlays"] = ""
+    new.environ["FAKE_NIX"] = LIX
     new.environ["SETTINGS"] = "\n".join(f"{n} = {text}" for n, text in told.items())
     new.settings = {n: new.settings[n] for n in ("store", "max-jobs")}
     new.settings["builders-use-substitutes"] = "true"
@@ -757,6 +763,11 @@ def test_it_is_asked_for_once_by_all_hooks_of_a_nix(lix: Client) -> None:
         assert lix.build().status == 0
     asked = [call.arguments for call in lix.calls() if call.program == "nix"]
     assert asked == [["config", "show"], ["show-config"]]
+
+
+def test_what_that_nix_warns_of_its_programs_do_not_repeat(lix: Client) -> None:
+    answer = lix.build()
+    assert answer.status == 0 and "deprecated" not in answer.messages, answer
 
 
 def test_what_was_sent_counts_more(lix: Client) -> None:
