@@ -674,6 +674,7 @@ class Nix:
         self.since_2_4 = "experimental-features" in settings
         self.since_2_24 = "nix-shell-always-looks-for-shell-nix" in settings
         self.is_lix = "repl-overlays" in settings
+        self.is_terse = False  # whether it sends few of them, as Lix 2.92 and 2.93
         lint = "short-path-literals"  # warn-... at first, and lint-... from 2.36 on
         self.since_2_31 = any(name.endswith(lint) for name in settings)
 
@@ -5126,6 +5127,9 @@ class Hook:
         if not fit or not self.site:
             self.talk.reply(reply or "decline")
             return None
+        if self.nix.is_terse:
+            has_room = self.builds_here() < self.nix.number("max-jobs")
+            request = request._replace(willing=has_room)
         derivation = self.site.read_derivation(request.derivation)
         kind = " ".join([request.system, *sorted(request.features)])
         need = Need(request.derivation, kind, derivation.digests(), time.time())
@@ -5162,10 +5166,13 @@ class Hook:
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
             return "decline" if self.nix.old else "decline-permanently"
-        if self.back and might_build_itself(self.nix, request):
+        if not might_build_itself(self.nix, request):
+            return ""
+        # A terse Nix takes a slot of its own only for what is declined, and asks again.
+        if self.back:
             self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
-            return "decline" if request.willing else "postpone"
-        return ""
+            return "decline" if request.willing or self.nix.is_terse else "postpone"
+        return "decline" if request.willing and self.nix.is_terse else ""
 
     def stays(self, slot: Slot, machines: list[Machine], request: Request) -> bool:
         """Whether a build should not leave for that slot: Nix would begin it now, and by load
@@ -5173,16 +5180,16 @@ class Hook:
         here = next((machine for machine in machines if not machine.ways), None)
         if not here or not request.willing or not might_build_itself(self.nix, request):
             return False
-        load, (until, after) = builds_of_nix(), self.stayed
-        if time.monotonic() < until:
-            load = max(load, after)
+        load = self.builds_here()
         text = f"'{here.name}' builds {load} here, at speed {here.speed:g}"
         self.talk.say(DEBUG, text)
         is_worse = rank(here, load) > rank(slot.machine, slot.load)
-        if load >= here.max_jobs or is_worse:
-            return False
-        self.stayed = time.monotonic() + BEGIN_S, load + 1
-        return True
+        return load < here.max_jobs and not is_worse
+
+    def builds_here(self) -> int:
+        """How many builds Nix does itself, with the last that we left to it."""
+        until, after = self.stayed
+        return max(builds_of_nix(), after if time.monotonic() < until else 0)
 
     def eligible(self, request: Request, machines: list[Machine]) -> list[Machine]:
         """Those that can do it; says why if none can and Nix cannot either."""
@@ -5262,6 +5269,7 @@ class Hook:
     def turn_down(self, line: Line, request: Request) -> str:
         """The reply to what no machine can take now."""
         if request.willing and might_build_itself(self.nix, request):
+            self.stayed = time.monotonic() + BEGIN_S, self.builds_here() + 1
             return "decline"
         if line.outages.away(line.machines) == set(line.machines):
             if despair := line.outages.despair(line.machines):
@@ -5353,7 +5361,9 @@ def with_all_settings(nix: Nix, talk: Talk) -> Nix:
     except Error as error:
         talk.say(ERROR, f"no machines are known: {error}")
         return nix
-    return Nix(False, settings, nix.environ)
+    nix = Nix(False, settings, nix.environ)
+    nix.is_terse = True
+    return nix
 
 
 def serve(arguments: list[str]) -> int:

@@ -549,7 +549,7 @@ def busy(client: Client, *, waiting: bool = False) -> Iterator[None]:
     client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
     client.build()
     with contextlib.ExitStack() as held:
-        for pattern in ("*b1-0", *["own/line-*.0"] * waiting):
+        for pattern in ("*b1-*0", *["own/line-*.0"] * waiting):
             (path,) = client.slots.glob(pattern)
             fcntl.flock(held.enter_context(path.open("r+b")), fcntl.LOCK_EX)
         yield
@@ -777,8 +777,31 @@ def test_what_was_sent_counts_more(lix: Client) -> None:
 
 @pytest.mark.parametrize("name", ["system", "experimental-features"])
 def test_it_is_asked_for_whatever_the_command_line_sets(lix: Client, name: str) -> None:
-    lix.settings[name] = "x86_64-linux"
+    lix.settings.update({name: "x86_64-linux", "max-jobs": "0"})
     assert lix.build().replies[0] == "accept"
+
+
+def asked_twice(lix: Client) -> Answer:
+    """As Lix 2.92 and 2.93, which may build it too, asks when it has been declined."""
+    lix.settings["system"] = "x86_64-linux"
+    asks = [lix.request(willing=willing) for willing in (False, True)]
+    return lix.run(b"".join(asks))
+
+
+def test_what_no_machine_can_be_reached_for_lix_builds_at_once(lix: Client) -> None:
+    assert asked_twice(misbehave(lix, "away")).replies == ["decline", "decline"]
+
+
+def test_what_no_slot_is_free_for_lix_builds_at_once(lix: Client) -> None:
+    with busy(lix):
+        assert asked_twice(lix).replies == ["decline", "decline"]
+
+
+def test_of_what_no_slot_is_free_for_lix_builds_as_many_as_it_may(lix: Client) -> None:
+    with busy(lix):
+        lix.settings["system"] = "x86_64-linux"
+        ask = lix.request(willing=False)
+        assert lix.run(ask + ask).replies == ["decline", "postpone"]
 
 
 def test_a_nix_that_does_not_tell_builds_by_itself(lix: Client) -> None:
