@@ -428,7 +428,7 @@ passes  FAR -        disconnected unexpectedly | end-of-file = is nix-daemon wel
 passes  FAR -        Too many open files | creating thread | interrupted by
 unknown any UNSEATED refused by peer
 unknown any UNSHARED disabling multiplexing
-unknown any LACKS    experimental Nix feature = in nix.conf there: extra-experimental-features = ca-derivations
+unknown any LACKS    experimental Nix feature | experimental Lix feature = in nix.conf there: extra-experimental-features = ca-derivations
 unknown any LACKS    is required to build | platform mismatch | missing system features
 unknown any SPOILT   hash mismatch importing | size mismatch importing | is not valid | bad archive | Nix archive
 unknown any SPOILT   look like something created by
@@ -701,6 +701,7 @@ class Nix:
         self.since_2_4 = "experimental-features" in settings
         self.since_2_24 = "nix-shell-always-looks-for-shell-nix" in settings
         self.is_lix = "repl-overlays" in settings
+        self.is_terse = False  # whether it sends few of them, as Lix 2.92 and 2.93
         lint = "short-path-literals"  # warn-... at first, and lint-... from 2.36 on
         self.since_2_31 = any(name.endswith(lint) for name in settings)
 
@@ -3866,6 +3867,7 @@ class Site:
 # ---- Copying ------------------------------------------------------------------------
 
 LONGER = "size mismatch importing what the builder has"
+TOLD = ("copying ", "warning: deprecated")  # by a relay; by the calling Nix, once
 JOINED = (8, 9)  # sh knows only descriptors of one digit
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 
@@ -4500,7 +4502,7 @@ class Copier:
         wrong = line.startswith("error:") and "(ignored)" not in line
         if self.problem or wrong:  # it goes into our own message
             self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
-        elif line and not (self.told_by_relay and line.startswith("copying ")):
+        elif line and not (self.told_by_relay and line.startswith(TOLD)):
             self.talk.say(INFO, line)
 
 
@@ -5382,6 +5384,9 @@ class Hook:
         if not fit or not self.site:
             self.talk.reply(reply or "decline")
             return None
+        if self.nix.is_terse:
+            has_room = self.builds_here() < self.nix.number("max-jobs")
+            request = request._replace(willing=has_room)
         derivation = self.site.read_derivation(request.derivation)
         digests, slots = derivation.digests(), self.site.slots
         need = Need(request.derivation, request.kind, digests, time.time())
@@ -5418,10 +5423,13 @@ class Hook:
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
             return "decline" if self.nix.old else "decline-permanently"
-        if self.back and might_build_itself(self.nix, request):
+        if not might_build_itself(self.nix, request):
+            return ""
+        # A terse Nix takes a slot of its own only for what is declined, and asks again.
+        if self.back:
             self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
-            return "decline" if request.willing else "postpone"
-        return ""
+            return "decline" if request.willing or self.nix.is_terse else "postpone"
+        return "decline" if request.willing and self.nix.is_terse else ""
 
     def stays(self, slot: Slot, machines: list[Machine], request: Request) -> bool:
         """Whether a build should not leave for that slot: Nix would begin it now, and by load
@@ -5429,16 +5437,16 @@ class Hook:
         here = next((machine for machine in machines if not machine.ways), None)
         if not here or not request.willing or not might_build_itself(self.nix, request):
             return False
-        load, (until, after) = builds_of_nix(), self.stayed
-        if time.monotonic() < until:
-            load = max(load, after)
+        load = self.builds_here()
         text = f"'{here.name}' builds {load} here, at speed {here.speed:g}"
         self.talk.say(DEBUG, text)
         is_worse = rank(here, load) > rank(slot.machine, slot.load)
-        if load >= here.max_jobs or is_worse:
-            return False
-        self.stayed = time.monotonic() + BEGIN_S, load + 1
-        return True
+        return load < here.max_jobs and not is_worse
+
+    def builds_here(self) -> int:
+        """How many builds Nix does itself, with the last that we left to it."""
+        until, after = self.stayed
+        return max(builds_of_nix(), after if time.monotonic() < until else 0)
 
     def eligible(self, request: Request, machines: list[Machine]) -> list[Machine]:
         """Those that can do it; says why if none can and Nix cannot either."""
@@ -5520,6 +5528,7 @@ class Hook:
     def turn_down(self, line: Line, request: Request) -> str:
         """The reply to what no machine can take now."""
         if request.willing and might_build_itself(self.nix, request):
+            self.stayed = time.monotonic() + BEGIN_S, self.builds_here() + 1
             return "decline"
         if line.outages.away(line.machines) == set(line.machines):
             if despair := line.outages.despair(line.machines):
@@ -5611,7 +5620,9 @@ def with_all_settings(nix: Nix, talk: Talk) -> Nix:
     except Error as error:
         talk.say(ERROR, f"no machines are known: {error}")
         return nix
-    return Nix(False, settings, nix.environ)
+    nix = Nix(False, settings, nix.environ)
+    nix.is_terse = True
+    return nix
 
 
 def serve(arguments: list[str]) -> int:

@@ -239,6 +239,7 @@ if os.environ.get("FAKE_MANNERS") == "copy fails":
 if "--to" in sys.argv:
     with open({have!r}, "a") as have:
         print(*(path for path in sys.argv if path[:11] == "/nix/store/"), file=have)
+print("warning: deprecated setting 'build-hook' found", file=sys.stderr)
 print("copying 1 paths...", file=sys.stderr)
 """
 

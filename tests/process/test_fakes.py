@@ -170,8 +170,13 @@ def test_output_names_are_understood(new: Client) -> None:
     assert call.arguments[-1] == CAP_B_DEV and CAP_B not in call.arguments
 
 
-@pytest.mark.parametrize("version, held", [("2.28.5", CAP_A), ("2.29.0", "")])
-def test_held_locks_are_named_up_to_2_28(
+LIX = "(Lix, like Nix) 2.93.4\nSystem type: x86_64-linux\nFeatures: signed-caches"
+
+
+@pytest.mark.parametrize(
+    "version, held", [("2.28.5", CAP_A), ("2.29.0", ""), (LIX, CAP_A)]
+)
+def test_held_locks_are_named_up_to_2_28_and_for_lix(
     version: str, held: str, client: Client
 ) -> None:
     client.environ["FAKE_NIX"] = version
@@ -212,7 +217,7 @@ def test_slot_files_are_those_of_the_stock_hook(client: Client) -> None:
 
 def test_a_slot_is_empty_and_free_afterwards(client: Client) -> None:
     client.build()
-    (path,) = client.slots.glob("*b1-0")
+    (path,) = client.slots.glob("*b1-*0")
     assert read_free(path) == b""
 
 
@@ -277,7 +282,7 @@ def test_without_a_free_slot_the_answer_is(
 ) -> None:
     client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
     client.build()
-    (path,) = client.slots.glob("*b1-0")
+    (path,) = client.slots.glob("*b1-*0")
     with path.open("r+b") as slot:
         fcntl.flock(slot, fcntl.LOCK_EX)
         assert client.run(client.request(willing=willing)).replies == [reply]
@@ -548,7 +553,7 @@ def test_the_likeliest_machines_are_connected_at_the_same_time(client: Client) -
 def somebody_waits(client: Client) -> Iterator[None]:
     """Somebody of the Nix that will ask, which is us, has the only place."""
     us = f"{os.getpid()}.{hook.start_time(os.getpid())}"
-    (slot,) = client.slots.glob("*b1-0")
+    (slot,) = client.slots.glob("*b1-*0")
     name = f"line-{hook.checksum(slot.name[:-2])}-{hook.checksum(us)}.0"
     with (client.slots / "own" / name).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -561,7 +566,7 @@ def busy(client: Client, *, waiting: bool = False) -> Iterator[contextlib.ExitSt
     client.machines.write_text("root@b1 x86_64-linux - 1\n", encoding="utf-8")
     client.build()
     with contextlib.ExitStack() as held:
-        (path,) = client.slots.glob("*b1-0")
+        (path,) = client.slots.glob("*b1-*0")
         fcntl.flock(held.enter_context(path.open("r+b")), fcntl.LOCK_EX)
         if waiting:
             held.enter_context(somebody_waits(client))
@@ -858,6 +863,7 @@ def lix(new: Client) -> Client:
     new.program("bin/nix", SHOW_CONFIG)
     told = {**new.settings, "system": "riscv64-linux", "max-jobs": "0"}
     told["repl-overlays"] = ""
+    new.environ["FAKE_NIX"] = LIX
     new.environ["SETTINGS"] = "\n".join(f"{n} = {text}" for n, text in told.items())
     new.settings = {n: new.settings[n] for n in ("store", "max-jobs")}
     new.settings["builders-use-substitutes"] = "true"
@@ -877,6 +883,11 @@ def test_it_is_asked_for_once_by_all_hooks_of_a_nix(lix: Client) -> None:
     assert asked == [["config", "show"], ["show-config"]]
 
 
+def test_what_that_nix_warns_of_its_programs_do_not_repeat(lix: Client) -> None:
+    answer = lix.build()
+    assert answer.status == 0 and "deprecated" not in answer.messages, answer
+
+
 def test_what_was_sent_counts_more(lix: Client) -> None:
     lix.settings["builders"] = ""
     assert lix.build().replies == ["decline-permanently"]
@@ -884,8 +895,31 @@ def test_what_was_sent_counts_more(lix: Client) -> None:
 
 @pytest.mark.parametrize("name", ["system", "experimental-features"])
 def test_it_is_asked_for_whatever_the_command_line_sets(lix: Client, name: str) -> None:
-    lix.settings[name] = "x86_64-linux"
+    lix.settings.update({name: "x86_64-linux", "max-jobs": "0"})
     assert lix.build().replies[0] == "accept"
+
+
+def asked_twice(lix: Client) -> Answer:
+    """As Lix 2.92 and 2.93, which may build it too, asks when it has been declined."""
+    lix.settings["system"] = "x86_64-linux"
+    asks = [lix.request(willing=willing) for willing in (False, True)]
+    return lix.run(b"".join(asks))
+
+
+def test_what_no_machine_can_be_reached_for_lix_builds_at_once(lix: Client) -> None:
+    assert asked_twice(misbehave(lix, "away")).replies == ["decline", "decline"]
+
+
+def test_what_no_slot_is_free_for_lix_builds_at_once(lix: Client) -> None:
+    with busy(lix):
+        assert asked_twice(lix).replies == ["decline", "decline"]
+
+
+def test_of_what_no_slot_is_free_for_lix_builds_as_many_as_it_may(lix: Client) -> None:
+    with busy(lix):
+        lix.settings["system"] = "x86_64-linux"
+        ask = lix.request(willing=False)
+        assert lix.run(ask + ask).replies == ["decline", "postpone"]
 
 
 def test_a_nix_that_does_not_tell_builds_by_itself(lix: Client) -> None:

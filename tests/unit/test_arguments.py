@@ -559,6 +559,7 @@ DRV = "/nix/store/g8kcl4454zr4fc4isbkn2b3cdwj12qdj-a.drv"
         (f"error: {DRV} timed out after 4 seconds of silence", "OVERTIME"),
         (f"builder for '{DRV}' failed; No space left on device", "FULL"),
         (f"error: a 'kvm' is required to build '{DRV}'", "LACKS"),
+        ("error: experimental Lix feature 'ca-derivations' is disabled", "LACKS"),
         ("error: Build failed due to failed dependency", ""),
         (f"error: 1 dependencies of derivation '{DRV}' failed to build", ""),
         (f"build of '{DRV}' failed", ""),
