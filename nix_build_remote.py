@@ -61,6 +61,7 @@ Environment:
     NIX_CURRENT_LOAD    the directory of slot files (default: Nix's own current-load)
     NIX_SSHOPTS         more options for ssh
     NIX_DEBUG_HOOK      if set, say how each machine was judged, and what is run
+    NIX_BLIND_HOOK      if set, do not look how full and how busy builders are
     NIX_STORE_DIR, NIX_STATE_DIR, NIX_REMOTE  as Nix itself reads them
 
 Exit status:
@@ -83,6 +84,7 @@ Command line, for people:
 # slot        one of a machine's maxJobs, a lock file;  load: how many are taken
 # line        the queue of hooks that wait for one set of machines, each at its place
 # outage      what all hooks remember of a machine that failed
+# look        what a builder says of its disk and memory, and of others' builds there
 # connection  one shared ssh master;  seat: one hook's right to a session on it
 # session     one `nix-store --serve --write` on a builder;  way: how one is had
 # attempt     one try of a build on one machine
@@ -141,6 +143,12 @@ PAUSE_LIMIT_S = 60  # and for longer each time it fails again
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 OUTAGE_LIMIT = 1000  # characters of what is remembered of a failure
 PROBE_HEAD = 99  # bytes of a probe's file, before what ssh and nix-store said
+LOOK_S = 20  # a builder is asked no more often how it is, if nobody else builds there,
+LOOK_AGE_S = 60  # and what it said is believed for so long
+LOOK_WAIT_S = 3  # for what it says of others' builds, before there are more of ours
+SETTLE_S = 3  # fewer of them are believed in when they have been fewer for so long
+ROOM_BYTES, ROOM_SHARE = 1 << 30, 0.03  # a store with less than this free is full
+PRESSURE = 80  # per cent of the time that some program there has waited for memory
 
 # ssh and sessions
 CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
@@ -191,7 +199,7 @@ EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = (0, 1, 2, 13)  # built, substituted, already valid, resolves to already valid
 PERMANENT, REJECTED, TRANSIENT, TIMED_OUT, MISC, DEPENDENCY = 3, 4, 6, 8, 9, 10
 
-SIGTERM = 15  # POSIX has fixed it; to import signal takes 2 ms
+SIGKILL, SIGTERM = 9, 15  # POSIX has fixed them; to import signal takes 2 ms
 MESSAGES, LOG = 2, 4  # the descriptors that Nix reads messages and the build's log from
 
 DIGITS = "0123456789"
@@ -1674,6 +1682,101 @@ class Slot:
             self.lock.release()
 
 
+CLOSED = "/etc/nix/no-builds"  # a builder that has this file gets no builds
+
+
+def facts(said: str) -> dict[str, str]:
+    """Lines that begin with a name, by that; the first of a name counts."""
+    lines = (line.partition(" ") for line in reversed(printable(said).splitlines()))
+    return {name: words.removeprefix("= ").strip() for name, _, words in lines}
+
+
+class Look(NamedTuple):
+    """How a builder was found.
+
+    said: by itself, each thing by its name (see LOOK), and when that was asked for, in
+    seconds since 1970; asked: when it was asked last; is_whole: whether it has answered that.
+    """
+
+    said: dict[str, str]
+    asked: float
+    is_whole: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Look:
+        """What its file says: behind the head of a probe's the answer before, and that now,
+        each up to a line `end`."""
+        parts = [*map(facts, text[PROBE_HEAD:].split("\nend\n", 2)), {}]
+        is_whole = len(parts) > 3
+        look = cls(parts[1], 0, is_whole)
+        look = look._replace(asked=look.number("asked"))
+        return look if is_whole else look._replace(said=parts[0])
+
+    def number(self, name: str, place: int = 0) -> float:
+        """One of the numbers that it has said of that; 0 if it has not."""
+        words = self.said.get(name, "").split()[place : place + 1]
+        with suppress(ValueError):
+            return (
+                float(words[0][:15]) if words and only(words[0], DIGITS + ".") else 0.0
+            )
+        return 0.0
+
+    def is_young(self, name: str, limit_s: float) -> bool:
+        """Whether a time that is noted there is not longer ago than that."""
+        return 0 <= time.time() - self.number(name) < limit_s
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it is just being asked."""
+        return not self.is_whole and 0 <= time.time() - self.asked < LOOK_WAIT_S
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others have had builds there within a minute."""
+        builds = self.number("builds") and self.is_young("asked", LOOK_AGE_S)
+        return bool(builds or self.is_young("met", LOOK_AGE_S))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether as many builds of others were seen when it was asked before."""
+        return self.number("builds") == self.number("seen", 1)
+
+    def carried(self) -> str:
+        """What the next look needs to know of this: when others last had builds, and how many
+        they were for a while, since between two builds of theirs they are fewer."""
+        asked, builds = self.number("asked"), self.number("builds")
+        seen, most = self.number("seen"), self.number("seen", 1)
+        seen, most = (
+            (asked, builds) if asked > seen + SETTLE_S else (seen, max(most, builds))
+        )
+        met = asked if builds else self.number("met")
+        return f"seen {seen:.3f} {most:.0f}\nmet {met:.3f}\n"
+
+    @property
+    def closed(self) -> str | None:
+        """Why it is to have no new builds; None if it may."""
+        size, free = (int(self.number("disk", place)) << 10 for place in (0, 1))
+        is_known = self.is_young("asked", LACK_S)
+        if is_known and "closed" in self.said:
+            return f"has {CLOSED}: {self.said['closed'] or 'no builds now'}"
+        if is_known and size and (free < ROOM_BYTES or free < ROOM_SHARE * size):
+            return f"has only {free >> 20} MiB ({free / size:.0%}) free in its store"
+        return None
+
+    def taken(self, slots: int) -> int:
+        """How many of its slots builds of others take, as far as known; all of them if its
+        memory is short, or if there may be more by now, and it is being asked."""
+        is_known = self.is_young("asked", LOOK_AGE_S)
+        is_short = is_known and self.number("memory") >= PRESSURE
+        builds, before = int(self.number("builds")), int(self.number("seen", 1))
+        # Who has just come may be beginning many.
+        is_open = is_known and builds > 0 and not before
+        is_open |= self.is_awaited and (self.is_shared or not is_known)
+        if is_short or is_open:
+            return slots
+        return min(max(builds, before), slots) if is_known else 0
+
+
 class Slots:
     """Nix's directory current-load, with the locks that count, and in it one, `own`, for
     what the stock hook does not know."""
@@ -1682,6 +1785,9 @@ class Slots:
         self.path, self.own = path, f"{path}/own"
         self.talk = talk  # is told if somebody keeps the main lock
         self.is_stuck = False  # whether somebody did
+        # Why machines with a free slot got no build, when we last chose; "": for those
+        # of other clients.
+        self.refused: dict[Machine, str] = {}
 
     @classmethod
     def find(cls, nix: Nix, talk: Talk | None = None) -> Slots:
@@ -1734,18 +1840,21 @@ class Slots:
     def choose(
         self, machines: list[Machine], digests: frozenset[str] = frozenset()
     ) -> tuple[Slot | None, dict[Machine, int]]:
-        """A free slot of the best of these machines, or None if all are taken; and the
-        load of each.  Of equals, that which has most of these paths is the best, then the
-        first in the list."""
+        """A free slot of the best of these machines, or None if there is none to be had; and
+        the load of each.  Of equals, that which has most of these paths is the best, then
+        the first in the list."""
         loads: dict[Machine, int] = {}
         best: Slot | None = None
         failure: Error | None = None
+        self.refused = {}
 
-        def is_better(one: Machine, other: Machine) -> bool:
-            key, other_key = rank(one, loads[one]), rank(other, loads[other])
-            if key == other_key:
-                return self.known(one, digests) > self.known(other, digests)
-            return key < other_key
+        def is_best(machine: Machine) -> bool:
+            if not best:
+                return True
+            key, best_key = (rank(m, loads[m]) for m in (machine, best.machine))
+            if key == best_key:
+                return self.known(machine, digests) > self.known(best.machine, digests)
+            return key < best_key
 
         with self.main_lock():
             for machine in machines:
@@ -1754,17 +1863,38 @@ class Slots:
                 except Error as error:  # no room for a file: others may have theirs
                     failure = failure or error
                     continue
-                if not lock:
-                    continue
-                if best and not is_better(machine, best.machine):
+                # What was seen there is read only of a machine that would be chosen.
+                admits = lock and is_best(machine) and self.admits(machine, loads)
+                if lock and admits and is_best(machine):
+                    better = Slot(machine, lock, loads[machine])
+                    best, lock = better, best.lock if best else None
+                if lock:
                     lock.release()
-                    continue
-                if best:
-                    best.lock.release()
-                best = Slot(machine, lock, loads[machine])
         if failure and not loads:
             raise failure
         return best, loads
+
+    def look(self, machine: Machine) -> Look:
+        """What it last said of itself."""
+        path = self.file(machine, "look")
+        look = Look.parse(read_private(path) or "")
+        is_over = look.is_awaited and Lock.said_by_holder(path) is None  # in vain
+        return look._replace(is_whole=True) if is_over else look
+
+    def closed(self, machine: Machine, look: Look) -> str | None:
+        """Why no new builds may go to that machine at the moment; None if they may."""
+        return look.closed
+
+    def admits(self, machine: Machine, loads: dict[Machine, int]) -> bool:
+        """Whether a machine with a free slot may have a new build, or is refused one; counts
+        the builds of other clients into its load.  It keeps a slot for us, so that clients
+        that see each other's builds do not wait for each other."""
+        look, most = self.look(machine), machine.max_jobs
+        why, load = self.closed(machine, look), loads[machine]
+        loads[machine] = min(load + look.taken(most), most if load or why else most - 1)
+        if why or loads[machine] >= most:
+            self.refused[machine] = why or ""
+        return machine not in self.refused
 
     def known(self, machine: Machine, digests: frozenset[str]) -> int:
         """How many of these paths the machine is known to have had."""
@@ -1782,7 +1912,7 @@ class Slots:
 
     def file(self, machine: Machine, what: str) -> str:
         """Where that of a machine is kept: `paths`, see digests; `lacks`, a kind of build that
-        it cannot do, though its line says so; `down` and `probe`, see Outages."""
+        it cannot do, though its line says so; `down`, `probe`, `look`, see Outages."""
         return f"{self.own}/{machine.slots}.{what}"
 
     def note(self, machine: Machine, what: str, text: str) -> None:
@@ -1880,14 +2010,19 @@ class Outages:
     """Which machines all hooks leave alone, until when, and whether they are of use again.
 
     In `own` a machine has NAME.down, its outage, and NAME.probe, which an ssh that finds
-    out keeps locked, and in which it says how that went.
+    out keeps locked, and in which it says how that went; and in the same way NAME.look, in
+    which a builder says how full and how busy it is.
     """
 
     def __init__(
-        self, slots: Slots, probe: Callable[[Machine, int], int] | None = None
+        self,
+        slots: Slots,
+        probe: Callable[[Machine, int], int] | None = None,
+        look: Callable[[Machine, int], int] | None = None,
     ) -> None:
         self.slots = slots
-        self.probe = probe  # begins to find out into that file; returns a process
+        # Begin to find that out into a file; each returns a process.
+        self.probe, self.ask = probe, look
         self.forgiven: set[Machine] = set()  # which we try all the same
 
     def of(self, machine: Machine) -> Outage | None:
@@ -1961,15 +2096,11 @@ class Outages:
         head, said = text[:PROBE_HEAD].split(), encode(text[PROBE_HEAD:])
         words, _, rest = said.partition(integer(SERVE_REPLY))
         if not is_ours:
-            end_late(head, outage)
+            end_late(head)
         elif self.of(machine) != outage:
             pass  # somebody else was quicker
         elif head[:1] != [until] and self.probe:
-            lock.write(" " * PROBE_HEAD)
-            os.lseek(lock.descriptor, 0, os.SEEK_END)
-            pid = self.probe(machine, lock.descriptor)
-            text = f"{until} {pid} {start_time(pid)}"
-            os.pwrite(lock.descriptor, encode(text), 0)
+            self.begin(self.probe, machine, lock, until)
         elif rest[8:16] == integer(0):  # it has greeted, and its store has answered
             self.end(machine)
         else:
@@ -1981,15 +2112,55 @@ class Outages:
                 error.lasting = outage.lasting
             self.note(machine, outage, error)
 
+    def begin(
+        self,
+        ask: Callable[[Machine, int], int],
+        machine: Machine,
+        lock: Lock,
+        since: str,
+        text: str = "",
+    ) -> None:
+        """Begin to find something out, behind that text in the file of the lock."""
+        with self.slots.main_lock():  # nobody reads half of it
+            lock.write(" " * PROBE_HEAD + text)
+        os.lseek(lock.descriptor, 0, os.SEEK_END)
+        pid = ask(machine, lock.descriptor)
+        head = f"{since} {pid} {start_time(pid)}"
+        os.pwrite(lock.descriptor, encode(head), 0)
 
-def end_late(head: list[str], outage: Outage) -> None:
-    """End the process of a probe if it has taken too long."""
-    late = time.time() > outage.until + LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
-    if late and len(head) == 3 and is_alive(*head[1:]):
-        import signal
+    def look_again(self, *machines: Machine) -> None:
+        """See to it that these say how they are, where a build of ours begins, and those to
+        which we would have sent one, if that was long ago; who comes next hears of it."""
+        for machine in (*machines, *self.slots.refused) if self.ask else ():
+            path = self.slots.file(machine, "look")
+            with suppress(Error, OSError), Lock(path) as lock:  # no room, no processes
+                self.look_at(machine, lock, machine in machines)
 
-        with suppress(OSError):
-            os.kill(int(head[1]), signal.SIGKILL)
+    def look_at(self, machine: Machine, lock: Lock, begins: bool) -> None:
+        """The same for one; begins: whether a build of ours does there."""
+        is_ours = lock.hold()
+        text, now = lock.read(TAIL_BYTES), f"{time.time():.3f}"
+        look, said = Look.parse(text), text.rpartition("\nend\n")[2]
+        pause_s = LOOK_S if look.is_settled else SETTLE_S
+        if begins and look.is_shared:
+            pause_s = 0  # what is free there may be taken at any moment
+        elif not look.is_whole and heard(Error, said).lasting is not False:
+            pause_s = LACK_S  # that login does not let us ask
+        if not is_ours:
+            end_late(text[:PROBE_HEAD].split())
+        elif self.ask and not 0 <= float(now) - look.asked < pause_s:
+            before = "".join(f"{name} {words}\n" for name, words in look.said.items())
+            text = f"{before}\nend\nasked {now}\n{look.carried()}"
+            self.begin(self.ask, machine, lock, now, text)
+
+
+def end_late(head: list[str]) -> None:
+    """End the process of a probe or a look that has taken too long; head: of its file."""
+    with suppress(OSError, ValueError):
+        since, pid, start = head
+        age = time.time() - float(since)
+        if age > LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S and is_alive(pid, start):
+            os.kill(int(pid), SIGKILL)
 
 
 # ---- The line -----------------------------------------------------------------------
@@ -2037,6 +2208,7 @@ class Line:
         self.machines, self.need = machines, need
         self.all_away = False  # whether all machines were when we last looked
         self.has_told = False  # whether the first look was told of
+        self.told = ""  # why no machine takes new builds
         self.names = "\n".join(sorted(machine.slots for machine in machines))
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.place = 0  # ours, if we have its lock
@@ -2074,6 +2246,7 @@ class Line:
             if machine in loads:
                 taken = f"{loads[machine]} of {machine.max_jobs} slots taken"
                 why = f"has {taken}, at speed {machine.speed:g}"
+            why = self.slots.refused.get(machine) or why
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
     def reserved(self) -> dict[str, str]:
@@ -2141,8 +2314,8 @@ class Line:
 
     def wait_for_slot(self) -> Slot:
         """In the first place, or in none: the line is full, or the disk."""
-        told = False
         while True:
+            self.outages.look_again()
             start = time.monotonic()
             if slot := self.find_if_possible():
                 return slot
@@ -2150,9 +2323,7 @@ class Line:
                 raise Away("it failed for another build, too")
             if self.all_away and (despair := self.outages.despair(self.machines)):
                 raise despair
-            if self.all_away and not told:
-                told = True
-                self.tell_of_absence()
+            self.tell_of_absence()
             # Looking at many slots takes long; it must not be what we do all the time.
             wait_readable([], min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
 
@@ -2165,12 +2336,16 @@ class Line:
         return None
 
     def tell_of_absence(self) -> None:
-        """Say once for each Nix and reason that all machines of the line are away."""
-        noted = self.outages.noted(self.machines).values()
-        words = "; ".join(sorted({outage.words for outage in noted}))
-        text = f"no machine for it can be reached now; waiting for one: {words}"
-        if self.slots.remember(text):
+        """Say once for each Nix and reason that no machine of the line takes new builds."""
+        shut = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
+        noted = self.outages.noted(self.machines) if self.all_away or shut else {}
+        words = {*shut.values(), *(outage.words for outage in noted.values())}
+        text = "; ".join(sorted(words))
+        text = f"no machine for it can be reached now; waiting for one: {text}"
+        is_all = len(noted.keys() | shut) == len(self.machines)
+        if is_all and text != self.told and self.slots.remember(text):
             self.talk.say(WARN, f"'{self.need.path}': {text[:TAIL_BYTES]}")
+        self.told = text
 
 
 # ---- Derivations --------------------------------------------------------------------
@@ -3590,7 +3765,8 @@ class Site:
     def __init__(self, nix: Nix, talk: Talk, slots: Slots) -> None:
         self.nix, self.talk, self.slots = nix, talk, slots
         self.programs = Programs(talk)
-        self.outages = Outages(slots, self.probe)
+        is_blind = "NIX_BLIND_HOOK" in nix.environ
+        self.outages = Outages(slots, self.probe, None if is_blind else self.look)
         self.directory = ssh_directory(slots.path)
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)
@@ -3644,6 +3820,51 @@ class Site:
             process.stdin.write(GREETING + valid_question([], False))
             process.stdin.close()
         return process.pid
+
+    def look(self, machine: Machine, output: int) -> int:
+        """Have a machine say how it is into that file, in the background, over a connection
+        that is shared, if it is up; returns the process of its ssh."""
+        seat = self.seats.get(machine)
+        if not seat:
+            seat = self.new_seat(machine)
+            seat.connection = seat.over(0)
+        options: dict[str, Any] = {"stdout": output, "stderr": output}
+        process = seat.start("sh", start_new_session=True, **options)
+        if process.stdin:
+            store = "".join(seat.way.there).partition("--store")[2]
+            process.stdin.write(encode(f"store={store}\n{LOOK}"))
+            process.stdin.close()
+        return process.pid
+
+
+# Runs on the builder, on the standard input of its sh; a login that allows nothing but
+# nix-store says nothing of all this.  What it builds are the children of Nix's programs;
+# they are ours if they come from our connection, or from the address that it comes from,
+# which a session, and through it nix-daemon's process for that, has in its environment.
+LOOK = """\
+exec 2> /dev/null
+echo "disk $(df -Pk "${store:-${NIX_STORE_DIR:-/nix/store}}" | awk 'END { print $(NF-4), $(NF-2) }')"
+echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
+echo "load $(uptime | sed 's/.*: *//; s/,.*//')"
+echo "memory $(sed -n 's/^some avg10=\\([0-9.]*\\).*/\\1/p' /proc/pressure/memory)"
+[ -e NO_BUILDS ] && echo "closed $(head -c 300 NO_BUILDS | tr '\\n' ' ')"
+ours=$(grep -lsF "SSH_CONNECTION=${SSH_CONNECTION%% *} " /proc/[0-9]*/environ | tr -dc '0-9\\n')
+[ "$ours" ] && ps -A -o pid= -o ppid= -o args= | awk -v "ours=$PPID $(echo $ours)" '
+BEGIN { split(ours, list); for (i in list) own[list[i]] }
+{ up[$1] = $2; sub(".*/", "", $3); name[$1] = $3; peer[$1] = $4; hook[$1] = /build[-_]remote|<defunct>/ }
+END {
+    for (p in up) {
+        n = up[p]
+        if (name[n] !~ /^nix-(store|daemon|build)$/ || name[p] ~ /^(nix|ssh)/ || hook[p]) continue
+        if (name[n] == "nix-daemon" && peer[n] != "--stdio") n = peer[n]
+        if (!(n in up)) continue
+        while (n in up && !(n in own)) n = up[n]
+        if (!(n in own)) others++
+    }
+    print "builds", others + 0
+}'
+echo end
+""".replace("NO_BUILDS", CLOSED)
 
 
 # ---- Copying ------------------------------------------------------------------------
@@ -4685,6 +4906,7 @@ class Attempt:
         answer = session.ask_valid(self.wanted.inputs, self.substitute)
         if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
+        self.site.outages.look_again(self.machine)
         if session.version is None:  # and Nix no longer waits for our reply
             session.deadline = time.monotonic() + GREETING_TIMEOUT_S
             session.first_answer(session.awaited[0])
@@ -5148,6 +5370,7 @@ class Hook:
             self.talk.reply("accept", "waiting for a builder")
             return Accepted(build, line, None)
         self.talk.reply(self.turn_down(line, request))
+        self.site.outages.look_again()
         return None
 
     def without_looking(self, request: Request, machines: list[Machine]) -> str:
@@ -5258,12 +5481,12 @@ class Hook:
         """The reply to what no machine can take now."""
         if request.willing and might_build_itself(self.nix, request):
             return "decline"
-        if line.outages.away(line.machines) == set(line.machines):
-            if despair := line.outages.despair(line.machines):
-                if line.slots.remember(str(despair)):
-                    self.talk.say(WARN, f"'{request.derivation}': {despair}")
-                return "decline"
-            line.tell_of_absence()
+        all_away = line.outages.away(line.machines) == set(line.machines)
+        if all_away and (despair := line.outages.despair(line.machines)):
+            if line.slots.remember(str(despair)):
+                self.talk.say(WARN, f"'{request.derivation}': {despair}")
+            return "decline"
+        line.tell_of_absence()
         return "postpone"
 
 
@@ -5512,9 +5735,8 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
 
 # ---- check --------------------------------------------------------------------------
 
-# Runs on the builder, on the standard input of its sh.  A login that allows nothing but
-# nix-store says nothing of all this.
-LOOK = """\
+# What check runs on the builder before LOOK.
+ASK = """\
 exec 2> /dev/null
 echo "begin ."
 echo "path $PATH"
@@ -5524,10 +5746,7 @@ for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
     /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
 do [ -x "$place/nix-store" ] && echo "place $place/nix-store" && PATH=$PATH:$place; done
 echo "nix $(nix-store --version)"
-echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
-echo "load $(uptime)"
 echo "time $(date +%s)"
-echo "disk $(df -Pk "${NIX_STORE_DIR:-/nix/store}" | tail -n 1)"
 export NIX_CONFIG='extra-experimental-features = nix-command'
 (nix config show || nix show-config) | grep -E '^(system|extra-platforms|system-features) ='
 """
@@ -5625,12 +5844,11 @@ class Inspection:
         process = self.seat.start("sh")
         answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
         with suppress(subprocess.TimeoutExpired):
-            answer, words = process.communicate(LOOK.encode(), LOGIN_TIMEOUT_S)
+            program = encode(ASK + LOOK)
+            answer, words = process.communicate(program, LOGIN_TIMEOUT_S)
         end(process)
         self.answered = int(time.time())
-        for line in decode(answer).splitlines():
-            name, _, value = line.partition(" ")
-            self.facts.setdefault(name, printable(value.removeprefix("= ").strip()))
+        self.facts = facts(decode(answer))
         refused = process.returncode in (255, -9)  # by ssh; or we have killed it
         return self.refused(decode(words)) if refused else True
 
