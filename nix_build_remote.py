@@ -111,6 +111,7 @@ if TYPE_CHECKING:
     E = TypeVar("E", bound="Error")
 
     Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
+    Ask = Callable[[Any, int], int]  # a builder something, into a file; a process
 
 VERSION = "0.1"
 START = time.monotonic()
@@ -1714,12 +1715,8 @@ class Look(NamedTuple):
 
     def number(self, name: str, place: int = 0) -> float:
         """One of the numbers that it has said of that; 0 if it has not."""
-        words = self.said.get(name, "").split()[place : place + 1]
-        with suppress(ValueError):
-            return (
-                float(words[0][:15]) if words and only(words[0], DIGITS + ".") else 0.0
-            )
-        return 0.0
+        word = "".join(self.said.get(name, "").split()[place : place + 1])[:15]
+        return float(word) if word.replace(".", "", 1).isdecimal() else 0.0
 
     def is_young(self, name: str, limit_s: float) -> bool:
         """Whether a time that is noted there is not longer ago than that."""
@@ -1733,48 +1730,47 @@ class Look(NamedTuple):
     @property
     def is_shared(self) -> bool:
         """Whether others have had builds there within a minute."""
-        builds = self.number("builds") and self.is_young("asked", LOOK_AGE_S)
-        return bool(builds or self.is_young("met", LOOK_AGE_S))
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether as many builds of others were seen when it was asked before."""
-        return self.number("builds") == self.number("seen", 1)
+        return self.is_young("asked" if self.number("builds") else "met", LOOK_AGE_S)
 
     def carried(self) -> str:
         """What the next look needs to know of this: when others last had builds, and how many
         they were for a while, since between two builds of theirs they are fewer."""
         asked, builds = self.number("asked"), self.number("builds")
         seen, most = self.number("seen"), self.number("seen", 1)
-        seen, most = (
-            (asked, builds) if asked > seen + SETTLE_S else (seen, max(most, builds))
-        )
+        if asked > seen + SETTLE_S:
+            seen, most = asked, 0
         met = asked if builds else self.number("met")
-        return f"seen {seen:.3f} {most:.0f}\nmet {met:.3f}\n"
+        return f"seen {seen:.3f} {max(most, builds):.0f}\nmet {met:.3f}\n"
+
+    @property
+    def full(self) -> str | None:
+        """How little room there is in its store, if that is too little."""
+        size, free = (int(self.number("disk", place)) << 10 for place in (0, 1))
+        if size and (free < ROOM_BYTES or free < ROOM_SHARE * size):
+            return f"has only {free >> 20} MiB ({free / size:.0%}) free in its store"
+        return None
 
     @property
     def closed(self) -> str | None:
         """Why it is to have no new builds; None if it may."""
-        size, free = (int(self.number("disk", place)) << 10 for place in (0, 1))
-        is_known = self.is_young("asked", LACK_S)
-        if is_known and "closed" in self.said:
-            return f"has {CLOSED}: {self.said['closed'] or 'no builds now'}"
-        if is_known and size and (free < ROOM_BYTES or free < ROOM_SHARE * size):
-            return f"has only {free >> 20} MiB ({free / size:.0%}) free in its store"
-        return None
+        closed = f"has {CLOSED}: {self.said.get('closed')}"
+        why = closed if "closed" in self.said else self.full
+        return why if self.is_young("asked", LACK_S) else None
+
+    @property
+    def others(self) -> int:
+        """How many builds of other clients there are, as far as known."""
+        most = max(self.number("builds"), self.number("seen", 1))
+        return int(most) if self.is_young("asked", LOOK_AGE_S) else 0
 
     def taken(self, slots: int) -> int:
-        """How many of its slots builds of others take, as far as known; all of them if its
-        memory is short, or if there may be more by now, and it is being asked."""
+        """How many of its slots others take: all if its memory is short, if they have just
+        come and may be beginning many, or if it is being asked and may have more by now."""
         is_known = self.is_young("asked", LOOK_AGE_S)
         is_short = is_known and self.number("memory") >= PRESSURE
-        builds, before = int(self.number("builds")), int(self.number("seen", 1))
-        # Who has just come may be beginning many.
-        is_open = is_known and builds > 0 and not before
+        is_open = self.others > 0 and not self.number("seen", 1)
         is_open |= self.is_awaited and (self.is_shared or not is_known)
-        if is_short or is_open:
-            return slots
-        return min(max(builds, before), slots) if is_known else 0
+        return slots if is_short or is_open else min(self.others, slots)
 
 
 class Slots:
@@ -2014,15 +2010,10 @@ class Outages:
     which a builder says how full and how busy it is.
     """
 
-    def __init__(
-        self,
-        slots: Slots,
-        probe: Callable[[Machine, int], int] | None = None,
-        look: Callable[[Machine, int], int] | None = None,
-    ) -> None:
+    def __init__(self, slots: Slots, probe: Ask | None = None) -> None:
         self.slots = slots
-        # Begin to find that out into a file; each returns a process.
-        self.probe, self.ask = probe, look
+        self.probe = probe  # begins to find out into that file; returns a process
+        self.ask: Ask | None = None  # does so for a look, unless that is not wanted
         self.forgiven: set[Machine] = set()  # which we try all the same
 
     def of(self, machine: Machine) -> Outage | None:
@@ -2100,6 +2091,7 @@ class Outages:
         elif self.of(machine) != outage:
             pass  # somebody else was quicker
         elif head[:1] != [until] and self.probe:
+            lock.write(" " * PROBE_HEAD)
             self.begin(self.probe, machine, lock, until)
         elif rest[8:16] == integer(0):  # it has greeted, and its store has answered
             self.end(machine)
@@ -2112,17 +2104,8 @@ class Outages:
                 error.lasting = outage.lasting
             self.note(machine, outage, error)
 
-    def begin(
-        self,
-        ask: Callable[[Machine, int], int],
-        machine: Machine,
-        lock: Lock,
-        since: str,
-        text: str = "",
-    ) -> None:
-        """Begin to find something out, behind that text in the file of the lock."""
-        with self.slots.main_lock():  # nobody reads half of it
-            lock.write(" " * PROBE_HEAD + text)
+    def begin(self, ask: Ask, machine: Machine, lock: Lock, since: str) -> None:
+        """Begin to find something out, into the file of the lock, behind what is there."""
         os.lseek(lock.descriptor, 0, os.SEEK_END)
         pid = ask(machine, lock.descriptor)
         head = f"{since} {pid} {start_time(pid)}"
@@ -2141,7 +2124,8 @@ class Outages:
         is_ours = lock.hold()
         text, now = lock.read(TAIL_BYTES), f"{time.time():.3f}"
         look, said = Look.parse(text), text.rpartition("\nend\n")[2]
-        pause_s = LOOK_S if look.is_settled else SETTLE_S
+        is_settled = look.number("builds") == look.number("seen", 1)
+        pause_s = LOOK_S if is_settled else SETTLE_S
         if begins and look.is_shared:
             pause_s = 0  # what is free there may be taken at any moment
         elif not look.is_whole and heard(Error, said).lasting is not False:
@@ -2150,8 +2134,10 @@ class Outages:
             end_late(text[:PROBE_HEAD].split())
         elif self.ask and not 0 <= float(now) - look.asked < pause_s:
             before = "".join(f"{name} {words}\n" for name, words in look.said.items())
-            text = f"{before}\nend\nasked {now}\n{look.carried()}"
-            self.begin(self.ask, machine, lock, now, text)
+            text = f"{'':{PROBE_HEAD}}{before}\nend\nasked {now}\n{look.carried()}"
+            with self.slots.main_lock():  # nobody reads half of it
+                lock.write(text)
+            self.begin(self.ask, machine, lock, now)
 
 
 def end_late(head: list[str]) -> None:
@@ -3765,8 +3751,9 @@ class Site:
     def __init__(self, nix: Nix, talk: Talk, slots: Slots) -> None:
         self.nix, self.talk, self.slots = nix, talk, slots
         self.programs = Programs(talk)
-        is_blind = "NIX_BLIND_HOOK" in nix.environ
-        self.outages = Outages(slots, self.probe, None if is_blind else self.look)
+        self.outages = Outages(slots, self.probe)
+        if "NIX_BLIND_HOOK" not in nix.environ:
+            self.outages.ask = self.look
         self.directory = ssh_directory(slots.path)
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)
@@ -3816,10 +3803,7 @@ class Site:
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
         options: dict[str, Any] = {"stdout": output, "stderr": output}
         process = seat.serve(start_new_session=True, **options)
-        if process.stdin:
-            process.stdin.write(GREETING + valid_question([], False))
-            process.stdin.close()
-        return process.pid
+        return tell_all(process, GREETING + valid_question([], False))
 
     def look(self, machine: Machine, output: int) -> int:
         """Have a machine say how it is into that file, in the background, over a connection
@@ -3830,11 +3814,16 @@ class Site:
             seat.connection = seat.over(0)
         options: dict[str, Any] = {"stdout": output, "stderr": output}
         process = seat.start("sh", start_new_session=True, **options)
-        if process.stdin:
-            store = "".join(seat.way.there).partition("--store")[2]
-            process.stdin.write(encode(f"store={store}\n{LOOK}"))
-            process.stdin.close()
-        return process.pid
+        store = "".join(seat.way.there).partition("--store")[2]
+        return tell_all(process, encode(f"store={store}\n{LOOK}"))
+
+
+def tell_all(process: subprocess.Popen[bytes], data: bytes) -> int:
+    """Have a program read that and nothing more; returns the process."""
+    if process.stdin:
+        process.stdin.write(data)
+        process.stdin.close()
+    return process.pid
 
 
 # Runs on the builder, on the standard input of its sh; a login that allows nothing but
@@ -3851,18 +3840,11 @@ echo "memory $(sed -n 's/^some avg10=\\([0-9.]*\\).*/\\1/p' /proc/pressure/memor
 ours=$(grep -lsF "SSH_CONNECTION=${SSH_CONNECTION%% *} " /proc/[0-9]*/environ | tr -dc '0-9\\n')
 [ "$ours" ] && ps -A -o pid= -o ppid= -o args= | awk -v "ours=$PPID $(echo $ours)" '
 BEGIN { split(ours, list); for (i in list) own[list[i]] }
-{ up[$1] = $2; sub(".*/", "", $3); name[$1] = $3; peer[$1] = $4; hook[$1] = /build[-_]remote|<defunct>/ }
-END {
-    for (p in up) {
-        n = up[p]
-        if (name[n] !~ /^nix-(store|daemon|build)$/ || name[p] ~ /^(nix|ssh)/ || hook[p]) continue
-        if (name[n] == "nix-daemon" && peer[n] != "--stdio") n = peer[n]
-        if (!(n in up)) continue
-        while (n in up && !(n in own)) n = up[n]
-        if (!(n in own)) others++
-    }
-    print "builds", others + 0
-}'
+{ up[$1] = $2; peer[$1] = $4; sub(".*/", "", $3); name[$1] = /build[-_]remote|<defunct>/ ? "nix" : $3 }
+END { for (p in up) if (name[up[p]] ~ /^nix-(store|daemon|build)$/ && name[p] !~ /^(nix|ssh)/) {
+        n = up[p]; if (name[n] == "nix-daemon" && peer[n] != "--stdio") n = peer[n]
+        if (n in up) { while (n in up && !(n in own)) n = up[n]; others += !(n in own) } }
+    print "builds", others + 0 }'
 echo end
 """.replace("NO_BUILDS", CLOSED)
 
@@ -5605,7 +5587,6 @@ def serve(arguments: list[str]) -> int:
 # check, status and explain, which a hook does not need.
 
 CHECK_TIMEOUT_S = 90  # for the tiny build
-ROOM_B = 100 << 20  # less than that is a full disk
 CLOCK_S = 60  # clocks may differ by that
 BAR = 20  # characters
 
@@ -5945,6 +5926,8 @@ class Inspection:
                 ).retire()
         self.seat.keep_way()
         self.site.outages.end(self.machine)
+        with suppress(OSError):
+            remove(self.site.slots.file(self.machine, "look"))
 
     def logged_in(self, round_trip: str = "") -> None:
         """Note that ssh works, if that is what we use."""
@@ -5973,7 +5956,8 @@ class Inspection:
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
         if "begin" in self.facts:
-            return all([self.offers(), self.disk(), self.clock(), self.cores()])
+            findings = [self.offers(), self.disk(), self.clock(), self.cores()]
+            return all(findings) and self.is_open()
         text = "that login allows nothing but nix-store"
         if not self.seat.way.there:
             text = "it is a store here"
@@ -6010,16 +5994,25 @@ class Inspection:
 
     def disk(self) -> bool:
         """How much room its store has."""
-        words = self.facts.get("disk", "").split()
-        if len(words) < 6 or not words[3].isdigit():
+        look = Look(self.facts, 0, True)
+        if not look.number("disk"):
             text = "it does not say how full its disk is (there may be no store yet)"
             return self.add("disk", UNKNOWN, "-", text)
-        free = amount(int(words[3]) << 10)
-        if int(words[3]) << 10 < ROOM_B:
+        free = amount(1024 * look.number("disk", 1))
+        if full := look.full:
             remedy = self.ssh_line("nix-collect-garbage -d")
-            text = f"only {free} are free in its store"
-            return self.add("disk", WRONG, free, text, remedy)
+            return self.add(
+                "disk", WRONG, free, f"it {full}: no builds go there", remedy
+            )
         return self.add("disk", OK, free, f"{free} free in its store")
+
+    def is_open(self) -> bool:
+        """Whether its admin lets builds go there."""
+        if "closed" not in self.facts:
+            return True
+        text = f"it has {CLOSED}: {self.facts['closed']}"
+        remedy = self.ssh_line(f"rm {CLOSED}")
+        return self.add("build", WRONG, "CLOSED", text, remedy)
 
     def clock(self) -> bool:
         """Whether its clock is that of here."""
@@ -6038,11 +6031,12 @@ class Inspection:
     def cores(self) -> bool:
         """Whether it has cores for its jobs."""
         cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
-        load = self.facts.get("load", "").rpartition(":")[2].split(",")[0].split()[:1]
         if not cores.isdigit():
             text = "it does not say how many cores it has"
             return self.add("cores", UNKNOWN, "-", text)
-        text = f"{cores} cores for {jobs} jobs, load {''.join(load) or 'unknown'}"
+        text = (
+            f"{cores} cores for {jobs} jobs, load {self.facts.get('load') or 'unknown'}"
+        )
         if jobs <= 2 * int(cores):
             return self.add("cores", OK, f"{cores}/{jobs}", text)
         text += ": a lower maxJobs would be quicker"
@@ -6312,12 +6306,19 @@ class Holder(NamedTuple):
 
 
 class Load(NamedTuple):
-    """How things are with one machine; known: how many of a build's inputs it has had."""
+    """How things are with one machine.
+
+    taken: its slots that are, by others, too; closed: why it gets no new builds, "" if its
+    slots are taken; known: how many of a build's inputs it has had.
+    """
 
     machine: Machine
     building: list[Holder]
     fetching: list[Holder]
     outage: Outage | None
+    look: Look = Look({}, 0, True)
+    taken: int = 0
+    closed: str | None = None
     known: int = 0
 
 
@@ -6349,7 +6350,10 @@ def load_of(slots: Slots, machine: Machine, own: list[str]) -> Load:
     building = held(slots, [f"{slots.path}/{slot}" for slot in numbered]).values()
     fetching = held(slots, [f"{slots.own}/{place}" for place in places]).values()
     holders = [*map(Holder.parse, building)], [*map(Holder.parse, fetching)]
-    return Load(machine, *holders, Outages(slots).of(machine))
+    outage, taken = Outages(slots).of(machine), {machine: len(building)}
+    slots.admits(machine, taken)
+    look, closed = slots.look(machine), slots.refused.get(machine)
+    return Load(machine, *holders, outage, look, taken[machine], closed)
 
 
 def waiters_in(slots: Slots, own: list[str]) -> list[Waiter]:
@@ -6392,10 +6396,38 @@ def slots_line(load: Load) -> list[str]:
     machine, taken, slots = load.machine, len(load.building), load.machine.max_jobs
     if not machine.ways:
         return [label(machine), "", f"this machine, of speed {machine.speed:g}"]
+    others = load.look.others
+    more = f", {others} by builds of others" if others else ""
     width = min(slots, BAR)
-    full = math.ceil(width * taken / slots) if slots else 0
-    bar = f"[{'#' * full}{'.' * (width - full)}]"
-    return [label(machine), bar, f"{taken} of {slots} slots taken"]
+    shares = [(taken + others) / slots, taken / slots] if slots else [0.0]
+    return [
+        label(machine),
+        bar(width, *shares),
+        f"{taken} of {slots} slots taken{more}",
+    ]
+
+
+def bar(width: int, full: float, ours: float = math.inf) -> str:
+    """A bar of so many characters, of which that share is full, ours with another mark."""
+    many, own = (
+        min(width, math.ceil(width * share)) for share in (full, min(full, ours))
+    )
+    return f"[{'#' * own}{'o' * (many - own)}{'.' * (width - many)}]"
+
+
+def look_line(look: Look) -> str:
+    """What a builder said of itself, for people; "" if that is nothing."""
+    size, free = (1024 * look.number("disk", place) for place in (0, 1))
+    load, cores, memory = map(look.number, ("load", "cores", "memory"))
+    parts = []
+    if size:
+        parts.append(f"disk {bar(10, 1 - free / size)} {amount(free)} free")
+    if cores:
+        parts.append(f"load {bar(10, load / cores)} {load:g} on {cores:g} cores")
+    if look.said.get("memory"):
+        parts.append(f"memory short {bar(10, memory / 100)} {memory:.0f} %")
+    age = duration(time.time() - look.number("asked"))
+    return f"{'  '.join(parts)}  {age} ago" if parts else ""
 
 
 def left_alone(outage: Outage) -> str:
@@ -6416,10 +6448,14 @@ def overview_lines(
 
     now, lines = time.time(), []
     for head, load in zip(table([*map(slots_line, loads)]), loads):
-        lines.append(screen.paint(head, NOTE if load.outage else OK))
+        lines.append(screen.paint(head, NOTE if load.outage or load.closed else OK))
+        lines += screen.wrap(look_line(load.look), "    ", "        ")
         lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
         if load.outage:
             lines += screen.wrap(left_alone(load.outage), "    ", "        ")
+        if load.closed:
+            text = f"gets no new builds: it {load.closed}"
+            lines += screen.wrap(text, "    ", "        ")
     hosts = {load.machine.slots: label(load.machine) for load in loads}
     for names, line in groupby(waiters, key=lambda waiter: waiter.names):
         known = sorted({hosts.get(name, name) for name in names if name})
@@ -6438,6 +6474,9 @@ def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]
             "building": [holder._asdict() for holder in load.building],
             "fetching": [holder._asdict() for holder in load.fetching],
             "away": load.outage and load.outage._asdict(),
+            "others": load.look.others,
+            "closed": load.closed or None,
+            "look": load.look.said,
         }
         for load in loads
     ]
@@ -6485,6 +6524,16 @@ RANKING = """The first is asked first.  Of equals: the faster, then the less loa
 the one that has had more of the inputs, then the one that is written first."""
 
 
+def others_there(load: Load) -> str:
+    """Why slots that are not ours are taken."""
+    short, own = load.look.number("memory"), f"{len(load.building)} slots are taken"
+    if load.look.is_awaited:
+        return f"{own}, and it is just being asked for builds of others"
+    if short >= PRESSURE:
+        return f"{own}, and its memory is short {short:.0f} % of the time"
+    return f"{own}, and {load.look.others} by builds of other clients"
+
+
 class Choice(NamedTuple):
     """Where a build would go now.
 
@@ -6508,11 +6557,13 @@ class Choice(NamedTuple):
                 reason = f"is {left_alone(load.outage)}"
             if not reason and taken >= machine.max_jobs:
                 reason = f"has no free slot: all {taken} are taken"
+            if not reason and load.closed is not None:
+                reason = load.closed or f"is full: {others_there(load)}"
             if reason:
                 out.append((machine, reason))
             else:
                 ranked.append(load)
-        ranked.sort(key=lambda l: (*rank(l.machine, len(l.building)), -l.known))
+        ranked.sort(key=lambda l: (*rank(l.machine, l.taken), -l.known))
         return cls(request, ranked, out, might_build_itself(nix, request))
 
     def as_dict(self) -> dict[str, object]:
@@ -6525,10 +6576,10 @@ class Choice(NamedTuple):
             "machines": [
                 {
                     "machine": load.machine.name,
-                    "load": len(load.building),
+                    "load": load.taken,
                     "slots": load.machine.max_jobs,
                     "speed": load.machine.speed,
-                    "rank": rank(load.machine, len(load.building))[0],
+                    "rank": rank(load.machine, load.taken)[0],
                     "inputs": load.known,
                 }
                 for load in self.ranked
@@ -6547,7 +6598,7 @@ class Choice(NamedTuple):
         lines = screen.wrap(f"{what} needs {request.system} and {features}.")
         rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
         for number, load in enumerate(self.ranked, 1):
-            machine, taken = load.machine, len(load.building)
+            machine, taken = load.machine, load.taken
             slots, share = f"{taken} of {machine.max_jobs}", taken / machine.speed
             rows.append([f"{number}.", label(machine), slots, f"{machine.speed:g}"])
             rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
