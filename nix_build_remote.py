@@ -2125,7 +2125,7 @@ class Outages:
         text, now = lock.read(TAIL_BYTES), f"{time.time():.3f}"
         look, said = Look.parse(text), text.rpartition("\nend\n")[2]
         is_settled = look.number("builds") == look.number("seen", 1)
-        pause_s = LOOK_S if is_settled else SETTLE_S
+        pause_s = LOOK_S if is_settled else SETTLE_S / 3
         if begins and look.is_shared:
             pause_s = 0  # what is free there may be taken at any moment
         elif not look.is_whole and heard(Error, said).lasting is not False:
@@ -5926,8 +5926,6 @@ class Inspection:
                 ).retire()
         self.seat.keep_way()
         self.site.outages.end(self.machine)
-        with suppress(OSError):
-            remove(self.site.slots.file(self.machine, "look"))
 
     def logged_in(self, round_trip: str = "") -> None:
         """Note that ssh works, if that is what we use."""
@@ -6419,15 +6417,15 @@ def look_line(look: Look) -> str:
     """What a builder said of itself, for people; "" if that is nothing."""
     size, free = (1024 * look.number("disk", place) for place in (0, 1))
     load, cores, memory = map(look.number, ("load", "cores", "memory"))
-    parts = []
-    if size:
-        parts.append(f"disk {bar(10, 1 - free / size)} {amount(free)} free")
-    if cores:
-        parts.append(f"load {bar(10, load / cores)} {load:g} on {cores:g} cores")
-    if look.said.get("memory"):
-        parts.append(f"memory short {bar(10, memory / 100)} {memory:.0f} %")
+    shares = {
+        "disk": (1 - free / (size or 1), f"{amount(free)} free"),
+        "load": (load / (cores or 1), f"{load:g} on {cores:g} cores"),
+        "memory": (memory / 100, f"{memory:.0f} % waited for"),
+    }
+    known = [name for name in shares if look.said.get(name)]
+    bars = [f"{name} {bar(10, shares[name][0])} {shares[name][1]}" for name in known]
     age = duration(time.time() - look.number("asked"))
-    return f"{'  '.join(parts)}  {age} ago" if parts else ""
+    return f"{'; '.join(bars)}; {age} ago" if bars else ""
 
 
 def left_alone(outage: Outage) -> str:
@@ -6524,16 +6522,6 @@ RANKING = """The first is asked first.  Of equals: the faster, then the less loa
 the one that has had more of the inputs, then the one that is written first."""
 
 
-def others_there(load: Load) -> str:
-    """Why slots that are not ours are taken."""
-    short, own = load.look.number("memory"), f"{len(load.building)} slots are taken"
-    if load.look.is_awaited:
-        return f"{own}, and it is just being asked for builds of others"
-    if short >= PRESSURE:
-        return f"{own}, and its memory is short {short:.0f} % of the time"
-    return f"{own}, and {load.look.others} by builds of other clients"
-
-
 class Choice(NamedTuple):
     """Where a build would go now.
 
@@ -6558,7 +6546,12 @@ class Choice(NamedTuple):
             if not reason and taken >= machine.max_jobs:
                 reason = f"has no free slot: all {taken} are taken"
             if not reason and load.closed is not None:
-                reason = load.closed or f"is full: {others_there(load)}"
+                here, short = load.look.others, load.look.number("memory")
+                reason = f"is full: {taken} slots are taken, {here} builds of other "
+                reason += (
+                    f"clients run there, its memory is short {short:.0f} % of the time"
+                )
+                reason = load.closed or reason
             if reason:
                 out.append((machine, reason))
             else:
