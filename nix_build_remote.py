@@ -1758,9 +1758,14 @@ class Look(NamedTuple):
         return why if self.is_young("asked", LACK_S) else None
 
     @property
+    def before(self) -> float:
+        """How many they were at most, when it was asked before."""
+        return self.number("seen", 1) if self.is_young("seen", LOOK_AGE_S) else 0.0
+
+    @property
     def others(self) -> int:
         """How many builds of other clients there are, as far as known."""
-        most = max(self.number("builds"), self.number("seen", 1))
+        most = max(self.number("builds"), self.before)
         return int(most) if self.is_young("asked", LOOK_AGE_S) else 0
 
     def taken(self, slots: int) -> int:
@@ -1768,7 +1773,7 @@ class Look(NamedTuple):
         come and may be beginning many, or if it is being asked and may have more by now."""
         is_known = self.is_young("asked", LOOK_AGE_S)
         is_short = is_known and self.number("memory") >= PRESSURE
-        is_open = self.others > 0 and not self.number("seen", 1)
+        is_open = self.others > 0 and not self.before
         is_open |= self.is_awaited and (self.is_shared or not is_known)
         return slots if is_short or is_open else min(self.others, slots)
 
@@ -2114,30 +2119,30 @@ class Outages:
     def look_again(self, *machines: Machine) -> None:
         """See to it that these say how they are, where a build of ours begins, and those to
         which we would have sent one, if that was long ago; who comes next hears of it."""
-        for machine in (*machines, *self.slots.refused) if self.ask else ():
+        for machine in (*machines, *self.slots.refused):
             path = self.slots.file(machine, "look")
-            with suppress(Error, OSError), Lock(path) as lock:  # no room, no processes
-                self.look_at(machine, lock, machine in machines)
+            if self.ask and machine.destination:  # else it is a store here
+                with suppress(Error, OSError), Lock(path) as lock:  # no room
+                    self.look_at(self.ask, machine, lock, machine in machines)
 
-    def look_at(self, machine: Machine, lock: Lock, begins: bool) -> None:
+    def look_at(self, ask: Ask, machine: Machine, lock: Lock, begins: bool) -> None:
         """The same for one; begins: whether a build of ours does there."""
         is_ours = lock.hold()
         text, now = lock.read(TAIL_BYTES), f"{time.time():.3f}"
         look, said = Look.parse(text), text.rpartition("\nend\n")[2]
-        is_settled = look.number("builds") == look.number("seen", 1)
-        pause_s = LOOK_S if is_settled else SETTLE_S / 3
+        pause_s = LOOK_S if look.number("builds") == look.before else SETTLE_S / 3
         if begins and look.is_shared:
             pause_s = 0  # what is free there may be taken at any moment
         elif not look.is_whole and heard(Error, said).lasting is not False:
             pause_s = LACK_S  # that login does not let us ask
         if not is_ours:
             end_late(text[:PROBE_HEAD].split())
-        elif self.ask and not 0 <= float(now) - look.asked < pause_s:
+        elif not 0 <= float(now) - look.asked < pause_s:
             before = "".join(f"{name} {words}\n" for name, words in look.said.items())
             text = f"{'':{PROBE_HEAD}}{before}\nend\nasked {now}\n{look.carried()}"
             with self.slots.main_lock():  # nobody reads half of it
                 lock.write(text)
-            self.begin(self.ask, machine, lock, now)
+            self.begin(ask, machine, lock, now)
 
 
 def end_late(head: list[str]) -> None:
@@ -2194,7 +2199,7 @@ class Line:
         self.machines, self.need = machines, need
         self.all_away = False  # whether all machines were when we last looked
         self.has_told = False  # whether the first look was told of
-        self.told = ""  # why no machine takes new builds
+        self.told = ""  # of why no machine takes new builds
         self.names = "\n".join(sorted(machine.slots for machine in machines))
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.place = 0  # ours, if we have its lock
@@ -2305,7 +2310,7 @@ class Line:
             start = time.monotonic()
             if slot := self.find_if_possible():
                 return slot
-            if self.all_away and self.need.impatient:
+            if self.need.impatient and self.absence():
                 raise Away("it failed for another build, too")
             if self.all_away and (despair := self.outages.despair(self.machines)):
                 raise despair
@@ -2321,17 +2326,20 @@ class Line:
             self.slots.make()
         return None
 
-    def tell_of_absence(self) -> None:
-        """Say once for each Nix and reason that no machine of the line takes new builds."""
+    def absence(self) -> str:
+        """Why no machine of the line takes new builds now; "" if one might."""
         shut = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
         noted = self.outages.noted(self.machines) if self.all_away or shut else {}
         words = {*shut.values(), *(outage.words for outage in noted.values())}
-        text = "; ".join(sorted(words))
-        text = f"no machine for it can be reached now; waiting for one: {text}"
         is_all = len(noted.keys() | shut) == len(self.machines)
-        if is_all and text != self.told and self.slots.remember(text):
-            self.talk.say(WARN, f"'{self.need.path}': {text[:TAIL_BYTES]}")
-        self.told = text
+        return "; ".join(sorted(words)) if is_all else ""
+
+    def tell_of_absence(self) -> None:
+        """Say that once for each Nix and reason."""
+        words, told = self.absence(), self.told
+        self.told = f"no machine for it can be reached now; waiting for one: {words}"
+        if words and told != self.told and self.slots.remember(self.told):
+            self.talk.say(WARN, f"'{self.need.path}': {self.told[:TAIL_BYTES]}")
 
 
 # ---- Derivations --------------------------------------------------------------------
@@ -3843,7 +3851,7 @@ BEGIN { split(ours, list); for (i in list) own[list[i]] }
 { up[$1] = $2; peer[$1] = $4; sub(".*/", "", $3); name[$1] = /build[-_]remote|<defunct>/ ? "nix" : $3 }
 END { for (p in up) if (name[up[p]] ~ /^nix-(store|daemon|build)$/ && name[p] !~ /^(nix|ssh)/) {
         n = up[p]; if (name[n] == "nix-daemon" && peer[n] != "--stdio") n = peer[n]
-        if (n in up) { while (n in up && !(n in own)) n = up[n]; others += !(n in own) } }
+        if (n in up) { while (n > 0 && n in up && !(n in own)) n = up[n]; others += !(n in own) } }
     print "builds", others + 0 }'
 echo end
 """.replace("NO_BUILDS", CLOSED)

@@ -6,9 +6,21 @@ import time
 from pathlib import Path
 
 import pytest
-from test_choosing import machines
+from test_choosing import NIX, machines
 
-from nix_build_remote import LACK_S, LOOK_AGE_S, Lock, Look, Machine, Outages, Slots
+from nix_build_remote import (
+    LACK_S,
+    LOOK_AGE_S,
+    Away,
+    Line,
+    Lock,
+    Look,
+    Machine,
+    Need,
+    Outages,
+    Slots,
+    Talk,
+)
 
 GIB = 1 << 20  # in KiB, as df has it
 
@@ -17,6 +29,11 @@ def answer(*lines: str, asked: float = 1, before: str = "") -> str:
     """A look's file, with an answer to what was asked so many seconds ago."""
     times = f"asked {time.time() - asked:.3f}"
     return " " * 99 + "\n".join([before, "end", times, *lines, "end", ""])
+
+
+def seen(builds: int, before: float = 5) -> str:
+    """That there were so many builds of others so many seconds ago."""
+    return f"seen {time.time() - before:.3f} {builds}"
 
 
 def look(*lines: str, asked: float = 1) -> Look:
@@ -51,18 +68,19 @@ def test_why_it_is_closed_is_believed_until_it_is_asked_again_but_not_for_ever()
 
 
 def test_builds_of_others_are_believed_for_a_minute() -> None:
-    assert look("builds 3", "seen 1 3", asked=LOOK_AGE_S - 5).taken(8) == 3
-    assert look("builds 3", "seen 1 3", asked=LOOK_AGE_S + 5).taken(8) == 0
+    assert look("builds 3", seen(3), asked=LOOK_AGE_S - 5).taken(8) == 3
+    assert look("builds 3", seen(3), asked=LOOK_AGE_S + 5).taken(8) == 0
+    assert look("builds 0", seen(3, LOOK_AGE_S + 5)).taken(8) == 0
 
 
 @pytest.mark.parametrize(
     ("lines", "taken"),
     [
         pytest.param(["builds 0"], 0, id="nobody"),
-        pytest.param(["builds 2", "seen 1 2"], 2, id="two, as before"),
-        pytest.param(["builds 1", "seen 1 2"], 2, id="one who may begin another"),
-        pytest.param(["builds 2", "seen 1 0"], 8, id="who has just come"),
-        pytest.param(["builds 99", "seen 1 9"], 8, id="more than slots"),
+        pytest.param(["builds 2", seen(2)], 2, id="two, as before"),
+        pytest.param(["builds 1", seen(2)], 2, id="one who may begin another"),
+        pytest.param(["builds 2", seen(0)], 8, id="who has just come"),
+        pytest.param(["builds 99", seen(9)], 8, id="more than slots"),
         pytest.param(["builds 0", "memory 81.5"], 8, id="memory is short"),
         pytest.param(["builds 0", "memory 12"], 0, id="memory is not short"),
         pytest.param(["cores 2"], 0, id="it cannot tell"),
@@ -100,14 +118,14 @@ def chosen(slots: Slots, *candidates: Machine) -> str:
 
 def test_each_client_keeps_a_slot_and_others_take_the_rest(slots: Slots) -> None:
     [b1] = machines("b1 - - 4")
-    note(slots, b1, answer("builds 4", "seen 1 4"))
+    note(slots, b1, answer("builds 4", seen(4)))
     assert chosen(slots, b1) == "b1"
     assert chosen(slots, b1) == ""
 
 
 def test_builds_of_others_count_as_load(slots: Slots) -> None:
     b1, b2 = machines("b1 - - 4\nb2 - - 4")
-    note(slots, b1, answer("builds 2", "seen 1 2"))
+    note(slots, b1, answer("builds 2", seen(2)))
     assert chosen(slots, b1, b2) == "b2"
 
 
@@ -181,7 +199,7 @@ def test_a_builder_is_asked_every_twenty_seconds(slots: Slots) -> None:
 
 def test_beside_builds_of_others_each_of_ours_asks(slots: Slots) -> None:
     [b1] = machines("b1 - - 4")
-    text = answer("builds 2", "seen 1 2", asked=1)
+    text = answer("builds 2", seen(2), asked=1)
     assert asked(slots, b1, text)
     assert not asked(slots, b1, text, begins=False)
 
@@ -196,3 +214,16 @@ def test_a_login_that_says_nonsense_is_asked_again_after_an_hour(slots: Slots) -
     assert asked(slots, b1, nonsense(LACK_S + 60, "error: protocol mismatch"))
     refused = "ssh: connect to host b1 port 22: Connection refused"
     assert asked(slots, b1, nonsense(60, refused))
+
+
+# -- In line --------------------------------------------------------------------------
+
+
+def test_a_build_that_may_go_elsewhere_does_not_wait_for_a_closed_machine(
+    slots: Slots,
+) -> None:
+    [b1] = machines("b1 - - 4")
+    note(slots, b1, answer("closed for repair"))
+    need = Need("/nix/store/x.drv", "", frozenset(), time.time(), impatient=True)
+    with pytest.raises(Away):
+        Line(Outages(slots), Talk(NIX), [b1], need).wait()
