@@ -6336,7 +6336,7 @@ class Waiter(NamedTuple):
     names: list[str]
 
 
-def look(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
+def overview(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
     """How things are with these machines, and who waits; Error if we may not read that.
     Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
@@ -6385,7 +6385,7 @@ def status(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show what is built where, and who waits."""
     while True:
         machines, complaints = machines_named(options.names, nix)
-        loads, waiters = look(Slots.find(nix), machines)
+        loads, waiters = overview(Slots.find(nix), machines)
         lines = overview_lines(loads, waiters, screen)
         if not machines:
             lines = [f"no machines are listed ({where_machines_stand(nix)})"]
@@ -6624,7 +6624,7 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     machines, complaints = load_machines(nix)
     try:
         slots = Slots.find(nix)
-        found = look(slots, machines)[0]
+        found = overview(slots, machines)[0]
         loads = [l._replace(known=slots.known(l.machine, digests)) for l in found]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")

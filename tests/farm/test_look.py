@@ -235,6 +235,15 @@ def test_a_login_that_allows_only_nix_store_is_not_asked_again(nix: Scene) -> No
         nix.builder.write(keys, before, 0o600)
 
 
+def test_a_look_that_hangs_costs_no_build(nix: Scene) -> None:
+    nix.builder.write("/usr/local/bin/df", "#!/bin/sh\nexec sleep 1000\n", 0o755)
+    try:
+        nix.build(many("beside", 3))
+        assert nix.builder.run("pkill", "-c", "-f", "^sleep 1000").stdout == "1\n"
+    finally:
+        nix.builder.run("rm", "/usr/local/bin/df")
+
+
 @pytest.mark.engines
 def test_memory_that_is_short_leaves_us_one_slot(nix: Scene) -> None:
     nix.builder.write("/tmp/pressure", "some avg10=93.40 avg60=1 avg300=1 total=1\n")
