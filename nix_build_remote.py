@@ -1693,25 +1693,19 @@ def facts(said: str) -> dict[str, str]:
 
 
 class Look(NamedTuple):
-    """How a builder was found.
-
-    said: by itself, each thing by its name (see LOOK), and when that was asked for, in
-    seconds since 1970; asked: when it was asked last; is_whole: whether it has answered that.
-    """
+    """What a builder said of itself, each thing by its name (see LOOK), and when it was asked
+    for that, in seconds since 1970; awaited: when it was asked anew, 0 if it has answered."""
 
     said: dict[str, str]
-    asked: float
-    is_whole: bool
+    awaited: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Look:
         """What its file says: behind the head of a probe's the answer before, and that now,
         each up to a line `end`."""
-        parts = [*map(facts, text[PROBE_HEAD:].split("\nend\n", 2)), {}]
-        is_whole = len(parts) > 3
-        look = cls(parts[1], 0, is_whole)
-        look = look._replace(asked=look.number("asked"))
-        return look if is_whole else look._replace(said=parts[0])
+        parts = text[PROBE_HEAD:].split("\nend\n", 2)
+        before, now, *rest = map(cls, map(facts, [*parts, ""]))
+        return now if len(rest) > 1 else before._replace(awaited=now.number("asked"))
 
     def number(self, name: str, place: int = 0) -> float:
         """One of the numbers that it has said of that; 0 if it has not."""
@@ -1725,7 +1719,7 @@ class Look(NamedTuple):
     @property
     def is_awaited(self) -> bool:
         """Whether it is just being asked."""
-        return not self.is_whole and 0 <= time.time() - self.asked < LOOK_WAIT_S
+        return 0 <= time.time() - self.awaited < LOOK_WAIT_S
 
     @property
     def is_shared(self) -> bool:
@@ -1880,7 +1874,7 @@ class Slots:
         path = self.file(machine, "look")
         look = Look.parse(read_private(path) or "")
         is_over = look.is_awaited and Lock.said_by_holder(path) is None  # in vain
-        return look._replace(is_whole=True) if is_over else look
+        return look._replace(awaited=0.0) if is_over else look
 
     def closed(self, machine: Machine, look: Look) -> str | None:
         """Why no new builds may go to that machine at the moment; None if they may."""
@@ -2133,11 +2127,11 @@ class Outages:
         pause_s = LOOK_S if look.number("builds") == look.before else SETTLE_S / 3
         if begins and look.is_shared:
             pause_s = 0  # what is free there may be taken at any moment
-        elif not look.is_whole and heard(Error, said).lasting is not False:
+        elif look.awaited and heard(Error, said).lasting is not False:
             pause_s = LACK_S  # that login does not let us ask
         if not is_ours:
             end_late(text[:PROBE_HEAD].split())
-        elif not 0 <= float(now) - look.asked < pause_s:
+        elif not 0 <= float(now) - (look.awaited or look.number("asked")) < pause_s:
             before = "".join(f"{name} {words}\n" for name, words in look.said.items())
             text = f"{'':{PROBE_HEAD}}{before}\nend\nasked {now}\n{look.carried()}"
             with self.slots.main_lock():  # nobody reads half of it
@@ -6000,7 +5994,7 @@ class Inspection:
 
     def disk(self) -> bool:
         """How much room its store has."""
-        look = Look(self.facts, 0, True)
+        look = Look(self.facts)
         if not look.number("disk"):
             text = "it does not say how full its disk is (there may be no store yet)"
             return self.add("disk", UNKNOWN, "-", text)
@@ -6322,7 +6316,7 @@ class Load(NamedTuple):
     building: list[Holder]
     fetching: list[Holder]
     outage: Outage | None
-    look: Look = Look({}, 0, True)
+    look: Look = Look({})
     taken: int = 0
     closed: str | None = None
     known: int = 0

@@ -249,7 +249,7 @@ def test_memory_that_is_short_leaves_us_one_slot(nix: Scene) -> None:
     nix.builder.write("/tmp/pressure", "some avg10=93.40 avg60=1 avg300=1 total=1\n")
     nix.builder.run("mount", "--bind", "/tmp/pressure", "/proc/pressure/memory")
     try:
-        nix.build(many("first", 1))
+        nix.build(many("pressed", 1))
         looked(nix)
         run = nix.start(many("short", 3, SECONDS))
         counts = []
