@@ -56,6 +56,8 @@ the host may be missing or `-`:
 
     # starts a comment; `;` separates machines like a new line; @FILE includes a file.
 
+A builder that has the file /etc/nix/no-builds gets no builds, nor one whose disk is full.
+
 Environment:
     NIX_REMOTE_SYSTEMS  the machines file of Nix 1.x; must be absolute
     NIX_CURRENT_LOAD    the directory of slot files (default: Nix's own current-load)
@@ -1737,19 +1739,15 @@ class Look(NamedTuple):
         return f"seen {seen:.3f} {max(most, builds):.0f}\nmet {met:.3f}\n"
 
     @property
-    def full(self) -> str | None:
-        """How little room there is in its store, if that is too little."""
+    def closed(self) -> str | None:
+        """Why it is to have no new builds; None if it may, or has not been asked for long."""
         size, free = (int(self.number("disk", place)) << 10 for place in (0, 1))
-        if size and (free < ROOM_BYTES or free < ROOM_SHARE * size):
+        is_full = size and (free < ROOM_BYTES or free < ROOM_SHARE * size)
+        if self.is_young("asked", LACK_S) and "closed" in self.said:
+            return f"has {CLOSED}: {self.said['closed']}"
+        if self.is_young("asked", LACK_S) and is_full:
             return f"has only {free >> 20} MiB ({free / size:.0%}) free in its store"
         return None
-
-    @property
-    def closed(self) -> str | None:
-        """Why it is to have no new builds; None if it may."""
-        closed = f"has {CLOSED}: {self.said.get('closed')}"
-        why = closed if "closed" in self.said else self.full
-        return why if self.is_young("asked", LACK_S) else None
 
     @property
     def before(self) -> float:
@@ -5994,16 +5992,16 @@ class Inspection:
 
     def disk(self) -> bool:
         """How much room its store has."""
-        look = Look(self.facts)
+        disk = self.facts.get("disk", "")
+        look = Look({"disk": disk, "asked": str(self.answered)})
         if not look.number("disk"):
             text = "it does not say how full its disk is (there may be no store yet)"
             return self.add("disk", UNKNOWN, "-", text)
         free = amount(1024 * look.number("disk", 1))
-        if full := look.full:
+        if look.closed:
             remedy = self.ssh_line("nix-collect-garbage -d")
-            return self.add(
-                "disk", WRONG, free, f"it {full}: no builds go there", remedy
-            )
+            text = f"it {look.closed}: no builds go there"
+            return self.add("disk", WRONG, free, text, remedy)
         return self.add("disk", OK, free, f"{free} free in its store")
 
     def is_open(self) -> bool:
