@@ -150,7 +150,8 @@ LOOK_S = 20  # a builder is asked no more often how it is, if nobody else builds
 LOOK_AGE_S = 60  # and what it said is believed for so long
 LOOK_WAIT_S = 3  # for what it says of others' builds, before there are more of ours
 SETTLE_S = 3  # fewer of them are believed in when they have been fewer for so long
-ROOM_BYTES, ROOM_SHARE = 1 << 30, 0.03  # a store with less than this free is full
+ROOM_SHARE = 0.03  # a store with less than that free is full, or with less than
+ROOM_BYTES = 1 << 30  # that, or a tenth if it is a small one
 PRESSURE = 80  # per cent of the time that some program there has waited for memory
 
 # ssh and sessions
@@ -1742,7 +1743,7 @@ class Look(NamedTuple):
     def closed(self) -> str | None:
         """Why it is to have no new builds; None if it may, or has not been asked for long."""
         size, free = (int(self.number("disk", place)) << 10 for place in (0, 1))
-        is_full = size and (free < ROOM_BYTES or free < ROOM_SHARE * size)
+        is_full = free < max(ROOM_SHARE * size, min(ROOM_BYTES, size / 10))
         if self.is_young("asked", LACK_S) and "closed" in self.said:
             return f"has {CLOSED}: {self.said['closed']}"
         if self.is_young("asked", LACK_S) and is_full:

@@ -47,6 +47,10 @@ def look(*lines: str, asked: float = 1) -> Look:
         pytest.param(20 * GIB, GIB - 1, True, id="less than 1 GiB"),
         pytest.param(1000 * GIB, 29 * GIB, True, id="less than 3 %"),
         pytest.param(1000 * GIB, 31 * GIB, False, id="more than 3 %"),
+        pytest.param(GIB // 10, GIB // 50, False, id="a fifth of a small one"),
+        pytest.param(
+            GIB // 10, GIB // 110, True, id="less than a tenth of a small one"
+        ),
         pytest.param(0, 0, False, id="nonsense"),
     ],
 )
