@@ -169,12 +169,12 @@ def test_a_builder_without_room_gets_no_builds_until_it_has_room_again(
     nix: Scene,
 ) -> None:
     nix.machines("b1 - - 4\nb2 - - 4\n")
-    small = "size=100m"
+    small = "size=300m"
     nix.builder.run("mount", "-t", "tmpfs", "-o", small, "small", "/nix")
     try:
         assert builder_of(nix, "room") == "b1\n"
         looked(nix)
-        nix.builder.run("sh", "-c", "head -c 93m /dev/zero > /nix/junk")
+        nix.builder.run("sh", "-c", "head -c 275m /dev/zero > /nix/junk")
         assert builder_of(nix, "looks") == "b1\n"
         poll(lambda: " free in its store" in closed(nix), "that it is full")
         assert builder_of(nix, "full") == "b2\n"
