@@ -1779,6 +1779,7 @@ class Slots:
         self.path, self.own = path, f"{path}/own"
         self.talk = talk  # is told if somebody keeps the main lock
         self.is_stuck = False  # whether somebody did
+        self.is_blind = False  # whether how builders are is not to matter
         # Why machines with a free slot got no build, when we last chose; "": for those
         # of other clients.
         self.refused: dict[Machine, str] = {}
@@ -1787,7 +1788,9 @@ class Slots:
     def find(cls, nix: Nix, talk: Talk | None = None) -> Slots:
         """The directory that Nix names, unless others could change what is in it."""
         wanted = nix.slot_directory
-        return cls(wanted if is_private(wanted) else spare_directory(wanted), talk)
+        slots = cls(wanted if is_private(wanted) else spare_directory(wanted), talk)
+        slots.is_blind = "NIX_BLIND_HOOK" in nix.environ
+        return slots
 
     def make(self) -> None:
         """Have the directories; Error if that cannot be."""
@@ -1871,7 +1874,7 @@ class Slots:
     def look(self, machine: Machine) -> Look:
         """What it last said of itself."""
         path = self.file(machine, "look")
-        look = Look.parse(read_private(path) or "")
+        look = Look.parse("" if self.is_blind else read_private(path) or "")
         is_over = look.is_awaited and Lock.said_by_holder(path) is None  # in vain
         return look._replace(awaited=0.0) if is_over else look
 
@@ -3753,8 +3756,7 @@ class Site:
         self.nix, self.talk, self.slots = nix, talk, slots
         self.programs = Programs(talk)
         self.outages = Outages(slots, self.probe)
-        if "NIX_BLIND_HOOK" not in nix.environ:
-            self.outages.ask = self.look
+        self.outages.ask = None if slots.is_blind else self.look
         self.directory = ssh_directory(slots.path)
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)

@@ -17,6 +17,7 @@ from nix_build_remote import (
     Look,
     Machine,
     Need,
+    Nix,
     Outages,
     Slots,
     Talk,
@@ -138,6 +139,15 @@ def test_a_closed_machine_is_passed_over_and_the_reason_kept(slots: Slots) -> No
     note(slots, b1, answer("closed for repair"))
     assert chosen(slots, b1, b2) == "b2"
     assert slots.refused == {b1: "has /etc/nix/no-builds: for repair"}
+
+
+def test_who_is_not_to_look_does_not_mind_what_others_saw(tmp_path: Path) -> None:
+    environ = {"NIX_CURRENT_LOAD": str(tmp_path / "load"), "NIX_BLIND_HOOK": "1"}
+    slots = Slots.find(Nix(False, {}, environ))
+    slots.make()
+    [b1] = machines("b1 - - 4")
+    note(slots, b1, answer("closed for repair"))
+    assert chosen(slots, b1) == "b1"
 
 
 def test_only_of_a_machine_that_would_be_chosen_it_is_read(slots: Slots) -> None:
