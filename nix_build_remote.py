@@ -56,11 +56,14 @@ the host may be missing or `-`:
 
     # starts a comment; `;` separates machines like a new line; @FILE includes a file.
 
+A builder that has the file /etc/nix/no-builds gets no builds, nor one whose disk is full.
+
 Environment:
     NIX_REMOTE_SYSTEMS  the machines file of Nix 1.x; must be absolute
     NIX_CURRENT_LOAD    the directory of slot files (default: Nix's own current-load)
     NIX_SSHOPTS         more options for ssh
     NIX_DEBUG_HOOK      if set, say how each machine was judged, and what is run
+    NIX_BLIND_HOOK      if set, do not look how full and how busy builders are
     NIX_STORE_DIR, NIX_STATE_DIR, NIX_REMOTE  as Nix itself reads them
 
 Exit status:
@@ -89,7 +92,8 @@ Command line, for people:
 # history     a line for each build that has ended: where, how, how long
 # line        the queue of hooks that wait for one set of machines, each at its place
 # outage      what all hooks remember of a machine that failed
-# closed      said of a machine that gets no new builds now: somebody has paused it
+# closed      said of a machine that gets no new builds now, though it is well
+# look        what a builder says of its disk and memory, and of others' builds there
 # connection  one shared ssh master;  seat: one hook's right to a session on it
 # session     one `nix-store --serve --write` on a builder;  way: how one is had
 # attempt     one try of a build on one machine
@@ -116,6 +120,7 @@ if TYPE_CHECKING:
     E = TypeVar("E", bound="Error")
 
     Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
+    Ask = Callable[[Any, int], int]  # a builder something, into a file; a process
 
 VERSION = "0.1"
 START = time.monotonic()
@@ -153,6 +158,13 @@ HISTORY_BYTES = 2 << 20  # of the history's file, before a new one is begun,
 LINE_BYTES = 4096  # of a line there
 PHASES = ("waiting", "connecting", "sending", "building", "fetching")  # of a build
 PROBE_HEAD = 99  # bytes of a probe's file, before what ssh and nix-store said
+LOOK_S = 20  # a builder is asked no more often how it is, if nobody else builds there,
+LOOK_AGE_S = 60  # and what it said is believed for so long
+LOOK_WAIT_S = 3  # for what it says of others' builds, before there are more of ours
+SETTLE_S = 3  # fewer of them are believed in when they have been fewer for so long
+ROOM_SHARE = 0.03  # a store with less than that free is full, or with less than
+ROOM_BYTES = 1 << 30  # that, or a tenth if it is a small one
+PRESSURE = 80  # per cent of the time that some program there has waited for memory
 
 # ssh and sessions
 CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
@@ -208,7 +220,7 @@ EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = (0, 1, 2, 13)  # built, substituted, already valid, resolves to already valid
 PERMANENT, REJECTED, TRANSIENT, TIMED_OUT, MISC, DEPENDENCY = 3, 4, 6, 8, 9, 10
 
-SIGTERM = 15  # POSIX has fixed it; to import signal takes 2 ms
+SIGKILL, SIGTERM = 9, 15  # POSIX has fixed them; to import signal takes 2 ms
 MESSAGES, LOG = 2, 4  # the descriptors that Nix reads messages and the build's log from
 
 DIGITS = "0123456789"
@@ -1744,6 +1756,91 @@ class Slot:
             self.lock.release()
 
 
+CLOSED = "/etc/nix/no-builds"  # a builder that has this file gets no builds
+
+
+def facts(said: str) -> dict[str, str]:
+    """Lines that begin with a name, by that; the first of a name counts."""
+    lines = (line.partition(" ") for line in reversed(printable(said).splitlines()))
+    return {name: words.removeprefix("= ").strip() for name, _, words in lines}
+
+
+class Look(NamedTuple):
+    """What a builder said of itself, each thing by its name (see LOOK), and when it was asked
+    for that, in seconds since 1970; awaited: when it was asked anew, 0 if it has answered."""
+
+    said: dict[str, str]
+    awaited: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Look:
+        """What its file says: behind the head of a probe's the answer before, and that now,
+        each up to a line `end`."""
+        parts = text[PROBE_HEAD:].split("\nend\n", 2)
+        before, now, *rest = map(cls, map(facts, [*parts, ""]))
+        return now if len(rest) > 1 else before._replace(awaited=now.number("asked"))
+
+    def number(self, name: str, place: int = 0) -> float:
+        """One of the numbers that it has said of that; 0 if it has not."""
+        word = "".join(self.said.get(name, "").split()[place : place + 1])[:15]
+        return float(word) if word.replace(".", "", 1).isdecimal() else 0.0
+
+    def is_young(self, name: str, limit_s: float) -> bool:
+        """Whether a time that is noted there is not longer ago than that."""
+        return 0 <= time.time() - self.number(name) < limit_s
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it is just being asked."""
+        return 0 <= time.time() - self.awaited < LOOK_WAIT_S
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others have had builds there within a minute."""
+        return self.is_young("asked" if self.number("builds") else "met", LOOK_AGE_S)
+
+    def carried(self) -> str:
+        """What the next look needs to know of this: when others last had builds, and how many
+        they were for a while, since between two builds of theirs they are fewer."""
+        asked, builds = self.number("asked"), self.number("builds")
+        seen, most = self.number("seen"), self.number("seen", 1)
+        if asked > seen + SETTLE_S:
+            seen, most = asked, 0
+        met = asked if builds else self.number("met")
+        return f"seen {seen:.3f} {max(most, builds):.0f}\nmet {met:.3f}\n"
+
+    @property
+    def closed(self) -> str | None:
+        """Why it is to have no new builds; None if it may, or has not been asked for long."""
+        size, free = (int(self.number("disk", place)) << 10 for place in (0, 1))
+        is_full = free < max(ROOM_SHARE * size, min(ROOM_BYTES, size / 10))
+        if self.is_young("asked", LACK_S) and "closed" in self.said:
+            return f"has {CLOSED}: {self.said['closed']}"
+        if self.is_young("asked", LACK_S) and is_full:
+            return f"has only {free >> 20} MiB ({free / size:.0%}) free in its store"
+        return None
+
+    @property
+    def before(self) -> float:
+        """How many they were at most, when it was asked before."""
+        return self.number("seen", 1) if self.is_young("seen", LOOK_AGE_S) else 0.0
+
+    @property
+    def others(self) -> int:
+        """How many builds of other clients there are, as far as known."""
+        most = max(self.number("builds"), self.before)
+        return int(most) if self.is_young("asked", LOOK_AGE_S) else 0
+
+    def taken(self, slots: int) -> int:
+        """How many of its slots others take: all if its memory is short, if they have just
+        come and may be beginning many, or if it is being asked and may have more by now."""
+        is_known = self.is_young("asked", LOOK_AGE_S)
+        is_short = is_known and self.number("memory") >= PRESSURE
+        is_open = self.others > 0 and not self.before
+        is_open |= self.is_awaited and (self.is_shared or not is_known)
+        return slots if is_short or is_open else min(self.others, slots)
+
+
 class Slots:
     """Nix's directory current-load, with the locks that count, and in it one, `own`, for
     what the stock hook does not know."""
@@ -1752,12 +1849,18 @@ class Slots:
         self.path, self.own, self.history = path, f"{path}/own", f"{path}/own/history"
         self.talk = talk  # is told if somebody keeps the main lock
         self.is_stuck = False  # whether somebody did
+        self.is_blind = False  # whether how builders are is not to matter
+        # Why machines with a free slot got no build, when we last chose; "": for those
+        # of other clients.
+        self.refused: dict[Machine, str] = {}
 
     @classmethod
     def find(cls, nix: Nix, talk: Talk | None = None) -> Slots:
         """The directory that Nix names, unless others could change what is in it."""
         wanted = nix.slot_directory
-        return cls(wanted if is_private(wanted) else spare_directory(wanted), talk)
+        slots = cls(wanted if is_private(wanted) else spare_directory(wanted), talk)
+        slots.is_blind = "NIX_BLIND_HOOK" in nix.environ
+        return slots
 
     def make(self) -> None:
         """Have the directories; Error if that cannot be."""
@@ -1804,18 +1907,21 @@ class Slots:
     def choose(
         self, machines: list[Machine], digests: frozenset[str] = frozenset()
     ) -> tuple[Slot | None, dict[Machine, int]]:
-        """A free slot of the best of these machines, or None if all are taken; and the
-        load of each.  Of equals, that which has most of these paths is the best, then the
-        first in the list."""
+        """A free slot of the best of these machines, or None if there is none to be had; and
+        the load of each.  Of equals, that which has most of these paths is the best, then
+        the first in the list."""
         loads: dict[Machine, int] = {}
         best: Slot | None = None
         failure: Error | None = None
+        self.refused = {}
 
-        def is_better(one: Machine, other: Machine) -> bool:
-            key, other_key = rank(one, loads[one]), rank(other, loads[other])
-            if key == other_key:
-                return self.known(one, digests) > self.known(other, digests)
-            return key < other_key
+        def is_best(machine: Machine) -> bool:
+            if not best:
+                return True
+            key, best_key = (rank(m, loads[m]) for m in (machine, best.machine))
+            if key == best_key:
+                return self.known(machine, digests) > self.known(best.machine, digests)
+            return key < best_key
 
         with self.main_lock():
             for machine in machines:
@@ -1824,20 +1930,38 @@ class Slots:
                 except Error as error:  # no room for a file: others may have theirs
                     failure = failure or error
                     continue
-                if not lock:
-                    continue
-                if best and not is_better(machine, best.machine):
+                # What was seen there is read only of a machine that would be chosen.
+                admits = lock and is_best(machine) and self.admits(machine, loads)
+                if lock and admits and is_best(machine):
+                    better = Slot(machine, lock, loads[machine])
+                    best, lock = better, best.lock if best else None
+                if lock:
                     lock.release()
-                    continue
-                if best:
-                    best.lock.release()
-                best = Slot(machine, lock, loads[machine])
-            if best and not self.end_pause(best.machine):  # closed since we looked
-                best.lock.release()
-                best = None
+        if best:  # which is not paused: a pause there is over
+            with suppress(OSError):
+                remove(self.file(best.machine, "paused"))
         if failure and not loads:
             raise failure
         return best, loads
+
+    def look(self, machine: Machine) -> Look:
+        """What it last said of itself."""
+        path = self.file(machine, "look")
+        look = Look.parse("" if self.is_blind else read_private(path) or "")
+        is_over = look.is_awaited and Lock.said_by_holder(path) is None  # in vain
+        return look._replace(awaited=0.0) if is_over else look
+
+    def admits(self, machine: Machine, loads: dict[Machine, int]) -> bool:
+        """Whether a machine with a free slot may have a new build, or is refused one; counts
+        the builds of other clients into its load.  It keeps a slot for us, so that clients
+        that see each other's builds do not wait for each other."""
+        look, most = self.look(machine), machine.max_jobs
+        pause, load = self.pause(machine), loads[machine]
+        why = f"is {pause}" if pause else look.closed
+        loads[machine] = min(load + look.taken(most), most if load or why else most - 1)
+        if why or loads[machine] >= most:
+            self.refused[machine] = why or ""
+        return machine not in self.refused
 
     def known(self, machine: Machine, digests: frozenset[str]) -> int:
         """How many of these paths the machine is known to have had."""
@@ -1855,7 +1979,7 @@ class Slots:
 
     def file(self, machine: Machine, what: str) -> str:
         """Where that of a machine is kept: `paths`, see digests; `lacks`, a kind of build that
-        it cannot do, though its line says so; `paused`, see closed; `down` and `probe`, see
+        it cannot do, though its line says so; `paused`, see pause; `down`, `probe`, `look`, see
         Outages."""
         return f"{self.own}/{machine.slots}.{what}"
 
@@ -1883,23 +2007,15 @@ class Slots:
             return is_new and read_private(path) == kind
         return False
 
-    def closed(self, machine: Machine) -> str:
-        """Why it gets no new builds at the moment, in words that go behind `is`; or "".  The
-        file of a pause has its end, in seconds since 1970, and below that these words."""
+    def pause(self, machine: Machine) -> str:
+        """By whom it is paused, in words that go behind `is`; or "".  The file of a pause has
+        its end, in seconds since 1970, and below that these words."""
         said = read_private(self.file(machine, "paused")) or ""
         until, _, words = said.partition("\n")
         with suppress(ValueError):
             if time.time() < float(until):
                 return " ".join(printable(words).split())
         return ""
-
-    def end_pause(self, machine: Machine) -> bool:
-        """Have no file of a pause that is over; False if the machine is closed."""
-        if self.closed(machine):
-            return False
-        with suppress(OSError):
-            remove(self.file(machine, "paused"))
-        return True
 
     def fetching_place(self, machine: Machine) -> Slot | None:
         """The right to bring outputs home, when the slot is free for the next build; there
@@ -1940,7 +2056,7 @@ class Slots:
 class Outage(NamedTuple):
     """A machine that failed, as all hooks remember it until it is of use again.
 
-    failures: in a row, 0 if it is only closed (see Slots.closed); since: when the first
+    failures: in a row, 0 if it is only paused (see Slots.pause); since: when the first
     was, until: leave the machine alone, both in seconds since 1970; lasting: as the error
     knew it; words: what went wrong.
     """
@@ -1995,19 +2111,19 @@ class Outages:
     """Which machines all hooks leave alone, until when, and whether they are of use again.
 
     In `own` a machine has NAME.down, its outage, and NAME.probe, which an ssh that finds
-    out keeps locked, and in which it says how that went.
+    out keeps locked, and in which it says how that went; and in the same way NAME.look, in
+    which a builder says how full and how busy it is.
     """
 
-    def __init__(
-        self, slots: Slots, probe: Callable[[Machine, int], int] | None = None
-    ) -> None:
+    def __init__(self, slots: Slots, probe: Ask | None = None) -> None:
         self.slots = slots
         self.probe = probe  # begins to find out into that file; returns a process
+        self.ask: Ask | None = None  # does so for a look, unless that is not wanted
         self.forgiven: set[Machine] = set()  # which we try all the same
 
     def of(self, machine: Machine) -> Outage | None:
-        """Its outage; what is old says nothing, nor does a failure while it is closed."""
-        if words := self.slots.closed(machine):
+        """Its outage; what is old says nothing, nor does a failure while it is paused."""
+        if words := self.slots.pause(machine):
             return Outage(words=words)
         outage = Outage.parse(read_private(self.slots.file(machine, "down")) or "")
         return None if outage and outage.is_old else outage
@@ -2087,15 +2203,12 @@ class Outages:
         head, said = text[:PROBE_HEAD].split(), encode(text[PROBE_HEAD:])
         words, _, rest = said.partition(integer(SERVE_REPLY))
         if not is_ours:
-            end_late(head, outage)
+            end_late(head)
         elif self.of(machine) != outage:
             pass  # somebody else was quicker
         elif head[:1] != [until] and self.probe:
             lock.write(" " * PROBE_HEAD)
-            os.lseek(lock.descriptor, 0, os.SEEK_END)
-            pid = self.probe(machine, lock.descriptor)
-            text = f"{until} {pid} {start_time(pid)}"
-            os.pwrite(lock.descriptor, encode(text), 0)
+            self.begin(self.probe, machine, lock, until)
         elif rest[8:16] == integer(0) and not means(outage.words, "READONLY"):
             self.end(machine)  # it has greeted, and its store has answered
         else:
@@ -2109,15 +2222,49 @@ class Outages:
                 error.lasting = outage.lasting
             self.note(machine, outage, error)
 
+    def begin(self, ask: Ask, machine: Machine, lock: Lock, since: str) -> None:
+        """Begin to find something out, into the file of the lock, behind what is there."""
+        os.lseek(lock.descriptor, 0, os.SEEK_END)
+        pid = ask(machine, lock.descriptor)
+        head = f"{since} {pid} {start_time(pid)}"
+        os.pwrite(lock.descriptor, encode(head), 0)
 
-def end_late(head: list[str], outage: Outage) -> None:
-    """End the process of a probe if it has taken too long."""
-    late = time.time() > outage.until + LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
-    if late and len(head) == 3 and is_alive(*head[1:]):
-        import signal
+    def look_again(self, *machines: Machine) -> None:
+        """See to it that these say how they are, where a build of ours begins, and those to
+        which we would have sent one, if that was long ago; who comes next hears of it."""
+        for machine in (*machines, *self.slots.refused):
+            path = self.slots.file(machine, "look")
+            if self.ask and machine.destination:  # else it is a store here
+                with suppress(Error, OSError), Lock(path) as lock:  # no room
+                    self.look_at(self.ask, machine, lock, machine in machines)
 
-        with suppress(OSError):
-            os.kill(int(head[1]), signal.SIGKILL)
+    def look_at(self, ask: Ask, machine: Machine, lock: Lock, begins: bool) -> None:
+        """The same for one; begins: whether a build of ours does there."""
+        is_ours = lock.hold()
+        text, now = lock.read(TAIL_BYTES), f"{time.time():.3f}"
+        look, said = Look.parse(text), text.rpartition("\nend\n")[2]
+        pause_s = LOOK_S if look.number("builds") == look.before else SETTLE_S / 3
+        if begins and look.is_shared:
+            pause_s = 0  # what is free there may be taken at any moment
+        elif look.awaited and heard(Error, said).lasting is not False:
+            pause_s = LACK_S  # that login does not let us ask
+        if not is_ours:
+            end_late(text[:PROBE_HEAD].split())
+        elif not 0 <= float(now) - (look.awaited or look.number("asked")) < pause_s:
+            before = "".join(f"{name} {words}\n" for name, words in look.said.items())
+            text = f"{'':{PROBE_HEAD}}{before}\nend\nasked {now}\n{look.carried()}"
+            with self.slots.main_lock():  # nobody reads half of it
+                lock.write(text)
+            self.begin(ask, machine, lock, now)
+
+
+def end_late(head: list[str]) -> None:
+    """End the process of a probe or a look that has taken too long; head: of its file."""
+    with suppress(OSError, ValueError):
+        since, pid, start = head
+        age = time.time() - float(since)
+        if age > LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S and is_alive(pid, start):
+            os.kill(int(pid), SIGKILL)
 
 
 # ---- The line -----------------------------------------------------------------------
@@ -2214,6 +2361,7 @@ class Line:
         self.machines, self.need = machines, need
         self.all_away = False  # whether all machines were when we last looked
         self.has_told = False  # whether the first look was told of
+        self.told = ""  # of why no machine takes new builds
         self.names = "\n".join(sorted(machine.slots for machine in machines))
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.who = holder("waiting", need.path, need.since)
@@ -2250,6 +2398,7 @@ class Line:
             if machine in loads:
                 taken = f"{loads[machine]} of {machine.max_jobs} slots taken"
                 why = f"has {taken}, at speed {machine.speed:g}"
+            why = self.slots.refused.get(machine) or why
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
     def rivals(self) -> Iterator[tuple[str, list[str]]]:
@@ -2329,20 +2478,18 @@ class Line:
 
     def wait_for_slot(self) -> Slot | None:
         """A slot; None if we should go to the end of `firsts`."""
-        told = False
         while True:
+            self.outages.look_again()
             start = time.monotonic()
             if slot := self.find_if_possible():
                 return slot
             if self.is_late and self.firsts.lock:
                 return None
-            if self.all_away and self.need.impatient:
+            if self.need.impatient and self.absence():
                 raise Away("it failed for another build, too")
             if self.all_away and (despair := self.outages.despair(self.machines)):
                 raise despair
-            if self.all_away and not told:
-                told = True
-                self.tell_of_absence()
+            self.tell_of_absence()
             # Looking at many slots takes long; it must not be what we do all the time.
             wait_readable([], min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
 
@@ -2354,13 +2501,24 @@ class Line:
             self.slots.make()
         return None
 
+    def absence(self) -> str:
+        """Why no machine of the line takes new builds now; "" if one might."""
+        shut = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
+        noted = self.outages.noted(self.machines) if self.all_away or shut else {}
+        words = {
+            o.words if o.failures else f"'{m.name}' is {o.words}"
+            for m, o in noted.items()
+        }
+        words |= {*shut.values()}
+        is_all = len(noted.keys() | shut) == len(self.machines)
+        return "; ".join(sorted(words)) if is_all else ""
+
     def tell_of_absence(self) -> None:
-        """Say once for each Nix and reason that all machines of the line are away."""
-        noted = self.outages.noted(self.machines).items()
-        told = {o.words if o.failures else f"'{m.name}' is {o.words}" for m, o in noted}
-        text = f"{'; '.join(sorted(told))}; waiting for a machine"
-        if self.slots.remember(text):
-            self.talk.say(WARN, f"'{self.need.path}': {text[:TAIL_BYTES]}")
+        """Say that once for each Nix and reason."""
+        words, told = self.absence(), self.told
+        self.told = f"{words}; waiting for a machine"
+        if words and told != self.told and self.slots.remember(self.told):
+            self.talk.say(WARN, f"'{self.need.path}': {self.told[:TAIL_BYTES]}")
 
 
 # ---- Derivations --------------------------------------------------------------------
@@ -3808,6 +3966,7 @@ class Site:
         self.nix, self.talk, self.slots = nix, talk, slots
         self.programs = Programs(talk)
         self.outages = Outages(slots, self.probe)
+        self.outages.ask = None if slots.is_blind else self.look
         self.directory = ssh_directory(slots.path)
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)
@@ -3858,10 +4017,50 @@ class Site:
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
         options: dict[str, Any] = {"stdout": output, "stderr": output}
         process = seat.serve(start_new_session=True, **options)
-        if process.stdin:
-            process.stdin.write(GREETING + valid_question([], False))
-            process.stdin.close()
-        return process.pid
+        return tell_all(process, GREETING + valid_question([], False))
+
+    def look(self, machine: Machine, output: int) -> int:
+        """Have a machine say how it is into that file, in the background, over a connection
+        that is shared, if it is up; returns the process of its ssh."""
+        seat = self.seats.get(machine)
+        if not seat:
+            seat = self.new_seat(machine)
+            seat.connection = seat.over(0)
+        options: dict[str, Any] = {"stdout": output, "stderr": output}
+        process = seat.start("sh", start_new_session=True, **options)
+        store = "".join(seat.way.there).partition("--store")[2]
+        return tell_all(process, encode(f"store={store}\n{LOOK}"))
+
+
+def tell_all(process: subprocess.Popen[bytes], data: bytes) -> int:
+    """Have a program read that and nothing more; returns the process."""
+    if process.stdin:
+        process.stdin.write(data)
+        process.stdin.close()
+    return process.pid
+
+
+# Runs on the builder, on the standard input of its sh; a login that allows nothing but
+# nix-store says nothing of all this.  What it builds are the children of Nix's programs;
+# they are ours if they come from our connection, or from the address that it comes from,
+# which a session, and through it nix-daemon's process for that, has in its environment.
+LOOK = """\
+exec 2> /dev/null
+echo "disk $(df -Pk "${store:-${NIX_STORE_DIR:-/nix/store}}" | awk 'END { print $(NF-4), $(NF-2) }')"
+echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
+echo "load $(uptime | sed 's/.*: *//; s/,.*//')"
+echo "memory $(sed -n 's/^some avg10=\\([0-9.]*\\).*/\\1/p' /proc/pressure/memory)"
+[ -e NO_BUILDS ] && echo "closed $(head -c 300 NO_BUILDS | tr '\\n' ' ')"
+ours=$(grep -lsF "SSH_CONNECTION=${SSH_CONNECTION%% *} " /proc/[0-9]*/environ | tr -dc '0-9\\n')
+[ "$ours" ] && ps -A -o pid= -o ppid= -o args= | awk -v "ours=$PPID $(echo $ours)" '
+BEGIN { split(ours, list); for (i in list) own[list[i]] }
+{ up[$1] = $2; peer[$1] = $4; sub(".*/", "", $3); name[$1] = /build[-_]remote|<defunct>/ ? "nix" : $3 }
+END { for (p in up) if (name[up[p]] ~ /^nix-(store|daemon|build)$/ && name[p] !~ /^(nix|ssh)/) {
+        n = up[p]; if (name[n] == "nix-daemon" && peer[n] != "--stdio") n = peer[n]
+        if (n in up) { while (n > 0 && n in up && !(n in own)) n = up[n]; others += !(n in own) } }
+    print "builds", others + 0 }'
+echo end
+""".replace("NO_BUILDS", CLOSED)
 
 
 # ---- Copying ------------------------------------------------------------------------
@@ -4914,6 +5113,7 @@ class Attempt:
         answer = session.ask_valid(self.wanted.inputs, self.substitute)
         if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
+        self.site.outages.look_again(self.machine)
         if session.version is None:  # and Nix no longer waits for our reply
             session.deadline = time.monotonic() + session.seat.greeting_s
             session.first_answer(session.awaited[0])
@@ -5414,6 +5614,7 @@ class Hook:
             self.talk.reply("accept", "waiting for a builder")
             return Accepted(build, line, None)
         self.talk.reply(self.turn_down(line, request))
+        self.site.outages.look_again()
         return None
 
     def without_looking(self, request: Request, machines: list[Machine]) -> str:
@@ -5530,12 +5731,12 @@ class Hook:
         if request.willing and might_build_itself(self.nix, request):
             self.stayed = time.monotonic() + BEGIN_S, self.builds_here() + 1
             return "decline"
-        if line.outages.away(line.machines) == set(line.machines):
-            if despair := line.outages.despair(line.machines):
-                if line.slots.remember(str(despair)):
-                    self.talk.say(WARN, f"'{request.derivation}': {despair}")
-                return "decline"
-            line.tell_of_absence()
+        all_away = line.outages.away(line.machines) == set(line.machines)
+        if all_away and (despair := line.outages.despair(line.machines)):
+            if line.slots.remember(str(despair)):
+                self.talk.say(WARN, f"'{request.derivation}': {despair}")
+            return "decline"
+        line.tell_of_absence()
         return "postpone"
 
 
@@ -5656,7 +5857,6 @@ def serve(arguments: list[str]) -> int:
 # What a hook does not need: the commands for people.
 
 CHECK_TIMEOUT_S = 90  # for the tiny build
-ROOM_B = 100 << 20  # less than that is a full disk
 CLOCK_S = 60  # clocks may differ by that
 BAR = 20  # characters
 
@@ -5799,9 +5999,8 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
 
 # ---- check --------------------------------------------------------------------------
 
-# Runs on the builder, on the standard input of its sh.  A login that allows nothing but
-# nix-store says nothing of all this.
-LOOK = """\
+# What check runs on the builder before LOOK.
+ASK = """\
 exec 2> /dev/null
 echo "begin ."
 echo "path $PATH"
@@ -5811,10 +6010,7 @@ for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
     /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
 do [ -x "$place/nix-store" ] && echo "place $place/nix-store" && PATH=$PATH:$place; done
 echo "nix $(nix-store --version)"
-echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
-echo "load $(uptime)"
 echo "time $(date +%s)"
-echo "disk $(df -Pk "${NIX_STORE_DIR:-/nix/store}" | tail -n 1)"
 export NIX_CONFIG='extra-experimental-features = nix-command'
 (nix config show || nix show-config) | grep -E '^(system|extra-platforms|system-features) ='
 """
@@ -5852,14 +6048,14 @@ class Inspection:
         self.phase = "waiting"  # what is done now, for people
         self.facts: dict[str, str] = {}  # what LOOK says
         self.done = False
-        self.closed = ""  # see Slots.closed
+        self.pause = ""  # see Slots.pause
         self.process: subprocess.Popen[bytes] | None = None  # nix-build
 
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
             self.site = Site(self.nix, Talk(self.nix), Slots.find(self.nix))
-            self.closed = self.site.slots.closed(self.machine)
+            self.pause = self.site.slots.pause(self.machine)
             self.seat = self.site.new_seat(self.machine)
             # What was found out before may have changed.
             self.seat.chosen, self.seat.is_plain = 0, True
@@ -5914,12 +6110,11 @@ class Inspection:
         process = self.seat.start("sh")
         answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
         with suppress(subprocess.TimeoutExpired):
-            answer, words = process.communicate(LOOK.encode(), LOGIN_TIMEOUT_S)
+            program = encode(ASK + LOOK)
+            answer, words = process.communicate(program, LOGIN_TIMEOUT_S)
         end(process)
         self.answered = int(time.time())
-        for line in decode(answer).splitlines():
-            name, _, value = line.partition(" ")
-            self.facts.setdefault(name, printable(value.removeprefix("= ").strip()))
+        self.facts = facts(decode(answer))
         refused = process.returncode in (255, -9)  # by ssh; or we have killed it
         return self.refused(decode(words)) if refused else True
 
@@ -6048,7 +6243,8 @@ class Inspection:
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
         if "begin" in self.facts:
-            return all([self.offers(), self.disk(), self.clock(), self.cores()])
+            findings = [self.offers(), self.disk(), self.clock(), self.cores()]
+            return all(findings) and self.is_open()
         text = "that login allows nothing but nix-store"
         if not self.seat.way.there:
             text = "it is a store here"
@@ -6085,16 +6281,25 @@ class Inspection:
 
     def disk(self) -> bool:
         """How much room its store has."""
-        words = self.facts.get("disk", "").split()
-        if len(words) < 6 or not words[3].isdigit():
+        disk = self.facts.get("disk", "")
+        look = Look({"disk": disk, "asked": str(self.answered)})
+        if not look.number("disk"):
             text = "it does not say how full its disk is (there may be no store yet)"
             return self.add("disk", UNKNOWN, "-", text)
-        free = amount(int(words[3]) << 10)
-        if int(words[3]) << 10 < ROOM_B:
+        free = amount(1024 * look.number("disk", 1))
+        if look.closed:
             remedy = self.ssh_line("nix-collect-garbage -d")
-            text = f"only {free} are free in its store"
+            text = f"it {look.closed}: no builds go there"
             return self.add("disk", WRONG, free, text, remedy)
         return self.add("disk", OK, free, f"{free} free in its store")
+
+    def is_open(self) -> bool:
+        """Whether its admin lets builds go there."""
+        if "closed" not in self.facts:
+            return True
+        text = f"it has {CLOSED}: {self.facts['closed']}"
+        remedy = self.ssh_line(f"rm {CLOSED}")
+        return self.add("build", WRONG, "CLOSED", text, remedy)
 
     def clock(self) -> bool:
         """Whether its clock is that of here."""
@@ -6113,11 +6318,12 @@ class Inspection:
     def cores(self) -> bool:
         """Whether it has cores for its jobs."""
         cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
-        load = self.facts.get("load", "").rpartition(":")[2].split(",")[0].split()[:1]
         if not cores.isdigit():
             text = "it does not say how many cores it has"
             return self.add("cores", UNKNOWN, "-", text)
-        text = f"{cores} cores for {jobs} jobs, load {''.join(load) or 'unknown'}"
+        text = (
+            f"{cores} cores for {jobs} jobs, load {self.facts.get('load') or 'unknown'}"
+        )
         if jobs <= 2 * int(cores):
             return self.add("cores", OK, f"{cores}/{jobs}", text)
         text += ": a lower maxJobs would be quicker"
@@ -6160,8 +6366,8 @@ class Inspection:
         write_private(tiny, text)
         program = find_program("nix-build", nix_directories(self.nix.environ))
         command = [program, tiny, "--no-out-link", "--max-jobs", "0"]
-        # A closed machine is tried all the same: so it has slots of its own for that.
-        more = {"NIX_CURRENT_LOAD": self.folder} if self.closed else {}
+        # A paused machine is tried all the same: so it has slots of its own for that.
+        more = {"NIX_CURRENT_LOAD": self.folder} if self.pause else {}
         if self.nix.old:
             more |= {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
             return command, self.nix.child_environ(**more)
@@ -6259,7 +6465,7 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
             "machine": inspection.machine.name,
             "where": inspection.machine.where,
             "well": inspection.well,
-            "closed": inspection.closed or None,
+            "paused": inspection.pause or None,
             "findings": [finding._asdict() for finding in inspection.found],
         }
         for inspection in inspections
@@ -6351,7 +6557,7 @@ def inspection_lines(
 
 def finding_lines(inspection: Inspection, screen: Screen) -> list[str]:
     """What is wrong with one machine, and what else to note."""
-    lines = screen.wrap(inspection.closed, "    ", "        ")
+    lines = screen.wrap(inspection.pause, "    ", "        ")
     for found in inspection.found:
         if found.state in (WRONG, NOTE):
             lines += screen.wrap(f"{found.what}: {found.text}", "    ", "        ")
@@ -6392,12 +6598,19 @@ class Holder(NamedTuple):
 
 
 class Load(NamedTuple):
-    """How things are with one machine; known: how many of a build's inputs it has had."""
+    """How things are with one machine.
+
+    taken: its slots that are, by others, too; closed: why it gets no new builds, "" if its
+    slots are taken; known: how many of a build's inputs it has had.
+    """
 
     machine: Machine
     building: list[Holder]
     fetching: list[Holder]
     outage: Outage | None
+    look: Look = Look({})
+    taken: int = 0
+    closed: str | None = None
     known: int = 0
 
 
@@ -6409,7 +6622,7 @@ class Waiter(NamedTuple):
     names: list[str]
 
 
-def look(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
+def overview(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
     """How things are with these machines, and who waits; Error if we may not read that.
     Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
@@ -6429,7 +6642,10 @@ def load_of(slots: Slots, machine: Machine, own: list[str]) -> Load:
     building = held(slots, [f"{slots.path}/{slot}" for slot in numbered]).values()
     fetching = held(slots, [f"{slots.own}/{place}" for place in places]).values()
     holders = [*map(Holder.parse, building)], [*map(Holder.parse, fetching)]
-    return Load(machine, *holders, Outages(slots).of(machine))
+    outage, taken = Outages(slots).of(machine), {machine: len(building)}
+    slots.admits(machine, taken)
+    look, closed = slots.look(machine), None if outage else slots.refused.get(machine)
+    return Load(machine, *holders, outage, look, taken[machine], closed)
 
 
 def waiters_in(slots: Slots, own: list[str]) -> list[Waiter]:
@@ -6483,11 +6699,13 @@ def watch(show: Callable[[], None], terminal: bool) -> None:
 def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     """The same, once."""
     machines, complaints = machines_named(options.names, nix)
-    loads, waiters = look(Slots.find(nix), machines)
+    loads, waiters = overview(Slots.find(nix), machines)
     lines, value = [], overview_json(loads, waiters)
     if options.watch:  # what there is no room for is at the end
-        loads.sort(key=lambda l: (0, len(l.building)) if l.outage else (1, 0))
-        ill = sum(load.outage is not None for load in loads)
+        loads.sort(
+            key=lambda l: (0, len(l.building)) if l.outage or l.closed else (1, 0)
+        )
+        ill = sum(bool(load.outage or load.closed) for load in loads)
         text = f"{ill} of {len(loads)} machines left alone, {len(waiters)} waiting"
         quits = " (q: quit)" if screen.terminal else ""
         lines = screen.wrap(f"{time.strftime('%H:%M:%S')}  {text}{quits}")
@@ -6504,10 +6722,38 @@ def slots_line(load: Load) -> list[str]:
     machine, taken, slots = load.machine, len(load.building), load.machine.max_jobs
     if not machine.ways:
         return [label(machine), "", f"this machine, of speed {machine.speed:g}"]
+    others = load.look.others
+    more = f", {others} by builds of others" if others else ""
     width = min(slots, BAR)
-    full = math.ceil(width * taken / slots) if slots else 0
-    bar = f"[{'#' * full}{'.' * (width - full)}]"
-    return [label(machine), bar, f"{taken} of {slots} slots taken"]
+    shares = [(taken + others) / slots, taken / slots] if slots else [0.0]
+    return [
+        label(machine),
+        bar(width, *shares),
+        f"{taken} of {slots} slots taken{more}",
+    ]
+
+
+def bar(width: int, full: float, ours: float = math.inf) -> str:
+    """A bar of so many characters, of which that share is full, ours with another mark."""
+    many, own = (
+        min(width, math.ceil(width * share)) for share in (full, min(full, ours))
+    )
+    return f"[{'#' * own}{'o' * (many - own)}{'.' * (width - many)}]"
+
+
+def look_line(look: Look) -> str:
+    """What a builder said of itself, for people; "" if that is nothing."""
+    size, free = (1024 * look.number("disk", place) for place in (0, 1))
+    load, cores, memory = map(look.number, ("load", "cores", "memory"))
+    shares = {
+        "disk": (1 - free / (size or 1), f"{amount(free)} free"),
+        "load": (load / (cores or 1), f"{load:g} on {cores:g} cores"),
+        "memory": (memory / 100, f"{memory:.0f} % waited for"),
+    }
+    known = [name for name in shares if look.said.get(name)]
+    bars = [f"{name} {bar(10, shares[name][0])} {shares[name][1]}" for name in known]
+    age = duration(time.time() - look.number("asked"))
+    return f"{'; '.join(bars)}; {age} ago" if bars else ""
 
 
 def left_alone(outage: Outage) -> str:
@@ -6530,9 +6776,13 @@ def overview_lines(
 
     now, lines = time.time(), []
     for head, load in zip(table([*map(slots_line, loads)]), loads):
-        lines.append(screen.paint(head, NOTE if load.outage else OK))
+        lines.append(screen.paint(head, NOTE if load.outage or load.closed else OK))
         if load.outage:
             lines += screen.wrap(left_alone(load.outage), "    ", "        ")
+        if load.closed:
+            text = f"gets no new builds: it {load.closed}"
+            lines += screen.wrap(text, "    ", "        ")
+        lines += screen.wrap(look_line(load.look), "    ", "        ")
         lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
     hosts = {load.machine.slots: label(load.machine) for load in loads}
     for names, line in groupby(waiters, key=lambda waiter: waiter.names):
@@ -6552,6 +6802,9 @@ def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]
             "building": [holder._asdict() for holder in load.building],
             "fetching": [holder._asdict() for holder in load.fetching],
             "away": load.outage and load.outage._asdict(),
+            "others": load.look.others,
+            "closed": load.closed or None,
+            "look": load.look.said,
         }
         for load in loads
     ]
@@ -6566,7 +6819,7 @@ def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]
 
 
 def pause_text(length: str, why: str) -> str:
-    """What Slots.closed reads: until when, and the words for people."""
+    """What Slots.pause reads: until when, and the words for people."""
     import pwd
 
     until, user = math.inf, f"user {os.getuid()}"
@@ -6605,9 +6858,9 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 def is_busy(slots: Slots, machines: list[Machine]) -> bool:
     """Whether builds still use one of these paused machines; Error if one is not paused."""
-    loads, _ = look(slots, machines)
+    loads, _ = overview(slots, machines)
     for machine in machines:
-        if not slots.closed(machine):
+        if not slots.pause(machine):
             raise Error(f"{label(machine)} is not paused any more")
     return any(load.building or load.fetching for load in loads)
 
@@ -6615,7 +6868,7 @@ def is_busy(slots: Slots, machines: list[Machine]) -> bool:
 def resume(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Send a machine builds again."""
     slots, machines = slots_of(options, nix)
-    was = {machine: slots.closed(machine) for machine in machines}
+    was = {machine: slots.pause(machine) for machine in machines}
     lines = [f"{label(m)} was {words or 'not paused'}" for m, words in was.items()]
     for machine in machines:
         remove(slots.file(machine, "paused"))
@@ -6685,11 +6938,18 @@ class Choice(NamedTuple):
                 reason = "could not do such a build within the last hour"
             if not reason and taken >= machine.max_jobs:
                 reason = f"has no free slot: all {taken} are taken"
+            if not reason and load.closed is not None:
+                here, short = load.look.others, load.look.number("memory")
+                reason = f"is full: {taken} slots are taken, {here} builds of other "
+                reason += (
+                    f"clients run there, its memory is short {short:.0f} % of the time"
+                )
+                reason = load.closed or reason
             if reason:
                 out.append((machine, reason))
             else:
                 ranked.append(load)
-        ranked.sort(key=lambda l: (*rank(l.machine, len(l.building)), -l.known))
+        ranked.sort(key=lambda l: (*rank(l.machine, l.taken), -l.known))
         return cls(request, ranked, out, might_build_itself(nix, request))
 
     def as_dict(self) -> dict[str, object]:
@@ -6702,10 +6962,10 @@ class Choice(NamedTuple):
             "machines": [
                 {
                     "machine": load.machine.name,
-                    "load": len(load.building),
+                    "load": load.taken,
                     "slots": load.machine.max_jobs,
                     "speed": load.machine.speed,
-                    "rank": rank(load.machine, len(load.building))[0],
+                    "rank": rank(load.machine, load.taken)[0],
                     "inputs": load.known,
                 }
                 for load in self.ranked
@@ -6724,7 +6984,7 @@ class Choice(NamedTuple):
         lines = screen.wrap(f"{what} needs {request.system} and {features}.")
         rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
         for number, load in enumerate(self.ranked, 1):
-            machine, taken = load.machine, len(load.building)
+            machine, taken = load.machine, load.taken
             slots, share = f"{taken} of {machine.max_jobs}", taken / machine.speed
             rows.append([f"{number}.", label(machine), slots, f"{machine.speed:g}"])
             rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
@@ -6749,7 +7009,7 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     machines, complaints = load_machines(nix)
     try:
         slots = Slots.find(nix)
-        found = look(slots, machines)[0]
+        found = overview(slots, machines)[0]
         loads = [l._replace(known=slots.known(l.machine, digests)) for l in found]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
@@ -6783,7 +7043,7 @@ def read_history(slots: Slots, *files: str) -> list[dict[str, Any]]:
     """The lines of these, if they are there, but what is half a line, or none of ours."""
     import json
 
-    look(slots, [])  # Error if we may not read what is there
+    overview(slots, [])  # Error if we may not read what is there
     found: list[dict[str, Any]] = []
     texts = (read_private(file, LOCK_LIMIT_BYTES) or "" for file in files)
     for line in "\n".join(texts).split("\n"):
@@ -6800,7 +7060,7 @@ def called(machine: str) -> str:
     return machine.partition("?")[0].rpartition("//")[2].rpartition("@")[2] or "-"
 
 
-def bar(builds: list[dict[str, Any]]) -> str:
+def time_bar(builds: list[dict[str, Any]]) -> str:
     """The first letter of each phase, as often as its share of their time is."""
     spent = [sum(build[phase] for build in builds) for phase in PHASES]
     text, whole = "", sum(spent) or 1
@@ -6815,7 +7075,7 @@ def history_lines(builds: list[dict[str, Any]]) -> list[str]:
     for build in builds:
         took, name = sum(build[phase] for phase in PHASES), build["derivation"]
         cells = [time.strftime("%m-%d %H:%M:%S", time.localtime(build["when"]))]
-        cells += [f"{took:.1f} s" if took < 60 else duration(took), bar([build])]
+        cells += [f"{took:.1f} s" if took < 60 else duration(took), time_bar([build])]
         cells += [*map(amount, (build["sent"], build["received"]))]
         end = ": ".join(filter(None, (build["result"], build["reason"])))
         rows.append([*cells, called(build["machine"]), short(name), end])
@@ -6824,7 +7084,7 @@ def history_lines(builds: list[dict[str, Any]]) -> list[str]:
         its = [build for build in builds if called(build["machine"]) == host]
         failures = sum(build["result"] not in WELL for build in its)
         waited = duration(sum(build["waiting"] for build in its))
-        sums.append([host, str(len(its)), str(failures), waited, bar(its)])
+        sums.append([host, str(len(its)), str(failures), waited, time_bar(its)])
     legend = ", ".join(f"{phase[0]} {phase}" for phase in PHASES)
     return [*table(rows), *table(sums), f"time: {legend}"]
 
@@ -6856,7 +7116,7 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
         samples |= {key: samples.get(key, 0) + number for key, number in more.items()}
     machines = [machine for machine in load_machines(nix)[0] if machine.ways]
     # Lines of the same name share their slots.
-    for load in look(slots, sorted(machines, key=lambda m: m.max_jobs))[0]:
+    for load in overview(slots, sorted(machines, key=lambda m: m.max_jobs))[0]:
         label = f"{{machine={quoted(load.machine.name)}}}"
         samples[f"slots{label}"] = load.machine.max_jobs
         samples[f"slots_taken{label}"] = len(load.building)

@@ -330,7 +330,7 @@ def test_nothing_in_a_name_reaches_the_terminal_but_its_letters(
 
 def test_a_bar_has_its_length_if_there_was_any_time() -> None:
     for spent in itertools.product([0, 1, 7.5], repeat=5):
-        text = hook.bar([dict(zip(hook.PHASES, spent))])
+        text = hook.time_bar([dict(zip(hook.PHASES, spent))])
         assert len(text) == (10 if any(spent) else 0)
         assert "".join(sorted(text, key="wcsbf".index)) == text
 
