@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -28,13 +29,14 @@ GIB = 1 << 20  # in KiB, as df has it
 
 def answer(*lines: str, asked: float = 1, before: str = "") -> str:
     """A look's file, with an answer to what was asked so many seconds ago."""
-    times = f"asked {time.time() - asked:.3f}"
-    return " " * 99 + "\n".join([before, "end", times, *lines, "end", ""])
+    now = time.time()
+    text = "\n".join([before, "end", f"asked {asked} s ago", *lines, "end", ""])
+    return " " * 99 + re.sub(r"(\S+) s ago", lambda m: f"{now - float(m[1]):.3f}", text)
 
 
 def seen(builds: int, before: float = 5) -> str:
     """That there were so many builds of others so many seconds ago."""
-    return f"seen {time.time() - before:.3f} {builds}"
+    return f"seen {before} s ago {builds}"
 
 
 def look(*lines: str, asked: float = 1) -> Look:
