@@ -430,7 +430,7 @@ passes  ssh SILENT   onnection timed out | peration timed out = is the machine o
 passes  ssh SLOW     timed out = is the machine on, and can it be reached from here?
 passes  ssh SILENT   No route to host | is down = is the machine on, and can it be reached from here?
 passes  ssh NAMELESS resolve hostname = is the name right, in the machines file and in DNS?
-passes  ssh -        kex_exchange_identification = if logins have just failed, sshd there may refuse this host: wait a minute
+passes  ssh -        kex_exchange_identification | Connection closed by = if logins have just failed, sshd there may refuse this host: wait a minute
 passes  any FULL     disk is full | No space left on device | lack of free disk space = make room there, with nix-collect-garbage
 passes  ssh SLOW     not responding
 passes  any -        Broken pipe | onnection reset | onnection closed | closed by | unreachable | shutting down
@@ -2899,8 +2899,10 @@ class Ssh(NamedTuple):
         """For a connection at that control socket; `none` shares nothing."""
         # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
         # Who goes alone may do so since the one before has failed and not told us why.
-        user = aloud(self.user) if socket == ALONE else self.user
-        return [f"-oControlPath={socket}", *self.own, *user, "-S", socket]
+        all_else = [*self.own, *self.user]
+        if socket == ALONE:
+            all_else = ["-oLogLevel=INFO", *self.own, *aloud(self.user)]
+        return [f"-oControlPath={socket}", *all_else, "-S", socket]
 
     def session(self, socket: str, defaults: list[str], *remote: str) -> list[str]:
         """The command line that runs a program on the machine."""

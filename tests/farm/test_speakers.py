@@ -10,7 +10,17 @@ from collections.abc import Iterator
 
 import pytest
 from lab import Host, connect, poll
-from scene import INSTALLED, Outcome, Scene, cleared, end_masters, other, scene
+from scene import (
+    HOOK,
+    INSTALLED,
+    Outcome,
+    Scene,
+    change_hook,
+    cleared,
+    end_masters,
+    other,
+    scene,
+)
 
 # A build that waited for the machine to be of use again would take 15 minutes.
 TIMEOUT_S = 60
@@ -127,8 +137,39 @@ def test_an_ssh_that_may_say_nothing_is_asked_for_its_reason(
     nix: Scene, options: str
 ) -> None:
     nix.machines("nobody@b1 x86_64-linux\n")
+    nix.builder.restart_sshd()  # so that it forgets what has failed before
     line = told(refused(nix, NIX_SSHOPTS=options))
     assert "Permission denied (publickey" in line
+
+
+# What sshd from 9.8 on does for a while with a host whose logins have failed.
+CLOSES = """
+import socket
+server = socket.create_server(("", 22))
+while True:
+    server.accept()[0].close()
+    open("/tmp/closed", "a").write("x")
+"""
+
+
+@pytest.mark.engines
+def test_an_sshd_that_refuses_this_host_for_a_while_is_waited_for(nix: Scene) -> None:
+    """Newer versions of ssh say that less loudly, and more often than it would be hopeless."""
+    change_hook(nix, PAUSE_S=0.1, PAUSE_LIMIT_S=0.2)
+    nix.machines("b1 x86_64-linux\n")
+    nix.builder.stop_sshd(sessions=True)
+    closes = nix.builder.popen("python3", "-c", CLOSES)
+    closed = nix.builder.path("/tmp/closed")
+    try:
+        run = nix.start(f'mk "job-{next(numbers)}" "echo > $out" {{}}')
+        run.says("wait a minute")
+        poll(lambda: run.ended or closed.stat().st_size > 9, "ten tries", timeout=60)
+    finally:
+        closes.kill()
+        closes.communicate()
+        nix.builder.start_sshd()
+        nix.client.copy(HOOK, INSTALLED)
+    assert run.end().status == 0, run.log
 
 
 def test_what_lasts_costs_the_next_builds_nothing(nix: Scene) -> None:

@@ -304,7 +304,7 @@ class TestNixSshopts:
     ) -> None:
         made = ssh(line, tmp_path / folder)
         options = made.copy_environ()["NIX_SSHOPTS"].split()
-        assert set(options) >= set(made.options("none"))
+        assert set(options) >= {*made.options("none")} - {"-oLogLevel=INFO"}
 
 
 def test_without_a_connection_no_file_of_the_users_is_a_socket(
@@ -325,6 +325,22 @@ def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
     options = made.session("none", ssh_defaults())
     timeouts = [word for word in options if word.startswith("-oConnectTimeout=")]
     assert timeouts[0] == "-oConnectTimeout=99" and len(timeouts) == 2
+
+
+def test_who_goes_alone_leaves_out_what_would_hide_the_reason(tmp_path: Path) -> None:
+    made = ssh("b1", tmp_path, NIX_SSHOPTS="-q -4 -vvq -E /log -E/log -v -F -oUser=q")
+    shared, alone = made.options("/socket"), made.options("none")
+    assert {"-q", "-vvq", "-E", "/log", "-E/log", "-v"} <= set(shared)
+    assert alone[-6:] == [
+        "-oClearAllForwardings=yes",
+        "-4",
+        "-F",
+        "-oUser=q",
+        "-S",
+        "none",
+    ]
+    levels = [word for word in alone if word.startswith("-oLogLevel=")]
+    assert levels[0] == "-oLogLevel=INFO"
 
 
 @pytest.mark.parametrize(
