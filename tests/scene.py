@@ -306,7 +306,7 @@ def begun(nix: Scene, host: str) -> int:
 
 def outage(nix: Scene, host: str) -> str:
     """What is noted down of that host: failures, since, until, words; or nothing."""
-    notes = nix.client.path(f"{SLOTS}/own").glob(f"*{host}.down")
+    notes = nix.client.path(f"{SLOTS}/own").glob(f"*{host}[.-]*down")
     return next((note.read_text() for note in notes), "")
 
 
