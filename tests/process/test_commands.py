@@ -136,6 +136,8 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
+            # A shell has its programs in the background ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(theirs)
         self.seen = b""
@@ -150,11 +152,13 @@ class Terminal:
 
     def end(self) -> int:
         """Its exit status; meanwhile it may write more than a terminal holds."""
+        deadline = time.monotonic() + 60
         while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.seen
             if select.select([self.ours], [], [], 0.1)[0]:
                 with contextlib.suppress(OSError):  # it has ended
                     os.read(self.ours, 4096)
-        return self.process.returncode
+        return int(self.process.returncode)
 
 
 @contextlib.contextmanager
