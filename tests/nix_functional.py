@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from lab import ENGINES, Engine, FarmError, Host, Lab, engine
 from scene import HOOK, INSTALLED
 

@@ -157,3 +157,11 @@ def hints_in(node: ast.AST) -> set[str]:
         for name in ("annotation", "returns")
     ]
     return {name for hint in hints if hint for name in names_in(hint, ast.Load)}
+
+
+@pytest.mark.parametrize("name", ["bench", "chaos", "fuzz", "nix_functional"])
+def test_each_script_of_the_tests_says_how_it_is_used(name: str) -> None:
+    """By itself: pytest would find the module for it."""
+    command = [sys.executable, str(HOOK.parent / f"tests/{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
