@@ -6074,7 +6074,7 @@ class Inspection:
     def well(self) -> bool:
         """Whether nothing is wrong, up to the build."""
         states = {found.what: found.state for found in self.found}
-        return self.done and "build" in states and WRONG not in states.values()
+        return "build" in states and WRONG not in states.values()
 
     def as_dict(self) -> dict[str, object]:
         """For programs."""
@@ -6117,8 +6117,7 @@ class Inspection:
         process = self.seat.start("sh")
         answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
         with suppress(subprocess.TimeoutExpired):
-            program = encode(ASK + LOOK)
-            answer, words = process.communicate(program, LOGIN_TIMEOUT_S)
+            answer, words = process.communicate(encode(ASK + LOOK), LOGIN_TIMEOUT_S)
         end(process)
         self.answered = int(time.time())
         self.facts = facts(decode(answer))
@@ -6233,10 +6232,9 @@ class Inspection:
         place = self.facts.get("place", "")
         remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
         if place and only(place, PLAIN):  # people will paste it
-            uri = self.machine.text.split()[0]
-            uri = uri if "://" in uri else f"ssh://{uri}"
-            uri = uri.replace("ssh-ng://", "ssh://")  # for which it means nix-daemon
-            uri += f"{'&' if '?' in uri else '?'}remote-program={place}"
+            base, parameters = split_parameters(self.machine.text.split()[0])
+            base = f"ssh://{base.rpartition('://')[2]}"  # in ssh-ng:// it is nix-daemon
+            uri = with_parameters(base, {**parameters, "remote-program": place})
             line = f"ln -s {place} /usr/local/bin/"
             remedy = f"in {self.machine.where}, write {uri}; or as root there: {line}"
         self.logged_in()
@@ -6248,9 +6246,8 @@ class Inspection:
         if "begin" in self.facts:
             findings = [self.offers(), self.disk(), self.clock(), self.cores()]
             return all(findings) and self.is_open()
-        text = "that login allows nothing but nix-store"
-        if not self.seat.way.there:
-            text = "it is a store here"
+        bare = "that login allows nothing but nix-store"
+        text = bare if self.seat.way.there else "it is a store here"
         return self.unknown(text, "offers", "disk", "clock", "cores")
 
     def offers(self) -> bool:
@@ -6281,25 +6278,22 @@ class Inspection:
 
     def disk(self) -> bool:
         """How much room its store has."""
-        disk = self.facts.get("disk", "")
-        look = Look({"disk": disk, "asked": str(self.answered)})
+        look = Look({"disk": self.facts.get("disk", ""), "asked": str(self.answered)})
         if not look.number("disk"):
             text = "it does not say how full its disk is (there may be no store yet)"
             return self.unknown(text, "disk")
         free = amount(1024 * look.number("disk", 1))
-        if look.closed:
-            remedy = self.ssh_line("nix-collect-garbage -d")
-            text = f"it {look.closed}: no builds go there"
-            return self.add("disk", WRONG, free, text, remedy)
-        return self.add("disk", OK, free, f"{free} free in its store")
+        if not look.closed:
+            return self.add("disk", OK, free, f"{free} free in its store")
+        remedy, text = self.ssh_line("nix-collect-garbage -d"), f"it {look.closed}"
+        return self.add("disk", WRONG, free, f"{text}: no builds go there", remedy)
 
     def is_open(self) -> bool:
         """Whether its admin lets builds go there."""
         if "closed" not in self.facts:
             return True
         text = f"it has {CLOSED}: {self.facts['closed']}"
-        remedy = self.ssh_line(f"rm {CLOSED}")
-        return self.add("build", WRONG, "CLOSED", text, remedy)
+        return self.add("build", WRONG, "CLOSED", text, self.ssh_line(f"rm {CLOSED}"))
 
     def clock(self) -> bool:
         """Whether its clock is that of here."""
@@ -6375,16 +6369,14 @@ class Inspection:
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
         """What has come of the tiny build."""
-        import re
-
         if status is None:
             text = f"a tiny build did not end within {CHECK_TIMEOUT_S} s"
             text += "; all its slots may be taken"
             return self.add("build", WRONG, "NO END", text)
         if status != 0:
-            said = "\n".join(line for line in said.splitlines() if line.strip())
-            found = re.search("^.*(cannot|error)", said, re.MULTILINE)
-            text = said[found.start() :] if found else "\n".join(said.split("\n")[-3:])
+            lines = [line for line in said.splitlines() if line.strip()]
+            bad = (n for n, l in enumerate(lines) if "cannot" in l or "error" in l)
+            text = "\n".join(lines[next(bad, -3) :])
             text = text.partition("\nerror:")[0]  # Nix's own comes last
             error = heard(Error, " ".join(text.removeprefix("error: ").split()))
             remedy = error.remedy_for(self.machine.destination)
@@ -6419,8 +6411,7 @@ def unused(nix: Nix) -> str:
     import filecmp
 
     mine, words = os.path.realpath(__file__), hook_words(nix)
-    files = [word for word in words if os.path.isfile(word)]
-    if any(filecmp.cmp(file, mine, shallow=False) for file in files):
+    if any(os.path.isfile(w) and filecmp.cmp(w, mine, shallow=False) for w in words):
         program = find_program("nix-store", nix_directories(nix.environ))
         _, said, _ = Programs(Talk(nix)).output([program, "--version"], nix.environ)
         # 2.0 to 2.9 take no arguments there.
@@ -6501,19 +6492,18 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
 
 def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
     """Until all are done, say on standard error how far they are."""
-    terminal = sys.stderr.isatty()
-    told: set[Inspection] = set()
-    while len(told) < len(inspections):
+    busy, terminal = [*inspections], sys.stderr.isatty()
+    while busy:
         time.sleep(0.1)
-        for inspection in [i for i in inspections if i.done and i not in told]:
-            told.add(inspection)
+        for inspection in [i for i in busy if i.done]:
+            busy.remove(inspection)
             if not terminal:
-                text = f"{label(inspection.machine)}: {'' if inspection.well else 'not '}well"
-                count = f"({len(told)} of {len(inspections)} tried)"
-                print(text, count, file=sys.stderr)
+                well = "well" if inspection.well else "not well"
+                count = f"{len(inspections) - len(busy)} of {len(inspections)} tried"
+                print(f"{label(inspection.machine)}: {well} ({count})", file=sys.stderr)
         if terminal:
-            busy = [f"{label(i.machine)} {i.phase}" for i in inspections if not i.done]
-            text = f"{len(told)} of {len(inspections)} done; {', '.join(busy)}"
+            names = ", ".join(f"{label(i.machine)} {i.phase}" for i in busy)
+            text = f"{len(inspections) - len(busy)} of {len(inspections)} done; {names}"
             text = text[: screen.width - 1] if busy else ""
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -6551,8 +6541,7 @@ def finding_lines(inspection: Inspection, screen: Screen) -> list[str]:
         if found.state in (WRONG, NOTE):
             lines += screen.wrap("    ", f"{found.what}: {found.text}")
         if found.state == WRONG and found.remedy:
-            # Whole, to be pasted.
-            lines.append(f"    to do: {printable(found.remedy)}")
+            lines.append(f"    to do: {printable(found.remedy)}")  # whole, to be pasted
     return lines
 
 
@@ -6615,30 +6604,29 @@ def overview(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Wa
     """How things are with these machines, and who waits; Error if we may not read that.
     Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
-        own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
         with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
-            return [load_of(slots, m, own) for m in machines], waiters_in(slots, own)
+            return [load_of(slots, machine) for machine in machines], waiters_in(slots)
     except FileNotFoundError:  # no hook has ever run
         return [Load(machine, [], [], None) for machine in machines], []
     except OSError as error:
         raise Error(f"cannot read {error.filename}; try it as root") from None
 
 
-def load_of(slots: Slots, machine: Machine, own: list[str]) -> Load:
-    """How things are with one machine; own: the files in that directory."""
-    numbered = (f"{machine.slots}-{number}" for number in range(machine.max_jobs))
-    places = sorted(e for e in own if e.startswith(f"{machine.slots}.fetch-"))
-    building = held(slots, [f"{slots.path}/{slot}" for slot in numbered]).values()
-    fetching = held(slots, [f"{slots.own}/{place}" for place in places]).values()
-    holders = [*map(Holder.parse, building)], [*map(Holder.parse, fetching)]
+def load_of(slots: Slots, machine: Machine) -> Load:
+    """How things are with one machine."""
+    numbers = range(machine.max_jobs)
+    places = f"{slots.path}/{machine.slots}-", slots.file(machine, "fetch-")
+    said = (held(slots, [f"{place}{n}" for n in numbers]) for place in places)
+    building, fetching = ([*map(Holder.parse, its.values())] for its in said)
     outage, taken = Outages(slots).of(machine), {machine: len(building)}
     slots.admits(machine, taken)
     look, closed = slots.look(machine), None if outage else slots.refused.get(machine)
-    return Load(machine, *holders, outage, look, taken[machine], closed)
+    return Load(machine, building, fetching, outage, look, taken[machine], closed)
 
 
-def waiters_in(slots: Slots, own: list[str]) -> list[Waiter]:
+def waiters_in(slots: Slots) -> list[Waiter]:
     """Who stands in the lines, from the first place of each on."""
+    own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
     lines = (entry.partition(".") for entry in own if entry.startswith("line-"))
     places = sorted((line, int(n)) for line, _, n in lines if n.isdecimal())
     files = {f"{slots.own}/{line}.{place}": place for line, place in places}
@@ -6689,7 +6677,7 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     """The same, once."""
     machines, complaints = machines_named(options.names, nix)
     loads, waiters = overview(Slots.find(nix), machines)
-    lines, value = [], overview_json(loads, waiters)
+    lines, value = [], status_json(loads, waiters)
     if options.watch:  # what there is no room for is at the end
         ill = [load for load in loads if load.outage or load.closed]
         well = [load for load in loads if not (load.outage or load.closed)]
@@ -6697,7 +6685,7 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
         text = f"{len(ill)} of {len(loads)} machines left alone, {len(waiters)} waiting"
         quits = " (q: quit)" if screen.terminal else ""
         lines = screen.wrap("", f"{time.strftime('%H:%M:%S')}  {text}{quits}")
-    lines += overview_lines(loads, waiters, screen)
+    lines += status_lines(loads, waiters, screen)
     if not machines:
         lines.append(f"no machines are listed ({where_machines_stand(nix)})")
     screen.show(value, lines + screen.wrap("", *complaints))
@@ -6748,9 +6736,7 @@ def left_alone(outage: Outage) -> str:
     return f"left alone {until}, failed {times} in {age}: {outage.words}"
 
 
-def overview_lines(
-    loads: list[Load], waiters: list[Waiter], screen: Screen
-) -> list[str]:
+def status_lines(loads: list[Load], waiters: list[Waiter], screen: Screen) -> list[str]:
     """How things are with the machines, and who waits, for people."""
     from itertools import groupby
 
@@ -6771,7 +6757,7 @@ def overview_lines(
     return lines
 
 
-def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]:
+def status_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]:
     """The same for programs."""
     machines = [
         {
@@ -6906,10 +6892,9 @@ def why_not(load: Load, request: Request, nix: Nix) -> str:
     if load.closed is None or load.closed:
         return load.closed or ""
     here, short = load.look.others, load.look.number("memory")
-    text = (
-        f"is full: {taken} slots are taken, {here} builds of other clients run there, "
-    )
-    return text + f"its memory is short {short:.0f} % of the time"
+    others = f"{here} builds of other clients run there"
+    memory = f"its memory is short {short:.0f} % of the time"
+    return f"is full: {taken} slots are taken, {others}, {memory}"
 
 
 class Choice(NamedTuple):
