@@ -6201,7 +6201,7 @@ class Inspection:
         text = f"nix-store {version}, serve protocol {protocol}"
         if self.seat.way.here and self.seat.way.there:
             text = "that login allows only nix-daemon, with which nix-store here talks"
-            return self.add("nix", OK, version or "daemon", text)
+            protocol = "daemon"
         return self.add("nix", OK, version or protocol, text)
 
     def renew(self) -> None:
@@ -6244,8 +6244,7 @@ class Inspection:
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
         if "begin" in self.facts:
-            findings = [self.offers(), self.disk(), self.clock(), self.cores()]
-            return all(findings) and self.is_open()
+            return all([self.offers(), self.disk(), self.clock(), self.cores()])
         bare = "that login allows nothing but nix-store"
         text = bare if self.seat.way.there else "it is a store here"
         return self.unknown(text, "offers", "disk", "clock", "cores")
@@ -6288,13 +6287,6 @@ class Inspection:
         remedy, text = self.ssh_line("nix-collect-garbage -d"), f"it {look.closed}"
         return self.add("disk", WRONG, free, f"{text}: no builds go there", remedy)
 
-    def is_open(self) -> bool:
-        """Whether its admin lets builds go there."""
-        if "closed" not in self.facts:
-            return True
-        text = f"it has {CLOSED}: {self.facts['closed']}"
-        return self.add("build", WRONG, "CLOSED", text, self.ssh_line(f"rm {CLOSED}"))
-
     def clock(self) -> bool:
         """Whether its clock is that of here."""
         if not self.facts.get("time", "").isdigit():
@@ -6324,6 +6316,10 @@ class Inspection:
     def build(self) -> bool:
         """A real build, by the Nix here and this very hook."""
         self.phase = "building"
+        if "closed" in self.facts:  # its admin lets no builds go there
+            text = f"it has {CLOSED}: {self.facts['closed']}"
+            remedy = self.ssh_line(f"rm {CLOSED}")
+            return self.add("build", WRONG, "CLOSED", text, remedy)
         if os.geteuid() != 0 and not os.access(self.nix.store.real, os.W_OK):
             text = "not tried: the daemon builds here, so try it as root"
             return self.unknown(text, "build")
@@ -6335,9 +6331,8 @@ class Inspection:
             write_private(hook, f"#!/bin/sh\nexec {words}\n", 0o700)
         command, environ = self.tiny_build(hook)
         with open(f"{self.folder}/log", "w+b") as log:
-            start = time.monotonic()
-            start_it = self.site.programs.start
-            self.process = start_it(command, environ, stdout=log, stderr=log)
+            start, programs = time.monotonic(), self.site.programs
+            self.process = programs.start(command, environ, stdout=log, stderr=log)
             status = status_within(self.process, CHECK_TIMEOUT_S)
             took = time.monotonic() - start
             end(self.process)
@@ -6392,8 +6387,8 @@ class Inspection:
             remedy += f"{user} (in 2.3 and older: trusted-users = root {user}); "
             remedy += "then: systemctl restart nix-daemon"
             return self.add("build", WRONG, "LIMITED", text, remedy)
-        text = f"built something in {took:.1f} s"
-        return self.add("build", OK, f"{took:.1f} s", text)
+        brief = f"{took:.1f} s"
+        return self.add("build", OK, brief, f"built something in {brief}")
 
 
 def hook_words(nix: Nix) -> list[str]:
@@ -6680,8 +6675,8 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     lines, value = [], status_json(loads, waiters)
     if options.watch:  # what there is no room for is at the end
         ill = [load for load in loads if load.outage or load.closed]
-        well = [load for load in loads if not (load.outage or load.closed)]
-        loads = sorted(ill, key=lambda load: len(load.building)) + well
+        ill.sort(key=lambda load: len(load.building))
+        loads = ill + [load for load in loads if not (load.outage or load.closed)]
         text = f"{len(ill)} of {len(loads)} machines left alone, {len(waiters)} waiting"
         quits = " (q: quit)" if screen.terminal else ""
         lines = screen.wrap("", f"{time.strftime('%H:%M:%S')}  {text}{quits}")
