@@ -5883,13 +5883,13 @@ class Screen:
         code = {OK: 32, NOTE: 33, WRONG: 31}.get(state)
         return f"\x1b[{code}m{text}\x1b[0m" if code and self.colours else text
 
-    def wrap(self, text: str, first: str = "", indent: str = "    ") -> list[str]:
-        """Cut into lines; `first` stands before the first, `indent` before the rest."""
+    def wrap(self, indent: str, *texts: str) -> list[str]:
+        """Cut texts into lines, indented; the second and further ones of a text more."""
         import textwrap
 
-        wrapper = textwrap.TextWrapper(self.width, first, indent)
+        wrapper = textwrap.TextWrapper(self.width, indent, f"{indent}    ")
         wrapper.break_long_words = wrapper.break_on_hyphens = False
-        return wrapper.wrap(printable(text))
+        return [line for text in texts for line in wrapper.wrap(printable(text))]
 
     def show(self, value: object, lines: list[str]) -> None:
         """Print the lines for people, or the value for programs that ask for it."""
@@ -5954,18 +5954,17 @@ def calling_nix(machines: str) -> Nix:
     environ = dict(os.environ)
     if machines and not os.path.isfile(machines):
         raise Error(f"there is no machines file {machines}")
-    machines = machines and os.path.abspath(machines)
+    if machines:
+        environ["NIX_REMOTE_SYSTEMS"] = os.path.abspath(machines)
     try:
         program = find_program("nix", nix_directories(environ))
     except Error:  # a Nix 1.x, or none
         kind, machine = os.uname().sysname.lower(), os.uname().machine
         machine = {"arm64": "aarch64"}.get(machine, machine)
-        if machines:
-            environ = {**environ, "NIX_REMOTE_SYSTEMS": machines}
         return Nix(True, {"system": f"{machine}-{kind}"}, environ)
     settings = parse_settings(settings_of(program, environ))
     if machines:
-        settings["builders"] = f"@{machines}"
+        settings["builders"] = f"@{environ['NIX_REMOTE_SYSTEMS']}"
     return Nix(False, settings, environ)
 
 
@@ -6075,14 +6074,22 @@ class Inspection:
     def well(self) -> bool:
         """Whether nothing is wrong, up to the build."""
         states = {found.what: found.state for found in self.found}
-        return self.done and "build" in states and WRONG not in states.values()
+        return "build" in states and WRONG not in states.values()
 
-    def add(
-        self, what: str, state: str, brief: str, text: str, remedy: str = ""
-    ) -> bool:
+    def as_dict(self) -> dict[str, object]:
+        """For programs."""
+        found, machine = [found._asdict() for found in self.found], self.machine
+        value = {"machine": machine.name, "where": machine.where, "well": self.well}
+        return {**value, "paused": self.pause or None, "findings": found}
+
+    def add(self, what: str, state: str, *words: str) -> bool:
         """Note a finding; returns whether there is a point in going on."""
-        self.found.append(Finding(what, state, brief, text, remedy))
+        self.found.append(Finding(what, state, *words))
         return state != WRONG
+
+    def unknown(self, text: str, *columns: str) -> bool:
+        """Note why these cannot be found out, which is no reason to stop."""
+        return all(self.add(what, UNKNOWN, "-", text) for what in columns)
 
     def ssh_line(self, command: str) -> str:
         """What a person types to do something there."""
@@ -6096,9 +6103,7 @@ class Inspection:
         if not self.machine.ways:
             return not self.add("build", OK, "here", "it is this machine")
         if not self.seat.way.there:
-            for what in ("ssh", "login"):
-                self.add(what, UNKNOWN, "-", "it is a store here")
-            return True
+            return self.unknown("it is a store here", "ssh", "login")
         key = self.key
         if key and "%" not in key and not os.path.isfile(key):
             make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key()}"
@@ -6112,8 +6117,7 @@ class Inspection:
         process = self.seat.start("sh")
         answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
         with suppress(subprocess.TimeoutExpired):
-            program = encode(ASK + LOOK)
-            answer, words = process.communicate(program, LOGIN_TIMEOUT_S)
+            answer, words = process.communicate(encode(ASK + LOOK), LOGIN_TIMEOUT_S)
         end(process)
         self.answered = int(time.time())
         self.facts = facts(decode(answer))
@@ -6179,11 +6183,8 @@ class Inspection:
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
             self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
         except SessionLost as error:
-            if (
-                isinstance(error, Refused)
-                and self.seat.other_way()
-                and self.seat.chosen
-            ):
+            may_do = isinstance(error, Refused) and self.seat.other_way()
+            if may_do and self.seat.chosen:
                 return self.find_nix()
             if "begin" in self.facts:
                 self.logged_in()
@@ -6200,7 +6201,7 @@ class Inspection:
         text = f"nix-store {version}, serve protocol {protocol}"
         if self.seat.way.here and self.seat.way.there:
             text = "that login allows only nix-daemon, with which nix-store here talks"
-            return self.add("nix", OK, version or "daemon", text)
+            protocol = "daemon"
         return self.add("nix", OK, version or protocol, text)
 
     def renew(self) -> None:
@@ -6208,13 +6209,12 @@ class Inspection:
         # Those of nix-daemon have another environment, and so another name.
         folder, name = os.path.split(self.seat.base)
         for file in (f for f in os.listdir(folder) if f[:8] == name[:8]):
+            path = f"{folder}/{file}"
             if file.endswith((".seats", ".tells", ".slow")):
                 with suppress(OSError):
-                    remove(f"{folder}/{file}")
+                    remove(path)
             elif "." not in file:
-                Connection(
-                    self.seat.ssh, self.site.programs, f"{folder}/{file}"
-                ).retire()
+                Connection(self.seat.ssh, self.site.programs, path).retire()
         self.seat.keep_way()
         self.site.outages.end(self.machine)
 
@@ -6232,10 +6232,9 @@ class Inspection:
         place = self.facts.get("place", "")
         remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
         if place and only(place, PLAIN):  # people will paste it
-            uri = self.machine.text.split()[0]
-            uri = uri if "://" in uri else f"ssh://{uri}"
-            uri = uri.replace("ssh-ng://", "ssh://")  # for which it means nix-daemon
-            uri += f"{'&' if '?' in uri else '?'}remote-program={place}"
+            base, parameters = split_parameters(self.machine.text.split()[0])
+            base = f"ssh://{base.rpartition('://')[2]}"  # in ssh-ng:// it is nix-daemon
+            uri = with_parameters(base, {**parameters, "remote-program": place})
             line = f"ln -s {place} /usr/local/bin/"
             remedy = f"in {self.machine.where}, write {uri}; or as root there: {line}"
         self.logged_in()
@@ -6245,21 +6244,16 @@ class Inspection:
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
         if "begin" in self.facts:
-            findings = [self.offers(), self.disk(), self.clock(), self.cores()]
-            return all(findings) and self.is_open()
-        text = "that login allows nothing but nix-store"
-        if not self.seat.way.there:
-            text = "it is a store here"
-        for what in ("offers", "disk", "clock", "cores"):
-            self.add(what, UNKNOWN, "-", text)
-        return True
+            return all([self.offers(), self.disk(), self.clock(), self.cores()])
+        bare = "that login allows nothing but nix-store"
+        text = bare if self.seat.way.there else "it is a store here"
+        return self.unknown(text, "offers", "disk", "clock", "cores")
 
     def offers(self) -> bool:
         """Systems and features; only 2.x tells."""
         machine, where = self.machine, self.machine.where
         if "system" not in self.facts:
-            text = "its Nix does not say for what it builds"
-            return self.add("offers", UNKNOWN, "-", text)
+            return self.unknown("its Nix does not say for what it builds", "offers")
         told = f"{self.facts['system']} {self.facts.get('extra-platforms', '')}".split()
         systems = [system for system in told if only(system, PLAIN)]  # for our remedy
         features = self.facts.get("system-features", "").split()
@@ -6283,30 +6277,20 @@ class Inspection:
 
     def disk(self) -> bool:
         """How much room its store has."""
-        disk = self.facts.get("disk", "")
-        look = Look({"disk": disk, "asked": str(self.answered)})
+        look = Look({"disk": self.facts.get("disk", ""), "asked": str(self.answered)})
         if not look.number("disk"):
             text = "it does not say how full its disk is (there may be no store yet)"
-            return self.add("disk", UNKNOWN, "-", text)
+            return self.unknown(text, "disk")
         free = amount(1024 * look.number("disk", 1))
-        if look.closed:
-            remedy = self.ssh_line("nix-collect-garbage -d")
-            text = f"it {look.closed}: no builds go there"
-            return self.add("disk", WRONG, free, text, remedy)
-        return self.add("disk", OK, free, f"{free} free in its store")
-
-    def is_open(self) -> bool:
-        """Whether its admin lets builds go there."""
-        if "closed" not in self.facts:
-            return True
-        text = f"it has {CLOSED}: {self.facts['closed']}"
-        remedy = self.ssh_line(f"rm {CLOSED}")
-        return self.add("build", WRONG, "CLOSED", text, remedy)
+        if not look.closed:
+            return self.add("disk", OK, free, f"{free} free in its store")
+        remedy, text = self.ssh_line("nix-collect-garbage -d"), f"it {look.closed}"
+        return self.add("disk", WRONG, free, f"{text}: no builds go there", remedy)
 
     def clock(self) -> bool:
         """Whether its clock is that of here."""
         if not self.facts.get("time", "").isdigit():
-            return self.add("clock", UNKNOWN, "-", "it does not say what time it is")
+            return self.unknown("it does not say what time it is", "clock")
         there = int(self.facts["time"])
         off = there - max(self.asked, min(there, self.answered))
         brief = f"{off:+} s" if off else "ok"
@@ -6321,11 +6305,9 @@ class Inspection:
         """Whether it has cores for its jobs."""
         cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
         if not cores.isdigit():
-            text = "it does not say how many cores it has"
-            return self.add("cores", UNKNOWN, "-", text)
-        text = (
-            f"{cores} cores for {jobs} jobs, load {self.facts.get('load') or 'unknown'}"
-        )
+            return self.unknown("it does not say how many cores it has", "cores")
+        load = self.facts.get("load") or "unknown"
+        text = f"{cores} cores for {jobs} jobs, load {load}"
         if jobs <= 2 * int(cores):
             return self.add("cores", OK, f"{cores}/{jobs}", text)
         text += ": a lower maxJobs would be quicker"
@@ -6334,9 +6316,13 @@ class Inspection:
     def build(self) -> bool:
         """A real build, by the Nix here and this very hook."""
         self.phase = "building"
+        if "closed" in self.facts:  # its admin lets no builds go there
+            text = f"it has {CLOSED}: {self.facts['closed']}"
+            remedy = self.ssh_line(f"rm {CLOSED}")
+            return self.add("build", WRONG, "CLOSED", text, remedy)
         if os.geteuid() != 0 and not os.access(self.nix.store.real, os.W_OK):
             text = "not tried: the daemon builds here, so try it as root"
-            return self.add("build", UNKNOWN, "-", text)
+            return self.unknown(text, "build")
         os.mkdir(self.folder)
         hook = os.path.realpath(__file__)
         if not os.access(hook, os.X_OK):  # build-hook names Python, and then this file
@@ -6345,9 +6331,8 @@ class Inspection:
             write_private(hook, f"#!/bin/sh\nexec {words}\n", 0o700)
         command, environ = self.tiny_build(hook)
         with open(f"{self.folder}/log", "w+b") as log:
-            start = time.monotonic()
-            start_it = self.site.programs.start
-            self.process = start_it(command, environ, stdout=log, stderr=log)
+            start, programs = time.monotonic(), self.site.programs
+            self.process = programs.start(command, environ, stdout=log, stderr=log)
             status = status_within(self.process, CHECK_TIMEOUT_S)
             took = time.monotonic() - start
             end(self.process)
@@ -6379,16 +6364,14 @@ class Inspection:
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
         """What has come of the tiny build."""
-        import re
-
         if status is None:
             text = f"a tiny build did not end within {CHECK_TIMEOUT_S} s"
             text += "; all its slots may be taken"
             return self.add("build", WRONG, "NO END", text)
         if status != 0:
-            said = "\n".join(line for line in said.splitlines() if line.strip())
-            found = re.search("^.*(cannot|error)", said, re.MULTILINE)
-            text = said[found.start() :] if found else "\n".join(said.split("\n")[-3:])
+            lines = [line for line in said.splitlines() if line.strip()]
+            bad = (n for n, l in enumerate(lines) if "cannot" in l or "error" in l)
+            text = "\n".join(lines[next(bad, -3) :])
             text = text.partition("\nerror:")[0]  # Nix's own comes last
             error = heard(Error, " ".join(text.removeprefix("error: ").split()))
             remedy = error.remedy_for(self.machine.destination)
@@ -6404,8 +6387,8 @@ class Inspection:
             remedy += f"{user} (in 2.3 and older: trusted-users = root {user}); "
             remedy += "then: systemctl restart nix-daemon"
             return self.add("build", WRONG, "LIMITED", text, remedy)
-        text = f"built something in {took:.1f} s"
-        return self.add("build", OK, f"{took:.1f} s", text)
+        brief = f"{took:.1f} s"
+        return self.add("build", OK, brief, f"built something in {brief}")
 
 
 def hook_words(nix: Nix) -> list[str]:
@@ -6423,8 +6406,7 @@ def unused(nix: Nix) -> str:
     import filecmp
 
     mine, words = os.path.realpath(__file__), hook_words(nix)
-    files = [word for word in words if os.path.isfile(word)]
-    if any(filecmp.cmp(file, mine, shallow=False) for file in files):
+    if any(os.path.isfile(w) and filecmp.cmp(w, mine, shallow=False) for w in words):
         program = find_program("nix-store", nix_directories(nix.environ))
         _, said, _ = Programs(Talk(nix)).output([program, "--version"], nix.environ)
         # 2.0 to 2.9 take no arguments there.
@@ -6462,19 +6444,10 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     note = unused(nix)
     complaints += wrong_hook(nix)
     inspections = inspect_all(machines, nix, screen)
-    found = [
-        {
-            "machine": inspection.machine.name,
-            "where": inspection.machine.where,
-            "well": inspection.well,
-            "paused": inspection.pause or None,
-            "findings": [finding._asdict() for finding in inspection.found],
-        }
-        for inspection in inspections
-    ]
+    found = [inspection.as_dict() for inspection in inspections]
     value = {"complaints": complaints, "note": note, "machines": found}
     lines = inspection_lines(inspections, complaints, screen)
-    screen.show(value, lines + screen.wrap(note))
+    screen.show(value, lines + screen.wrap("", note))
     return 0 if all(i.well for i in inspections) and not complaints else 1
 
 
@@ -6514,19 +6487,18 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
 
 def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
     """Until all are done, say on standard error how far they are."""
-    terminal = sys.stderr.isatty()
-    told: set[Inspection] = set()
-    while len(told) < len(inspections):
+    busy, terminal = [*inspections], sys.stderr.isatty()
+    while busy:
         time.sleep(0.1)
-        for inspection in [i for i in inspections if i.done and i not in told]:
-            told.add(inspection)
+        for inspection in [i for i in busy if i.done]:
+            busy.remove(inspection)
             if not terminal:
-                text = f"{label(inspection.machine)}: {'' if inspection.well else 'not '}well"
-                count = f"({len(told)} of {len(inspections)} tried)"
-                print(text, count, file=sys.stderr)
+                well = "well" if inspection.well else "not well"
+                count = f"{len(inspections) - len(busy)} of {len(inspections)} tried"
+                print(f"{label(inspection.machine)}: {well} ({count})", file=sys.stderr)
         if terminal:
-            busy = [f"{label(i.machine)} {i.phase}" for i in inspections if not i.done]
-            text = f"{len(told)} of {len(inspections)} done; {', '.join(busy)}"
+            names = ", ".join(f"{label(i.machine)} {i.phase}" for i in busy)
+            text = f"{len(inspections) - len(busy)} of {len(inspections)} done; {names}"
             text = text[: screen.width - 1] if busy else ""
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -6535,7 +6507,7 @@ def inspection_lines(
     inspections: list[Inspection], complaints: list[str], screen: Screen
 ) -> list[str]:
     """A table, and below each line what is wrong."""
-    lines = [screen.paint("\n".join(screen.wrap(text)), WRONG) for text in complaints]
+    lines = [screen.paint(text, WRONG) for text in screen.wrap("", *complaints)]
     rows = [["machine", *COLUMNS]]
     for inspection in inspections:
         brief = {found.what: found.brief for found in inspection.found}
@@ -6559,13 +6531,12 @@ def inspection_lines(
 
 def finding_lines(inspection: Inspection, screen: Screen) -> list[str]:
     """What is wrong with one machine, and what else to note."""
-    lines = screen.wrap(inspection.pause, "    ", "        ")
+    lines = screen.wrap("    ", inspection.pause)
     for found in inspection.found:
         if found.state in (WRONG, NOTE):
-            lines += screen.wrap(f"{found.what}: {found.text}", "    ", "        ")
+            lines += screen.wrap("    ", f"{found.what}: {found.text}")
         if found.state == WRONG and found.remedy:
-            # Whole, to be pasted.
-            lines.append(f"    to do: {printable(found.remedy)}")
+            lines.append(f"    to do: {printable(found.remedy)}")  # whole, to be pasted
     return lines
 
 
@@ -6628,30 +6599,29 @@ def overview(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Wa
     """How things are with these machines, and who waits; Error if we may not read that.
     Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
-        own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
         with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
-            return [load_of(slots, m, own) for m in machines], waiters_in(slots, own)
+            return [load_of(slots, machine) for machine in machines], waiters_in(slots)
     except FileNotFoundError:  # no hook has ever run
         return [Load(machine, [], [], None) for machine in machines], []
     except OSError as error:
         raise Error(f"cannot read {error.filename}; try it as root") from None
 
 
-def load_of(slots: Slots, machine: Machine, own: list[str]) -> Load:
-    """How things are with one machine; own: the files in that directory."""
-    numbered = (f"{machine.slots}-{number}" for number in range(machine.max_jobs))
-    places = sorted(e for e in own if e.startswith(f"{machine.slots}.fetch-"))
-    building = held(slots, [f"{slots.path}/{slot}" for slot in numbered]).values()
-    fetching = held(slots, [f"{slots.own}/{place}" for place in places]).values()
-    holders = [*map(Holder.parse, building)], [*map(Holder.parse, fetching)]
+def load_of(slots: Slots, machine: Machine) -> Load:
+    """How things are with one machine."""
+    numbers = range(machine.max_jobs)
+    places = f"{slots.path}/{machine.slots}-", slots.file(machine, "fetch-")
+    said = (held(slots, [f"{place}{n}" for n in numbers]) for place in places)
+    building, fetching = ([*map(Holder.parse, its.values())] for its in said)
     outage, taken = Outages(slots).of(machine), {machine: len(building)}
     slots.admits(machine, taken)
     look, closed = slots.look(machine), None if outage else slots.refused.get(machine)
-    return Load(machine, *holders, outage, look, taken[machine], closed)
+    return Load(machine, building, fetching, outage, look, taken[machine], closed)
 
 
-def waiters_in(slots: Slots, own: list[str]) -> list[Waiter]:
+def waiters_in(slots: Slots) -> list[Waiter]:
     """Who stands in the lines, from the first place of each on."""
+    own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
     lines = (entry.partition(".") for entry in own if entry.startswith("line-"))
     places = sorted((line, int(n)) for line, _, n in lines if n.isdecimal())
     files = {f"{slots.own}/{line}.{place}": place for line, place in places}
@@ -6702,21 +6672,18 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     """The same, once."""
     machines, complaints = machines_named(options.names, nix)
     loads, waiters = overview(Slots.find(nix), machines)
-    lines, value = [], overview_json(loads, waiters)
+    lines, value = [], status_json(loads, waiters)
     if options.watch:  # what there is no room for is at the end
-        loads.sort(
-            key=lambda l: (0, len(l.building)) if l.outage or l.closed else (1, 0)
-        )
-        ill = sum(bool(load.outage or load.closed) for load in loads)
-        text = f"{ill} of {len(loads)} machines left alone, {len(waiters)} waiting"
+        ill = [load for load in loads if load.outage or load.closed]
+        ill.sort(key=lambda load: len(load.building))
+        loads = ill + [load for load in loads if not (load.outage or load.closed)]
+        text = f"{len(ill)} of {len(loads)} machines left alone, {len(waiters)} waiting"
         quits = " (q: quit)" if screen.terminal else ""
-        lines = screen.wrap(f"{time.strftime('%H:%M:%S')}  {text}{quits}")
-    lines += overview_lines(loads, waiters, screen)
+        lines = screen.wrap("", f"{time.strftime('%H:%M:%S')}  {text}{quits}")
+    lines += status_lines(loads, waiters, screen)
     if not machines:
         lines.append(f"no machines are listed ({where_machines_stand(nix)})")
-    for complaint in complaints:
-        lines += screen.wrap(complaint)
-    screen.show(value, lines)
+    screen.show(value, lines + screen.wrap("", *complaints))
 
 
 def slots_line(load: Load) -> list[str]:
@@ -6724,22 +6691,16 @@ def slots_line(load: Load) -> list[str]:
     machine, taken, slots = load.machine, len(load.building), load.machine.max_jobs
     if not machine.ways:
         return [label(machine), "", f"this machine, of speed {machine.speed:g}"]
-    others = load.look.others
+    others, whole = load.look.others, slots or 1
     more = f", {others} by builds of others" if others else ""
-    width = min(slots, BAR)
-    shares = [(taken + others) / slots, taken / slots] if slots else [0.0]
-    return [
-        label(machine),
-        bar(width, *shares),
-        f"{taken} of {slots} slots taken{more}",
-    ]
+    shares = bar(min(slots, BAR), (taken + others) / whole, taken / whole)
+    return [label(machine), shares, f"{taken} of {slots} slots taken{more}"]
 
 
-def bar(width: int, full: float, ours: float = math.inf) -> str:
+def bar(width: int, full: float, ours: float = 1) -> str:
     """A bar of so many characters, of which that share is full, ours with another mark."""
-    many, own = (
-        min(width, math.ceil(width * share)) for share in (full, min(full, ours))
-    )
+    many = min(width, math.ceil(width * full))
+    own = min(many, math.ceil(width * ours))
     return f"[{'#' * own}{'o' * (many - own)}{'.' * (width - many)}]"
 
 
@@ -6770,9 +6731,7 @@ def left_alone(outage: Outage) -> str:
     return f"left alone {until}, failed {times} in {age}: {outage.words}"
 
 
-def overview_lines(
-    loads: list[Load], waiters: list[Waiter], screen: Screen
-) -> list[str]:
+def status_lines(loads: list[Load], waiters: list[Waiter], screen: Screen) -> list[str]:
     """How things are with the machines, and who waits, for people."""
     from itertools import groupby
 
@@ -6780,21 +6739,20 @@ def overview_lines(
     for head, load in zip(table([*map(slots_line, loads)]), loads):
         lines.append(screen.paint(head, NOTE if load.outage or load.closed else OK))
         if load.outage:
-            lines += screen.wrap(left_alone(load.outage), "    ", "        ")
+            lines += screen.wrap("    ", left_alone(load.outage))
         if load.closed:
-            text = f"gets no new builds: it {load.closed}"
-            lines += screen.wrap(text, "    ", "        ")
-        lines += screen.wrap(look_line(load.look), "    ", "        ")
+            lines += screen.wrap("    ", f"gets no new builds: it {load.closed}")
+        lines += screen.wrap("    ", look_line(load.look))
         lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
     hosts = {load.machine.slots: label(load.machine) for load in loads}
     for names, line in groupby(waiters, key=lambda waiter: waiter.names):
         known = sorted({hosts.get(name, name) for name in names if name})
-        lines += screen.wrap(f"waiting for {', '.join(known)}:")
+        lines += screen.wrap("", f"waiting for {', '.join(known)}:")
         lines += [f"    {w.place + 1}. {w.holder.text(now)}" for w in line]
     return lines
 
 
-def overview_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]:
+def status_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]:
     """The same for programs."""
     machines = [
         {
@@ -6915,6 +6873,25 @@ RANKING = """The first is asked first.  Of equals: the faster, then the less loa
 the one that has had more of the inputs, then the one that is written first."""
 
 
+def why_not(load: Load, request: Request, nix: Nix) -> str:
+    """Why a machine would not get this build now, or "" if it might."""
+    machine, taken = load.machine, len(load.building)
+    if reason := unfit(machine, request, nix):
+        return reason
+    if load.outage:
+        return f"is {left_alone(load.outage)}"
+    if Slots.find(nix).lacks(machine, request.kind):
+        return "could not do such a build within the last hour"
+    if taken >= machine.max_jobs:
+        return f"has no free slot: all {taken} are taken"
+    if load.closed is None or load.closed:
+        return load.closed or ""
+    here, short = load.look.others, load.look.number("memory")
+    others = f"{here} builds of other clients run there"
+    memory = f"its memory is short {short:.0f} % of the time"
+    return f"is full: {taken} slots are taken, {others}, {memory}"
+
+
 class Choice(NamedTuple):
     """Where a build would go now.
 
@@ -6930,60 +6907,31 @@ class Choice(NamedTuple):
     @classmethod
     def of(cls, loads: list[Load], request: Request, nix: Nix) -> Choice:
         """Judge each machine."""
-        ranked, out = [], []
-        for load in loads:
-            machine, taken = load.machine, len(load.building)
-            reason = unfit(machine, request, nix)
-            if not reason and load.outage:
-                reason = f"is {left_alone(load.outage)}"
-            if not reason and Slots.find(nix).lacks(machine, request.kind):
-                reason = "could not do such a build within the last hour"
-            if not reason and taken >= machine.max_jobs:
-                reason = f"has no free slot: all {taken} are taken"
-            if not reason and load.closed is not None:
-                here, short = load.look.others, load.look.number("memory")
-                reason = f"is full: {taken} slots are taken, {here} builds of other "
-                reason += (
-                    f"clients run there, its memory is short {short:.0f} % of the time"
-                )
-                reason = load.closed or reason
-            if reason:
-                out.append((machine, reason))
-            else:
-                ranked.append(load)
+        reasons = [why_not(load, request, nix) for load in loads]
+        ranked = [load for load, reason in zip(loads, reasons) if not reason]
         ranked.sort(key=lambda l: (*rank(l.machine, l.taken), -l.known))
+        out = [(load.machine, why) for load, why in zip(loads, reasons) if why]
         return cls(request, ranked, out, might_build_itself(nix, request))
 
     def as_dict(self) -> dict[str, object]:
         """For programs."""
-        return {
-            "derivation": self.request.derivation,
-            "system": self.request.system,
-            "features": sorted(self.request.features),
-            "here": self.itself,
-            "machines": [
-                {
-                    "machine": load.machine.name,
-                    "load": load.taken,
-                    "slots": load.machine.max_jobs,
-                    "speed": load.machine.speed,
-                    "rank": rank(load.machine, load.taken)[0],
-                    "inputs": load.known,
-                }
-                for load in self.ranked
-            ],
-            "left-out": [
-                {"machine": machine.name, "where": machine.where, "reason": reason}
-                for machine, reason in self.out
-            ],
-        }
+        request, machines = self.request, []
+        for load in self.ranked:
+            m, place = load.machine, rank(load.machine, load.taken)[0]
+            value = {"machine": m.name, "load": load.taken, "slots": m.max_jobs}
+            value |= {"speed": m.speed, "rank": place, "inputs": load.known}
+            machines.append(value)
+        out = [{"machine": m.name, "where": m.where, "reason": r} for m, r in self.out]
+        value = {"derivation": request.derivation, "system": request.system}
+        value |= {"features": sorted(request.features), "here": self.itself}
+        return {**value, "machines": machines, "left-out": out}
 
     def lines(self, screen: Screen) -> list[str]:
         """For people."""
         request = self.request
         features = ", ".join(sorted(request.features)) or "no features"
         what = request.derivation or "A build"
-        lines = screen.wrap(f"{what} needs {request.system} and {features}.")
+        lines = screen.wrap("", f"{what} needs {request.system} and {features}.")
         rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
         for number, load in enumerate(self.ranked, 1):
             machine, taken = load.machine, load.taken
@@ -6991,18 +6939,17 @@ class Choice(NamedTuple):
             rows.append([f"{number}.", label(machine), slots, f"{machine.speed:g}"])
             rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
         if self.ranked:
-            lines += [*table(rows), *screen.wrap(RANKING)]
+            lines += [*table(rows), *screen.wrap("", RANKING)]
         else:
             lines.append(screen.paint("No machine can take it now.", WRONG))
         lines += ["Left out:"] if self.out else []
-        for machine, reason in self.out:
-            text = f"{label(machine)} {reason} ({machine.where})"
-            lines += screen.wrap(text, "    ", "        ")
+        out = (f"{label(m)} {reason} ({m.where})" for m, reason in self.out)
+        lines += screen.wrap("    ", *out)
         itself = "may build it itself"
         if any(not machine.ways for machine, _ in self.out):
             itself += ", if it has a job free and no better machine has a free slot"
         never = "can never build it itself (max-jobs, system or features)"
-        return lines + screen.wrap(f"Nix here {itself if self.itself else never}.")
+        return lines + screen.wrap("", f"Nix here {itself if self.itself else never}.")
 
 
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
@@ -7017,9 +6964,7 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
         complaints.append(f"{error}; all slots are taken to be free")
         loads = [Load(machine, [], [], None) for machine in machines]
     choice = Choice.of(loads, request, nix)
-    lines = choice.lines(screen)
-    for complaint in complaints:
-        lines += screen.wrap(complaint)
+    lines = choice.lines(screen) + screen.wrap("", *complaints)
     screen.show({**choice.as_dict(), "complaints": complaints}, lines)
     return 0 if choice.ranked else 1
 
@@ -7141,9 +7086,8 @@ def parse_options(arguments: list[str]) -> Namespace:
     import argparse
 
     verbs_for_people = (check, status, explain, pause, resume, history, metrics)
-    usage = "nix_build_remote.py "
-    usage += " | ".join(run.__name__ for run in verbs_for_people)
-    usage += " | --help | --version"
+    names = " | ".join(run.__name__ for run in verbs_for_people)
+    usage = f"nix_build_remote.py {names} | --help | --version"
     parser = argparse.ArgumentParser(prog="nix_build_remote.py", usage=usage)
     verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
     for run in verbs_for_people:
