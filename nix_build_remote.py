@@ -1584,6 +1584,12 @@ def keep(path: str, text: str, mode: int = 0o600) -> None:
         write_private(path, text, mode)
 
 
+def note(path: str, text: str) -> None:
+    """Have a private file say that; it may be lost, if the disk is full or power fails."""
+    with suppress(OSError):
+        write_private(path, text, durable=False)
+
+
 def start_time(process: int) -> str:
     """When it started, in kernel ticks, which tells it from a later namesake; "-" if the
     system does not say, or it has ended."""
@@ -1985,8 +1991,7 @@ class Slots:
 
     def note(self, machine: Machine, what: str, text: str) -> None:
         """Keep that of a machine; it may be lost."""
-        with suppress(OSError):  # a full disk
-            write_private(self.file(machine, what), text, durable=False)
+        note(self.file(machine, what), text)
 
     def shares(self, machines: list[Machine]) -> list[str]:
         """For each slot of these machines that a hook holds, the Nix that it works for."""
@@ -2140,9 +2145,7 @@ class Outages:
     def away(self, machines: Iterable[Machine]) -> set[Machine]:
         """Those of the machines that are left alone."""
         noted = self.noted(machines).items()
-        return {
-            m for m, outage in noted if not (outage.failures and m in self.forgiven)
-        }
+        return {m for m, o in noted if not o.failures or m not in self.forgiven}
 
     def despair(self, machines: list[Machine]) -> Error | None:
         """What to say if all of these have failed and it is no use to wait longer: all are
@@ -2189,8 +2192,7 @@ class Outages:
         for machine, outage in self.noted(machines).items():
             if time.time() < outage.until or not outage.failures:
                 continue
-            path = self.slots.file(machine, "probe")
-            with suppress(Error, OSError), Lock(path) as lock:  # no room, no processes
+            with suppress(Error, OSError), self.take(machine, "probe") as lock:
                 self.find_out_of(machine, outage, lock)
 
     def find_out_of(self, machine: Machine, outage: Outage, lock: Lock) -> None:
@@ -2198,16 +2200,12 @@ class Outages:
         what ssh and nix-store said.  `until` is that of the outage for which it was begun; if
         the outage has another now, the answer is too old."""
         until = f"{outage.until:.3f}"
-        is_ours = lock.hold()
         text = lock.read()
         head, said = text[:PROBE_HEAD].split(), encode(text[PROBE_HEAD:])
         words, _, rest = said.partition(integer(SERVE_REPLY))
-        if not is_ours:
-            end_late(head)
-        elif self.of(machine) != outage:
+        if self.of(machine) != outage:
             pass  # somebody else was quicker
         elif head[:1] != [until] and self.probe:
-            lock.write(" " * PROBE_HEAD)
             self.begin(self.probe, machine, lock, until)
         elif rest[8:16] == integer(0) and not means(outage.words, "READONLY"):
             self.end(machine)  # it has greeted, and its store has answered
@@ -2222,8 +2220,25 @@ class Outages:
                 error.lasting = outage.lasting
             self.note(machine, outage, error)
 
-    def begin(self, ask: Ask, machine: Machine, lock: Lock, since: str) -> None:
-        """Begin to find something out, into the file of the lock, behind what is there."""
+    def take(self, machine: Machine, what: str) -> Lock:
+        """The file of a probe or a look, now ours; Late if one still writes there, which is
+        ended if it has taken too long."""
+        lock = Lock(self.slots.file(machine, what))
+        if lock.hold():
+            return lock
+        with lock, suppress(OSError, ValueError):
+            since, pid, start = lock.read(PROBE_HEAD).split()
+            age = time.time() - float(since)
+            if age > LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S and is_alive(pid, start):
+                os.kill(int(pid), SIGKILL)
+        raise Late("it is being asked")
+
+    def begin(
+        self, ask: Ask, machine: Machine, lock: Lock, since: str, text: str = ""
+    ) -> None:
+        """Begin to find something out, into the file of the lock, behind that text."""
+        with self.slots.main_lock():  # nobody reads half of it
+            lock.write(" " * PROBE_HEAD + text)
         os.lseek(lock.descriptor, 0, os.SEEK_END)
         pid = ask(machine, lock.descriptor)
         head = f"{since} {pid} {start_time(pid)}"
@@ -2233,14 +2248,12 @@ class Outages:
         """See to it that these say how they are, where a build of ours begins, and those to
         which we would have sent one, if that was long ago; who comes next hears of it."""
         for machine in (*machines, *self.slots.refused):
-            path = self.slots.file(machine, "look")
             if self.ask and machine.destination:  # else it is a store here
-                with suppress(Error, OSError), Lock(path) as lock:  # no room
+                with suppress(Error, OSError), self.take(machine, "look") as lock:
                     self.look_at(self.ask, machine, lock, machine in machines)
 
     def look_at(self, ask: Ask, machine: Machine, lock: Lock, begins: bool) -> None:
         """The same for one; begins: whether a build of ours does there."""
-        is_ours = lock.hold()
         text, now = lock.read(TAIL_BYTES), f"{time.time():.3f}"
         look, said = Look.parse(text), text.rpartition("\nend\n")[2]
         pause_s = LOOK_S if look.number("builds") == look.before else SETTLE_S / 3
@@ -2248,23 +2261,10 @@ class Outages:
             pause_s = 0  # what is free there may be taken at any moment
         elif look.awaited and heard(Error, said).lasting is not False:
             pause_s = LACK_S  # that login does not let us ask
-        if not is_ours:
-            end_late(text[:PROBE_HEAD].split())
-        elif not 0 <= float(now) - (look.awaited or look.number("asked")) < pause_s:
+        if not 0 <= float(now) - (look.awaited or look.number("asked")) < pause_s:
             before = "".join(f"{name} {words}\n" for name, words in look.said.items())
-            text = f"{'':{PROBE_HEAD}}{before}\nend\nasked {now}\n{look.carried()}"
-            with self.slots.main_lock():  # nobody reads half of it
-                lock.write(text)
-            self.begin(ask, machine, lock, now)
-
-
-def end_late(head: list[str]) -> None:
-    """End the process of a probe or a look that has taken too long; head: of its file."""
-    with suppress(OSError, ValueError):
-        since, pid, start = head
-        age = time.time() - float(since)
-        if age > LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S and is_alive(pid, start):
-            os.kill(int(pid), SIGKILL)
+            text = f"{before}\nend\nasked {now}\n{look.carried()}"
+            self.begin(ask, machine, lock, now, text)
 
 
 # ---- The line -----------------------------------------------------------------------
@@ -3060,17 +3060,13 @@ class Connection:
         _, said, words = self.ask("check")
         pid = f"{said}{words}".partition("(pid=")[2].partition(")")[0]
         if pid.isdecimal():
-            self.note(Proof(pid, start_time(int(pid)), version))
-
-    def note(self, proof: Proof) -> None:
-        """Keep what is known of it."""
-        with suppress(OSError):  # a full disk
-            write_private(f"{self.socket}.proved", proof.text(), durable=False)
+            proof = Proof(pid, start_time(int(pid)), version)
+            note(f"{self.socket}.proved", proof.text())
 
     def change(self, **known: Any) -> None:
         """Keep what is known besides, by the names that Proof has."""
         if proof := self.proof():
-            self.note(proof._replace(**known))
+            note(f"{self.socket}.proved", proof._replace(**known).text())
 
     def answers(self) -> bool:
         """Whether its master does; that is not whether the network does."""
@@ -3104,9 +3100,8 @@ class Connection:
             if self.is_up():
                 return
             slow = f"{self.socket}.slow"
-            with suppress(OSError):  # a full disk
-                if heard(Error, lock.read(TAIL_BYTES), "ssh").meaning == "SLOW":
-                    keep(slow, "")
+            if heard(Error, lock.read(TAIL_BYTES), "ssh").meaning == "SLOW":
+                note(slow, "")
             lock.write("")
             # What a killed master has left: ssh would share nothing if it found that.
             for stale in (f"{self.socket}.proved", self.socket):
@@ -3294,8 +3289,7 @@ class Seat:
     def keep_way(self) -> None:
         """Let all hooks take this way, which has led to a session."""
         if len(self.ssh.machine.ways) > 1:
-            with suppress(OSError):  # a full disk
-                keep(f"{self.base}.way", str(self.chosen))
+            note(f"{self.base}.way", str(self.chosen))
 
     def take(self) -> None:
         """Take one on the first connection that has one; with the last seat of one, the
@@ -3345,7 +3339,7 @@ class Seat:
             free = [f for f in files if is_free(f)]
             number = len(files) - sum(not Spare.at(f, proof) for f in free) - 1
             if number > 0:  # else sessions that are ending count there
-                write_private(f"{self.base}.seats", str(number))
+                note(f"{self.base}.seats", str(number))
 
     def tells(self) -> bool:
         """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
@@ -3358,9 +3352,8 @@ class Seat:
         self.keep_way()
         self.connection.prove(version)
         can = version >= 0x207 and not self.is_plain  # from Nix 2.4 on
-        with suppress(OSError):  # a full disk
-            if not can or not os.path.lexists(f"{self.base}.tells"):
-                keep(f"{self.base}.tells", str(int(can)))
+        can = can and read_private(f"{self.base}.tells") != "0"
+        note(f"{self.base}.tells", str(int(can)))
 
     def prepare(self) -> None:
         """Begin a session for who comes next, on the first free seat, if that is of use."""
@@ -3940,8 +3933,7 @@ def program_version(
     status, said, _ = programs.output([program, "--version"], nix.child_environ())
     version = parse_version(said)
     if status == 0:
-        with suppress(OSError):  # a full disk
-            write_private(path, ".".join(map(str, version)) + "\n")
+        note(path, ".".join(map(str, version)) + "\n")
     return version
 
 
@@ -4908,8 +4900,7 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
         return site.programs.output(command, environ, REPLY_S)[1].strip()
 
     content = f"{site.slots.own}/{os.urandom(8).hex()}-mark"
-    with suppress(OSError):  # a full disk
-        write_private(content, os.urandom(16).hex())
+    note(content, os.urandom(16).hex())
     mark, same = run_here("--add", content), None
     try:
         same = session.ask_valid([mark]).get(REPLY_S) if mark else None
@@ -5810,8 +5801,7 @@ def kept_settings(nix: Nix) -> str:
     if not text.startswith(head):
         program = find_program("nix", nix_directories(nix.environ))
         text = head + settings_of(program, nix.environ)
-        with suppress(OSError):  # a full disk
-            write_private(path, text, durable=False)
+        note(path, text)
     return text
 
 
