@@ -1699,8 +1699,7 @@ class Lock:
     def read(self, limit: int = LOCK_LIMIT_BYTES) -> str:
         """What its file says; nothing if it is a fifo."""
         with suppress(OSError):
-            data = os.pread(self.descriptor, limit, 0)
-            return text_of(data)
+            return text_of(os.pread(self.descriptor, limit, 0))
         return ""
 
     def write(self, text: str) -> None:
@@ -1981,17 +1980,14 @@ class Slots:
     def note_paths(self, machine: Machine, digests: frozenset[str]) -> None:
         """Note that the machine has these; two at once lose nothing that matters."""
         kept = [digest for digest in self.digests(machine) if digest not in digests]
-        self.note(machine, "paths", " ".join([*kept, *sorted(digests)][-DIGEST_LIMIT:]))
+        latest = [*kept, *sorted(digests)][-DIGEST_LIMIT:]
+        note(self.file(machine, "paths"), " ".join(latest))
 
     def file(self, machine: Machine, what: str) -> str:
         """Where that of a machine is kept: `paths`, see digests; `lacks`, a kind of build that
         it cannot do, though its line says so; `paused`, see pause; `down`, `probe`, `look`, see
         Outages."""
         return f"{self.own}/{machine.slots}.{what}"
-
-    def note(self, machine: Machine, what: str, text: str) -> None:
-        """Keep that of a machine; it may be lost."""
-        note(self.file(machine, what), text)
 
     def shares(self, machines: list[Machine]) -> list[str]:
         """For each slot of these machines that a hook holds, the Nix that it works for."""
@@ -2021,15 +2017,6 @@ class Slots:
             if time.time() < float(until):
                 return " ".join(printable(words).split())
         return ""
-
-    def fetching_place(self, machine: Machine) -> Slot | None:
-        """The right to bring outputs home, when the slot is free for the next build; there
-        are as many of these as slots."""
-        with suppress(Error):  # no room for its file
-            for number in range(machine.max_jobs):
-                if lock := Lock.take(self.file(machine, f"fetch-{number}")):
-                    return Slot(machine, lock)
-        return None
 
     def add_to_history(self, line: str) -> None:
         """Add that to the file with a line for each build that has ended; a big one becomes
@@ -2135,11 +2122,7 @@ class Outages:
 
     def noted(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
         """The outages of those of the machines that have one."""
-        files: list[tuple[str, str, str]] = []
-        with suppress(FileNotFoundError):  # somebody has removed it
-            files += (file.rpartition(".") for file in os.listdir(self.slots.own))
-        marked = {name for name, _, what in files if what in ("down", "paused")}
-        found = ((m, self.of(m)) for m in machines if m.slots in marked)
+        found = ((machine, self.of(machine)) for machine in machines)
         return {machine: outage for machine, outage in found if outage}
 
     def away(self, machines: Iterable[Machine]) -> set[Machine]:
@@ -2179,7 +2162,7 @@ class Outages:
         with self.slots.main_lock():
             if self.of(machine) in (before, None):
                 after = (before or Outage()).again(error)
-                self.slots.note(machine, "down", after.text())
+                note(self.slots.file(machine, "down"), after.text())
 
     def end(self, machine: Machine) -> None:
         """Write down that it is of use."""
@@ -2363,12 +2346,11 @@ class Line:
         self.has_told = False  # whether the first look was told of
         self.told = ""  # of why no machine takes new builds
         self.names = "\n".join(sorted(machine.slots for machine in machines))
-        self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
+        size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.who = holder("waiting", need.path, need.since)
         own, kind = self.slots.own, checksum(self.names)
-        self.queue = Queue(
-            f"{own}/line-{kind}-{checksum(calling_process())}", self.size
-        )
+        path = f"{own}/line-{kind}-{checksum(calling_process())}"
+        self.queue = Queue(path, size)
         self.firsts = Queue(f"{own}/{FIRSTS}{kind}", LINE_LIMIT)
         self.is_late = False  # whether another in `firsts` has a sooner turn
         self.passed_by: set[str] = set()  # processes with fewer machines to wait for
@@ -2433,10 +2415,6 @@ class Line:
             if self.firsts.lock:
                 self.firsts.lock.write(self.who + self.names)
         return {name for _, names in ahead for name in names}
-
-    def is_empty(self) -> bool:
-        """Whether nobody of our Nix waits in this line."""
-        return not self.queue.is_taken(0)
 
     def join(self) -> bool:
         """Take a place; False if there is none."""
@@ -2503,15 +2481,13 @@ class Line:
 
     def absence(self) -> str:
         """Why no machine of the line takes new builds now; "" if one might."""
-        shut = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
-        noted = self.outages.noted(self.machines) if self.all_away or shut else {}
-        words = {
-            o.words if o.failures else f"'{m.name}' is {o.words}"
-            for m, o in noted.items()
-        }
-        words |= {*shut.values()}
-        is_all = len(noted.keys() | shut) == len(self.machines)
-        return "; ".join(sorted(words)) if is_all else ""
+        whys = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
+        noted = self.outages.noted(self.machines) if self.all_away or whys else {}
+        for m, outage in noted.items():
+            paused = f"'{m.name}' is {outage.words}"
+            whys[m] = outage.words if outage.failures else paused
+        is_all = len(whys) == len(self.machines)
+        return "; ".join(sorted({*whys.values()})) if is_all else ""
 
     def tell_of_absence(self) -> None:
         """Say that once for each Nix and reason."""
@@ -2701,12 +2677,11 @@ def program_directories(environ: dict[str, str]) -> Iterator[str]:
 
 def find_program(name: str, directories: Iterable[str]) -> str:
     """The first program of that name; Error if there is none."""
-    looked: dict[str, None] = {}
-    for directory in directories:
+    looked = dict.fromkeys(directories)  # each once
+    for directory in looked:
         path = f"{directory}/{name}"
         if os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-        looked[directory] = None
     raise Error(f"cannot find the program {name}; looked in {', '.join(looked)}")
 
 
@@ -2932,13 +2907,10 @@ class Ssh(NamedTuple):
     def socket_name(self) -> str:
         """What the names of its sockets begin with: eight digits for where they lead, then
         others for each way to connect."""
-        import zlib
-
         whole = [self.program, *self.own, *self.user]
         whole += [word for way in self.machine.ways for word in (*way.there, *way.here)]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
-        parts = encode(self.machine.destination), encode("\0".join(whole))
-        return "".join(f"{zlib.crc32(part):08x}" for part in parts)
+        return checksum(self.machine.destination) + checksum("\0".join(whole))
 
     def copy_environ(self) -> dict[str, str]:
         """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
@@ -3555,9 +3527,8 @@ class Session:
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
         self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
-        # How long a running build may take, and say nothing; 0 for any time.
-        self.limits: tuple[int, int] = (0, 0)
-        self.margin_s = 0.0  # which the builder has to end it, beyond that
+        # How long a running build may take, and say nothing, before we end it.
+        self.limits = math.inf, math.inf
         self.is_silent = True  # whether the running build has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
         self.process = seat.session(self.tells)
@@ -3806,13 +3777,8 @@ class Session:
         while self.awaited:
             self.awaited[0].get()
 
-    def ask_infos(self, paths: Iterable[str]) -> Answer:
-        """Ask what it knows of those of the paths that it has; a dict of PathInfo."""
-        self.write(infos_question(paths))
-        return self.infos_answer()
-
     def infos_answer(self) -> Answer:
-        """The answer to that question, if it was sent together with another."""
+        """The answer to infos_question, when that was sent: a dict of PathInfo."""
         hear = lambda until: read_infos(self.reader(until), self.spoken)
         return Answer(self, hear, ANSWER_TIMEOUT_S)
 
@@ -3835,12 +3801,7 @@ class Session:
         while it waits for a lock."""
         if self.activities.lock.words:
             return math.inf
-        timeout, silence = self.limits
-        ends = (
-            self.first + timeout if timeout else math.inf,
-            self.last + silence if silence else math.inf,
-        )
-        return min(ends) + self.margin_s
+        return min(self.first + self.limits[0], self.last + self.limits[1])
 
     def ask_to_build(
         self, path: str, encoded: bytes, nix: Nix, then: bytes = b""
@@ -3864,15 +3825,15 @@ class Session:
 
     def wait_for_build(self, nix: Nix) -> int:
         """The status of the running build, when it has ended."""
-        self.limits = nix.number("timeout"), nix.number("max-silent-time")
+        timeout, silence = nix.number("timeout"), nix.number("max-silent-time")
         self.first = self.last = time.monotonic()
         self.is_silent = True
-        if any(self.limits):
-            self.margin_s = self.seat.margin_s()
+        margin_s = self.seat.margin_s() if timeout or silence else 0.0
+        self.limits = (timeout or math.inf) + margin_s, (silence or math.inf) + margin_s
         try:
             return read_integer(self.read)
         finally:
-            self.limits = (0, 0)
+            self.limits = math.inf, math.inf
 
     def ask_to_build_paths(self, path: str, nix: Nix, then: bytes) -> Answer:
         """The same by the older command."""
@@ -4009,8 +3970,7 @@ class Site:
         if not seat.is_known:
             # Any of them: probes that follow each other will try all.
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
-        options: dict[str, Any] = {"stdout": output, "stderr": output}
-        process = seat.serve(start_new_session=True, **options)
+        process = seat.serve(start_new_session=True, stdout=output, stderr=output)
         return tell_all(process, GREETING + valid_question([], False))
 
     def look(self, machine: Machine, output: int) -> int:
@@ -4020,8 +3980,7 @@ class Site:
         if not seat:
             seat = self.new_seat(machine)
             seat.connection = seat.over(0)
-        options: dict[str, Any] = {"stdout": output, "stderr": output}
-        process = seat.start("sh", start_new_session=True, **options)
+        process = seat.start("sh", start_new_session=True, stdout=output, stderr=output)
         store = "".join(seat.way.there).partition("--store")[2]
         return tell_all(process, encode(f"store={store}\n{LOOK}"))
 
@@ -4852,17 +4811,17 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     try:
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
-        first = error
-        if not isinstance(error, Refused) or not seat.other_way():
-            raise error.become(Unreachable) from None
-    try:
-        return open_in_one_way(site, seat, path, deadline)
-    except SessionLost as error:
-        if first.meaning != "DAEMON":
-            seat.other_way()
-            raise first.become(Unreachable) from None
-        seat.keep_way()  # it is nix-daemon, and what it says counts
-        raise error.become(Unreachable) from None
+        failure = error
+    if isinstance(failure, Refused) and seat.other_way():
+        try:
+            return open_in_one_way(site, seat, path, deadline)
+        except SessionLost as error:
+            if failure.meaning == "DAEMON":  # it is nix-daemon, and what it says counts
+                seat.keep_way()
+                failure = error
+            else:
+                seat.other_way()
+    raise failure.become(Unreachable)
 
 
 def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
@@ -5121,7 +5080,7 @@ class Attempt:
         ask it to build, if it was not asked already."""
         lacking = set(self.wanted.inputs) - there
         if lacking and self.built:
-            self.site.slots.note(self.machine, "paths", "")  # it has lost some
+            note(self.site.slots.file(self.machine, "paths"), "")  # it has lost some
             self.begin("building", "build", "on")  # as it may be able to all the same
             self.hear_too_early(self.built)
         elif lacking:
@@ -5230,7 +5189,8 @@ class Attempt:
             raise NotHere(text, BuildBroken(self.failed(Error(text))))
         outputs = sorted({*self.paths.values()})
         self.wanted = self.wanted._replace(outputs=outputs)
-        return dict(self.session.ask_infos(outputs).get())
+        self.session.write(infos_question(outputs))
+        return dict(self.session.infos_answer().get())
 
     def tell_what_is_kept(self) -> None:
         """In the words of the stock hook, for which Nix's own tests look."""
@@ -5301,11 +5261,13 @@ class Attempt:
     def leave_slot(self) -> None:
         """Let the next build start while we fetch, unless as many fetch already as may
         build: else sessions would pile up on a machine that builds fast."""
-        place = self.site.slots.fetching_place(self.machine)
-        if place:
-            self.slot.free()
-            self.slot = place
-            self.slot.note("fetching", self.wanted.path)
+        slots, machine = self.site.slots, self.machine
+        files = (slots.file(machine, f"fetch-{n}") for n in range(machine.max_jobs))
+        with suppress(Error):  # no room for a file
+            if lock := next(filter(None, map(Lock.take, files)), None):
+                self.slot.free()
+                self.slot = Slot(machine, lock)
+                self.slot.note("fetching", self.wanted.path)
 
     def fetch(self, infos: dict[str, PathInfo]) -> None:
         """Bring the outputs in; NotHere if the builder has spoilt them."""
@@ -5400,7 +5362,7 @@ class Build:
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
-            self.site.slots.note(machine, "lacks", self.need.kind)
+            note(self.site.slots.file(machine, "lacks"), self.need.kind)
         if not isinstance(error, Away):
             self.record(error, "retried")
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
@@ -5667,7 +5629,7 @@ class Hook:
         might = might_build_itself(self.nix, request)
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            if line.is_empty():
+            if not line.queue.is_taken(0):
                 slot = line.find()
                 if slot or (line.all_away and line.outages.despair(line.machines)):
                     return slot
