@@ -194,12 +194,8 @@ SENDERS = 4  # of different things to one machine at the same time
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
 STILL_S = 60  # in which not a byte is copied: that is told
 STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given up
-FAREWELL_S = (
-    0.2  # for a program to end by itself, when it is told that there is no more
-)
-COPY_TIMEOUT_S = (
-    30 * 60
-)  # for a store that takes no byte: it may have to wait for others
+FAREWELL_S = 0.2  # for a program to end by itself, when told that there is no more
+COPY_TIMEOUT_S = 30 * 60  # for a store that takes no byte: it may wait for others
 OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # for a copy of which we do not see the bytes
 COPY_BATCH_BYTES = 100_000  # of paths at once: MAX_ARG_STRLEN of Linux is 128 KiB
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
@@ -1991,14 +1987,9 @@ class Slots:
 
     def shares(self, machines: list[Machine]) -> list[str]:
         """For each slot of these machines that a hook holds, the Nix that it works for."""
-        shares = []
-        for machine in machines:
-            for number in range(machine.max_jobs):
-                said = read_private(f"{self.path}/{machine.slots}-{number}") or ""
-                words = said.split()
-                if len(words) > 2 and is_alive(*words[:2]):
-                    shares.append(words[2])
-        return shares
+        slots = [f"{m.slots}-{n}" for m in machines for n in range(m.max_jobs)]
+        said = [(read_private(f"{self.path}/{slot}") or "").split() for slot in slots]
+        return [who[2] for who in said if len(who) > 2 and is_alive(*who[:2])]
 
     def lacks(self, machine: Machine, kind: str) -> bool:
         """Whether it was noted within the last hour that it cannot do builds of that kind."""
@@ -5725,16 +5716,6 @@ def prepare_descriptors() -> None:
             os.set_inheritable(descriptor, False)
 
 
-def run_hook(arguments: list[str]) -> int:
-    """Serve the Nix that calls with these arguments; returns our exit status."""
-    try:
-        return serve(arguments)
-    except Stop as stop:
-        return stop.status
-    except KeyboardInterrupt:
-        return 130
-
-
 def settings_of(program: str, environ: dict[str, str]) -> str:
     """What `nix show-config` says, which is `nix config show` from 2.20 on."""
     more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
@@ -5780,8 +5761,8 @@ def with_all_settings(nix: Nix, talk: Talk) -> Nix:
     return nix
 
 
-def serve(arguments: list[str]) -> int:
-    """The same, but for Stop and KeyboardInterrupt, which are raised."""
+def run_hook(arguments: list[str]) -> int:
+    """Serve the Nix that calls with these arguments; returns our exit status."""
     prepare_descriptors()
     environ = dict(os.environ)
     if sys.stdin is None:
@@ -7143,7 +7124,7 @@ def run_for_people(arguments: list[str]) -> int:
             with suppress(OSError):  # there is none; else root sees what its owner does
                 os.seteuid(os.stat(nix.slot_directory).st_uid)
         return int(options.run(options, nix, Screen(options)))
-    except (KeyboardInterrupt, BrokenPipeError, Stop):
+    except (BrokenPipeError, Stop):
         return 130
     except (Error, OSError) as error:
         print(f"nix_build_remote.py: {error}", file=sys.stderr)
@@ -7153,7 +7134,12 @@ def run_for_people(arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     """What Nix or people start; returns the exit status."""
     by_nix = is_old_call(arguments) or bool(arguments and arguments[-1].isdigit())
-    return run_hook(arguments) if by_nix else run_for_people(arguments)
+    try:
+        return run_hook(arguments) if by_nix else run_for_people(arguments)
+    except Stop as stop:
+        return stop.status
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
