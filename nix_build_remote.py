@@ -194,12 +194,8 @@ SENDERS = 4  # of different things to one machine at the same time
 UPLOAD_LOCK_TIMEOUT_S = 15 * 60  # as the stock hook: then go on without it
 STILL_S = 60  # in which not a byte is copied: that is told
 STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given up
-FAREWELL_S = (
-    0.2  # for a program to end by itself, when it is told that there is no more
-)
-COPY_TIMEOUT_S = (
-    30 * 60
-)  # for a store that takes no byte: it may have to wait for others
+FAREWELL_S = 0.2  # for a program to end by itself, when told that there is no more
+COPY_TIMEOUT_S = 30 * 60  # for a store that takes no byte: it may wait for others
 OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # for a copy of which we do not see the bytes
 COPY_BATCH_BYTES = 100_000  # of paths at once: MAX_ARG_STRLEN of Linux is 128 KiB
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
@@ -1584,6 +1580,12 @@ def keep(path: str, text: str, mode: int = 0o600) -> None:
         write_private(path, text, mode)
 
 
+def note(path: str, text: str) -> None:
+    """Have a private file say that; it may be lost, if the disk is full or power fails."""
+    with suppress(OSError):
+        write_private(path, text, durable=False)
+
+
 def start_time(process: int) -> str:
     """When it started, in kernel ticks, which tells it from a later namesake; "-" if the
     system does not say, or it has ended."""
@@ -1693,8 +1695,7 @@ class Lock:
     def read(self, limit: int = LOCK_LIMIT_BYTES) -> str:
         """What its file says; nothing if it is a fifo."""
         with suppress(OSError):
-            data = os.pread(self.descriptor, limit, 0)
-            return text_of(data)
+            return text_of(os.pread(self.descriptor, limit, 0))
         return ""
 
     def write(self, text: str) -> None:
@@ -1975,7 +1976,8 @@ class Slots:
     def note_paths(self, machine: Machine, digests: frozenset[str]) -> None:
         """Note that the machine has these; two at once lose nothing that matters."""
         kept = [digest for digest in self.digests(machine) if digest not in digests]
-        self.note(machine, "paths", " ".join([*kept, *sorted(digests)][-DIGEST_LIMIT:]))
+        latest = [*kept, *sorted(digests)][-DIGEST_LIMIT:]
+        note(self.file(machine, "paths"), " ".join(latest))
 
     def file(self, machine: Machine, what: str) -> str:
         """Where that of a machine is kept: `paths`, see digests; `lacks`, a kind of build that
@@ -1983,21 +1985,11 @@ class Slots:
         Outages."""
         return f"{self.own}/{machine.slots}.{what}"
 
-    def note(self, machine: Machine, what: str, text: str) -> None:
-        """Keep that of a machine; it may be lost."""
-        with suppress(OSError):  # a full disk
-            write_private(self.file(machine, what), text, durable=False)
-
     def shares(self, machines: list[Machine]) -> list[str]:
         """For each slot of these machines that a hook holds, the Nix that it works for."""
-        shares = []
-        for machine in machines:
-            for number in range(machine.max_jobs):
-                said = read_private(f"{self.path}/{machine.slots}-{number}") or ""
-                words = said.split()
-                if len(words) > 2 and is_alive(*words[:2]):
-                    shares.append(words[2])
-        return shares
+        slots = [f"{m.slots}-{n}" for m in machines for n in range(m.max_jobs)]
+        said = [(read_private(f"{self.path}/{slot}") or "").split() for slot in slots]
+        return [who[2] for who in said if len(who) > 2 and is_alive(*who[:2])]
 
     def lacks(self, machine: Machine, kind: str) -> bool:
         """Whether it was noted within the last hour that it cannot do builds of that kind."""
@@ -2016,15 +2008,6 @@ class Slots:
             if time.time() < float(until):
                 return " ".join(printable(words).split())
         return ""
-
-    def fetching_place(self, machine: Machine) -> Slot | None:
-        """The right to bring outputs home, when the slot is free for the next build; there
-        are as many of these as slots."""
-        with suppress(Error):  # no room for its file
-            for number in range(machine.max_jobs):
-                if lock := Lock.take(self.file(machine, f"fetch-{number}")):
-                    return Slot(machine, lock)
-        return None
 
     def add_to_history(self, line: str) -> None:
         """Add that to the file with a line for each build that has ended; a big one becomes
@@ -2130,19 +2113,13 @@ class Outages:
 
     def noted(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
         """The outages of those of the machines that have one."""
-        files: list[tuple[str, str, str]] = []
-        with suppress(FileNotFoundError):  # somebody has removed it
-            files += (file.rpartition(".") for file in os.listdir(self.slots.own))
-        marked = {name for name, _, what in files if what in ("down", "paused")}
-        found = ((m, self.of(m)) for m in machines if m.slots in marked)
+        found = ((machine, self.of(machine)) for machine in machines)
         return {machine: outage for machine, outage in found if outage}
 
     def away(self, machines: Iterable[Machine]) -> set[Machine]:
         """Those of the machines that are left alone."""
         noted = self.noted(machines).items()
-        return {
-            m for m, outage in noted if not (outage.failures and m in self.forgiven)
-        }
+        return {m for m, o in noted if not o.failures or m not in self.forgiven}
 
     def despair(self, machines: list[Machine]) -> Error | None:
         """What to say if all of these have failed and it is no use to wait longer: all are
@@ -2176,7 +2153,7 @@ class Outages:
         with self.slots.main_lock():
             if self.of(machine) in (before, None):
                 after = (before or Outage()).again(error)
-                self.slots.note(machine, "down", after.text())
+                note(self.slots.file(machine, "down"), after.text())
 
     def end(self, machine: Machine) -> None:
         """Write down that it is of use."""
@@ -2189,8 +2166,7 @@ class Outages:
         for machine, outage in self.noted(machines).items():
             if time.time() < outage.until or not outage.failures:
                 continue
-            path = self.slots.file(machine, "probe")
-            with suppress(Error, OSError), Lock(path) as lock:  # no room, no processes
+            with suppress(Error, OSError), self.take(machine, "probe") as lock:
                 self.find_out_of(machine, outage, lock)
 
     def find_out_of(self, machine: Machine, outage: Outage, lock: Lock) -> None:
@@ -2198,16 +2174,12 @@ class Outages:
         what ssh and nix-store said.  `until` is that of the outage for which it was begun; if
         the outage has another now, the answer is too old."""
         until = f"{outage.until:.3f}"
-        is_ours = lock.hold()
         text = lock.read()
         head, said = text[:PROBE_HEAD].split(), encode(text[PROBE_HEAD:])
         words, _, rest = said.partition(integer(SERVE_REPLY))
-        if not is_ours:
-            end_late(head)
-        elif self.of(machine) != outage:
+        if self.of(machine) != outage:
             pass  # somebody else was quicker
         elif head[:1] != [until] and self.probe:
-            lock.write(" " * PROBE_HEAD)
             self.begin(self.probe, machine, lock, until)
         elif rest[8:16] == integer(0) and not means(outage.words, "READONLY"):
             self.end(machine)  # it has greeted, and its store has answered
@@ -2222,8 +2194,25 @@ class Outages:
                 error.lasting = outage.lasting
             self.note(machine, outage, error)
 
-    def begin(self, ask: Ask, machine: Machine, lock: Lock, since: str) -> None:
-        """Begin to find something out, into the file of the lock, behind what is there."""
+    def take(self, machine: Machine, what: str) -> Lock:
+        """The file of a probe or a look, now ours; Late if one still writes there, which is
+        ended if it has taken too long."""
+        lock = Lock(self.slots.file(machine, what))
+        if lock.hold():
+            return lock
+        with lock, suppress(OSError, ValueError):
+            since, pid, start = lock.read(PROBE_HEAD).split()
+            age = time.time() - float(since)
+            if age > LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S and is_alive(pid, start):
+                os.kill(int(pid), SIGKILL)
+        raise Late("it is being asked")
+
+    def begin(
+        self, ask: Ask, machine: Machine, lock: Lock, since: str, text: str = ""
+    ) -> None:
+        """Begin to find something out, into the file of the lock, behind that text."""
+        with self.slots.main_lock():  # nobody reads half of it
+            lock.write(" " * PROBE_HEAD + text)
         os.lseek(lock.descriptor, 0, os.SEEK_END)
         pid = ask(machine, lock.descriptor)
         head = f"{since} {pid} {start_time(pid)}"
@@ -2233,14 +2222,12 @@ class Outages:
         """See to it that these say how they are, where a build of ours begins, and those to
         which we would have sent one, if that was long ago; who comes next hears of it."""
         for machine in (*machines, *self.slots.refused):
-            path = self.slots.file(machine, "look")
             if self.ask and machine.destination:  # else it is a store here
-                with suppress(Error, OSError), Lock(path) as lock:  # no room
+                with suppress(Error, OSError), self.take(machine, "look") as lock:
                     self.look_at(self.ask, machine, lock, machine in machines)
 
     def look_at(self, ask: Ask, machine: Machine, lock: Lock, begins: bool) -> None:
         """The same for one; begins: whether a build of ours does there."""
-        is_ours = lock.hold()
         text, now = lock.read(TAIL_BYTES), f"{time.time():.3f}"
         look, said = Look.parse(text), text.rpartition("\nend\n")[2]
         pause_s = LOOK_S if look.number("builds") == look.before else SETTLE_S / 3
@@ -2248,23 +2235,10 @@ class Outages:
             pause_s = 0  # what is free there may be taken at any moment
         elif look.awaited and heard(Error, said).lasting is not False:
             pause_s = LACK_S  # that login does not let us ask
-        if not is_ours:
-            end_late(text[:PROBE_HEAD].split())
-        elif not 0 <= float(now) - (look.awaited or look.number("asked")) < pause_s:
+        if not 0 <= float(now) - (look.awaited or look.number("asked")) < pause_s:
             before = "".join(f"{name} {words}\n" for name, words in look.said.items())
-            text = f"{'':{PROBE_HEAD}}{before}\nend\nasked {now}\n{look.carried()}"
-            with self.slots.main_lock():  # nobody reads half of it
-                lock.write(text)
-            self.begin(ask, machine, lock, now)
-
-
-def end_late(head: list[str]) -> None:
-    """End the process of a probe or a look that has taken too long; head: of its file."""
-    with suppress(OSError, ValueError):
-        since, pid, start = head
-        age = time.time() - float(since)
-        if age > LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S and is_alive(pid, start):
-            os.kill(int(pid), SIGKILL)
+            text = f"{before}\nend\nasked {now}\n{look.carried()}"
+            self.begin(ask, machine, lock, now, text)
 
 
 # ---- The line -----------------------------------------------------------------------
@@ -2363,12 +2337,11 @@ class Line:
         self.has_told = False  # whether the first look was told of
         self.told = ""  # of why no machine takes new builds
         self.names = "\n".join(sorted(machine.slots for machine in machines))
-        self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
+        size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.who = holder("waiting", need.path, need.since)
         own, kind = self.slots.own, checksum(self.names)
-        self.queue = Queue(
-            f"{own}/line-{kind}-{checksum(calling_process())}", self.size
-        )
+        path = f"{own}/line-{kind}-{checksum(calling_process())}"
+        self.queue = Queue(path, size)
         self.firsts = Queue(f"{own}/{FIRSTS}{kind}", LINE_LIMIT)
         self.is_late = False  # whether another in `firsts` has a sooner turn
         self.passed_by: set[str] = set()  # processes with fewer machines to wait for
@@ -2433,10 +2406,6 @@ class Line:
             if self.firsts.lock:
                 self.firsts.lock.write(self.who + self.names)
         return {name for _, names in ahead for name in names}
-
-    def is_empty(self) -> bool:
-        """Whether nobody of our Nix waits in this line."""
-        return not self.queue.is_taken(0)
 
     def join(self) -> bool:
         """Take a place; False if there is none."""
@@ -2503,15 +2472,13 @@ class Line:
 
     def absence(self) -> str:
         """Why no machine of the line takes new builds now; "" if one might."""
-        shut = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
-        noted = self.outages.noted(self.machines) if self.all_away or shut else {}
-        words = {
-            o.words if o.failures else f"'{m.name}' is {o.words}"
-            for m, o in noted.items()
-        }
-        words |= {*shut.values()}
-        is_all = len(noted.keys() | shut) == len(self.machines)
-        return "; ".join(sorted(words)) if is_all else ""
+        whys = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
+        noted = self.outages.noted(self.machines) if self.all_away or whys else {}
+        for m, outage in noted.items():
+            paused = f"'{m.name}' is {outage.words}"
+            whys[m] = outage.words if outage.failures else paused
+        is_all = len(whys) == len(self.machines)
+        return "; ".join(sorted({*whys.values()})) if is_all else ""
 
     def tell_of_absence(self) -> None:
         """Say that once for each Nix and reason."""
@@ -2701,12 +2668,11 @@ def program_directories(environ: dict[str, str]) -> Iterator[str]:
 
 def find_program(name: str, directories: Iterable[str]) -> str:
     """The first program of that name; Error if there is none."""
-    looked: dict[str, None] = {}
-    for directory in directories:
+    looked = dict.fromkeys(directories)  # each once
+    for directory in looked:
         path = f"{directory}/{name}"
         if os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-        looked[directory] = None
     raise Error(f"cannot find the program {name}; looked in {', '.join(looked)}")
 
 
@@ -2932,13 +2898,10 @@ class Ssh(NamedTuple):
     def socket_name(self) -> str:
         """What the names of its sockets begin with: eight digits for where they lead, then
         others for each way to connect."""
-        import zlib
-
         whole = [self.program, *self.own, *self.user]
         whole += [word for way in self.machine.ways for word in (*way.there, *way.here)]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
-        parts = encode(self.machine.destination), encode("\0".join(whole))
-        return "".join(f"{zlib.crc32(part):08x}" for part in parts)
+        return checksum(self.machine.destination) + checksum("\0".join(whole))
 
     def copy_environ(self) -> dict[str, str]:
         """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
@@ -3060,17 +3023,13 @@ class Connection:
         _, said, words = self.ask("check")
         pid = f"{said}{words}".partition("(pid=")[2].partition(")")[0]
         if pid.isdecimal():
-            self.note(Proof(pid, start_time(int(pid)), version))
-
-    def note(self, proof: Proof) -> None:
-        """Keep what is known of it."""
-        with suppress(OSError):  # a full disk
-            write_private(f"{self.socket}.proved", proof.text(), durable=False)
+            proof = Proof(pid, start_time(int(pid)), version)
+            note(f"{self.socket}.proved", proof.text())
 
     def change(self, **known: Any) -> None:
         """Keep what is known besides, by the names that Proof has."""
         if proof := self.proof():
-            self.note(proof._replace(**known))
+            note(f"{self.socket}.proved", proof._replace(**known).text())
 
     def answers(self) -> bool:
         """Whether its master does; that is not whether the network does."""
@@ -3104,9 +3063,8 @@ class Connection:
             if self.is_up():
                 return
             slow = f"{self.socket}.slow"
-            with suppress(OSError):  # a full disk
-                if heard(Error, lock.read(TAIL_BYTES), "ssh").meaning == "SLOW":
-                    keep(slow, "")
+            if heard(Error, lock.read(TAIL_BYTES), "ssh").meaning == "SLOW":
+                note(slow, "")
             lock.write("")
             # What a killed master has left: ssh would share nothing if it found that.
             for stale in (f"{self.socket}.proved", self.socket):
@@ -3294,8 +3252,7 @@ class Seat:
     def keep_way(self) -> None:
         """Let all hooks take this way, which has led to a session."""
         if len(self.ssh.machine.ways) > 1:
-            with suppress(OSError):  # a full disk
-                keep(f"{self.base}.way", str(self.chosen))
+            note(f"{self.base}.way", str(self.chosen))
 
     def take(self) -> None:
         """Take one on the first connection that has one; with the last seat of one, the
@@ -3345,7 +3302,7 @@ class Seat:
             free = [f for f in files if is_free(f)]
             number = len(files) - sum(not Spare.at(f, proof) for f in free) - 1
             if number > 0:  # else sessions that are ending count there
-                write_private(f"{self.base}.seats", str(number))
+                note(f"{self.base}.seats", str(number))
 
     def tells(self) -> bool:
         """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
@@ -3358,9 +3315,8 @@ class Seat:
         self.keep_way()
         self.connection.prove(version)
         can = version >= 0x207 and not self.is_plain  # from Nix 2.4 on
-        with suppress(OSError):  # a full disk
-            if not can or not os.path.lexists(f"{self.base}.tells"):
-                keep(f"{self.base}.tells", str(int(can)))
+        can = can and read_private(f"{self.base}.tells") != "0"
+        note(f"{self.base}.tells", str(int(can)))
 
     def prepare(self) -> None:
         """Begin a session for who comes next, on the first free seat, if that is of use."""
@@ -3562,9 +3518,8 @@ class Session:
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
         self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
-        # How long a running build may take, and say nothing; 0 for any time.
-        self.limits: tuple[int, int] = (0, 0)
-        self.margin_s = 0.0  # which the builder has to end it, beyond that
+        # How long a running build may take, and say nothing, before we end it.
+        self.limits = math.inf, math.inf
         self.is_silent = True  # whether the running build has said nothing yet
         self.first = self.last = 0.0  # when its log began, and was heard of last
         self.process = seat.session(self.tells)
@@ -3813,13 +3768,8 @@ class Session:
         while self.awaited:
             self.awaited[0].get()
 
-    def ask_infos(self, paths: Iterable[str]) -> Answer:
-        """Ask what it knows of those of the paths that it has; a dict of PathInfo."""
-        self.write(infos_question(paths))
-        return self.infos_answer()
-
     def infos_answer(self) -> Answer:
-        """The answer to that question, if it was sent together with another."""
+        """The answer to infos_question, when that was sent: a dict of PathInfo."""
         hear = lambda until: read_infos(self.reader(until), self.spoken)
         return Answer(self, hear, ANSWER_TIMEOUT_S)
 
@@ -3842,12 +3792,7 @@ class Session:
         while it waits for a lock."""
         if self.activities.lock.words:
             return math.inf
-        timeout, silence = self.limits
-        ends = (
-            self.first + timeout if timeout else math.inf,
-            self.last + silence if silence else math.inf,
-        )
-        return min(ends) + self.margin_s
+        return min(self.first + self.limits[0], self.last + self.limits[1])
 
     def ask_to_build(
         self, path: str, encoded: bytes, nix: Nix, then: bytes = b""
@@ -3871,15 +3816,15 @@ class Session:
 
     def wait_for_build(self, nix: Nix) -> int:
         """The status of the running build, when it has ended."""
-        self.limits = nix.number("timeout"), nix.number("max-silent-time")
+        timeout, silence = nix.number("timeout"), nix.number("max-silent-time")
         self.first = self.last = time.monotonic()
         self.is_silent = True
-        if any(self.limits):
-            self.margin_s = self.seat.margin_s()
+        margin_s = self.seat.margin_s() if timeout or silence else 0.0
+        self.limits = (timeout or math.inf) + margin_s, (silence or math.inf) + margin_s
         try:
             return read_integer(self.read)
         finally:
-            self.limits = (0, 0)
+            self.limits = math.inf, math.inf
 
     def ask_to_build_paths(self, path: str, nix: Nix, then: bytes) -> Answer:
         """The same by the older command."""
@@ -3940,8 +3885,7 @@ def program_version(
     status, said, _ = programs.output([program, "--version"], nix.child_environ())
     version = parse_version(said)
     if status == 0:
-        with suppress(OSError):  # a full disk
-            write_private(path, ".".join(map(str, version)) + "\n")
+        note(path, ".".join(map(str, version)) + "\n")
     return version
 
 
@@ -4017,8 +3961,7 @@ class Site:
         if not seat.is_known:
             # Any of them: probes that follow each other will try all.
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
-        options: dict[str, Any] = {"stdout": output, "stderr": output}
-        process = seat.serve(start_new_session=True, **options)
+        process = seat.serve(start_new_session=True, stdout=output, stderr=output)
         return tell_all(process, GREETING + valid_question([], False))
 
     def look(self, machine: Machine, output: int) -> int:
@@ -4028,8 +3971,7 @@ class Site:
         if not seat:
             seat = self.new_seat(machine)
             seat.connection = seat.over(0)
-        options: dict[str, Any] = {"stdout": output, "stderr": output}
-        process = seat.start("sh", start_new_session=True, **options)
+        process = seat.start("sh", start_new_session=True, stdout=output, stderr=output)
         store = "".join(seat.way.there).partition("--store")[2]
         return tell_all(process, encode(f"store={store}\n{LOOK}"))
 
@@ -4860,17 +4802,17 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
     try:
         return open_in_one_way(site, seat, path, deadline)
     except SessionLost as error:
-        first = error
-        if not isinstance(error, Refused) or not seat.other_way():
-            raise error.become(Unreachable) from None
-    try:
-        return open_in_one_way(site, seat, path, deadline)
-    except SessionLost as error:
-        if first.meaning != "DAEMON":
-            seat.other_way()
-            raise first.become(Unreachable) from None
-        seat.keep_way()  # it is nix-daemon, and what it says counts
-        raise error.become(Unreachable) from None
+        failure = error
+    if isinstance(failure, Refused) and seat.other_way():
+        try:
+            return open_in_one_way(site, seat, path, deadline)
+        except SessionLost as error:
+            if failure.meaning == "DAEMON":  # it is nix-daemon, and what it says counts
+                seat.keep_way()
+                failure = error
+            else:
+                seat.other_way()
+    raise failure.become(Unreachable)
 
 
 def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
@@ -4908,8 +4850,7 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
         return site.programs.output(command, environ, REPLY_S)[1].strip()
 
     content = f"{site.slots.own}/{os.urandom(8).hex()}-mark"
-    with suppress(OSError):  # a full disk
-        write_private(content, os.urandom(16).hex())
+    note(content, os.urandom(16).hex())
     mark, same = run_here("--add", content), None
     try:
         same = session.ask_valid([mark]).get(REPLY_S) if mark else None
@@ -5130,7 +5071,7 @@ class Attempt:
         ask it to build, if it was not asked already."""
         lacking = set(self.wanted.inputs) - there
         if lacking and self.built:
-            self.site.slots.note(self.machine, "paths", "")  # it has lost some
+            note(self.site.slots.file(self.machine, "paths"), "")  # it has lost some
             self.begin("building", "build", "on")  # as it may be able to all the same
             self.hear_too_early(self.built)
         elif lacking:
@@ -5239,7 +5180,8 @@ class Attempt:
             raise NotHere(text, BuildBroken(self.failed(Error(text))))
         outputs = sorted({*self.paths.values()})
         self.wanted = self.wanted._replace(outputs=outputs)
-        return dict(self.session.ask_infos(outputs).get())
+        self.session.write(infos_question(outputs))
+        return dict(self.session.infos_answer().get())
 
     def tell_what_is_kept(self) -> None:
         """In the words of the stock hook, for which Nix's own tests look."""
@@ -5310,11 +5252,13 @@ class Attempt:
     def leave_slot(self) -> None:
         """Let the next build start while we fetch, unless as many fetch already as may
         build: else sessions would pile up on a machine that builds fast."""
-        place = self.site.slots.fetching_place(self.machine)
-        if place:
-            self.slot.free()
-            self.slot = place
-            self.slot.note("fetching", self.wanted.path)
+        slots, machine = self.site.slots, self.machine
+        files = (slots.file(machine, f"fetch-{n}") for n in range(machine.max_jobs))
+        with suppress(Error):  # no room for a file
+            if lock := next(filter(None, map(Lock.take, files)), None):
+                self.slot.free()
+                self.slot = Slot(machine, lock)
+                self.slot.note("fetching", self.wanted.path)
 
     def fetch(self, infos: dict[str, PathInfo]) -> None:
         """Bring the outputs in; NotHere if the builder has spoilt them."""
@@ -5409,7 +5353,7 @@ class Build:
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
-            self.site.slots.note(machine, "lacks", self.need.kind)
+            note(self.site.slots.file(machine, "lacks"), self.need.kind)
         if not isinstance(error, Away):
             self.record(error, "retried")
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
@@ -5676,7 +5620,7 @@ class Hook:
         might = might_build_itself(self.nix, request)
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            if line.is_empty():
+            if not line.queue.is_taken(0):
                 slot = line.find()
                 if slot or (line.all_away and line.outages.despair(line.machines)):
                     return slot
@@ -5772,16 +5716,6 @@ def prepare_descriptors() -> None:
             os.set_inheritable(descriptor, False)
 
 
-def run_hook(arguments: list[str]) -> int:
-    """Serve the Nix that calls with these arguments; returns our exit status."""
-    try:
-        return serve(arguments)
-    except Stop as stop:
-        return stop.status
-    except KeyboardInterrupt:
-        return 130
-
-
 def settings_of(program: str, environ: dict[str, str]) -> str:
     """What `nix show-config` says, which is `nix config show` from 2.20 on."""
     more = environ.get("NIX_CONFIG", "") + "\nextra-experimental-features = nix-command"
@@ -5810,8 +5744,7 @@ def kept_settings(nix: Nix) -> str:
     if not text.startswith(head):
         program = find_program("nix", nix_directories(nix.environ))
         text = head + settings_of(program, nix.environ)
-        with suppress(OSError):  # a full disk
-            write_private(path, text, durable=False)
+        note(path, text)
     return text
 
 
@@ -5828,8 +5761,8 @@ def with_all_settings(nix: Nix, talk: Talk) -> Nix:
     return nix
 
 
-def serve(arguments: list[str]) -> int:
-    """The same, but for Stop and KeyboardInterrupt, which are raised."""
+def run_hook(arguments: list[str]) -> int:
+    """Serve the Nix that calls with these arguments; returns our exit status."""
     prepare_descriptors()
     environ = dict(os.environ)
     if sys.stdin is None:
@@ -7135,7 +7068,7 @@ def run_for_people(arguments: list[str]) -> int:
             with suppress(OSError):  # there is none; else root sees what its owner does
                 os.seteuid(os.stat(nix.slot_directory).st_uid)
         return int(options.run(options, nix, Screen(options)))
-    except (KeyboardInterrupt, BrokenPipeError, Stop):
+    except (BrokenPipeError, Stop):
         return 130
     except (Error, OSError) as error:
         print(f"nix_build_remote.py: {error}", file=sys.stderr)
@@ -7145,7 +7078,12 @@ def run_for_people(arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     """What Nix or people start; returns the exit status."""
     by_nix = is_old_call(arguments) or bool(arguments and arguments[-1].isdigit())
-    return run_hook(arguments) if by_nix else run_for_people(arguments)
+    try:
+        return run_hook(arguments) if by_nix else run_for_people(arguments)
+    except Stop as stop:
+        return stop.status
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -529,7 +529,8 @@ class Taker:
         """What a builder says of the outputs that it has built."""
         with self.talking(case) as session:
             session.version = 0x207
-            infos = session.ask_infos([PATH]).get()
+            session.write(hook.infos_question([PATH]))
+            infos = session.infos_answer().get()
             copier, relay = self.relay(session, b"")
             relay.copy.end()
             copier.check([PATH], [NEXT], infos)

@@ -17,6 +17,7 @@ from nix_build_remote import (
     Request,
     Slot,
     Slots,
+    note,
     precedence,
     rank,
     unfit,
@@ -272,7 +273,7 @@ def test_explain_leaves_out_what_could_not_do_such_a_build(tmp_path: Path) -> No
     slots, (b1, b2) = Slots(str(tmp_path)), machines("b1\nb2")
     slots.make()
     request = ask(system="x86_64-linux")
-    slots.note(b1, "lacks", request.kind)
+    note(slots.file(b1, "lacks"), request.kind)
     loads = [Load(machine, [], [], None) for machine in (b1, b2)]
     choice = Choice.of(loads, request, nix)
     assert [load.machine for load in choice.ranked] == [b2]
