@@ -1816,7 +1816,7 @@ class Look(NamedTuple):
         size, free = (int(self.number("disk", place)) << 10 for place in (0, 1))
         is_full = free < max(ROOM_SHARE * size, min(ROOM_BYTES, size / 10))
         if self.is_young("asked", LACK_S) and "closed" in self.said:
-            return f"has {CLOSED}: {self.said['closed']}"
+            return f"has {CLOSED}: {self.said['closed'] or 'no reason given'}"
         if self.is_young("asked", LACK_S) and is_full:
             return f"has only {free >> 20} MiB ({free / size:.0%}) free in its store"
         return None
@@ -5865,7 +5865,7 @@ def duration(seconds: float) -> str:
 def seconds_of(text: str) -> float:
     """What people mean by 90s, 30m, 2h or 1d; Error if it is nothing of that kind."""
     number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
-    if not unit or not 0 < len(number) < 7 or not only(number, DIGITS):
+    if not unit or len(number) > 6 or not only(number, DIGITS) or not int(number or 0):
         raise Error(f"{text!r} is no length of time such as 90s, 30m, 2h or 1d")
     return float(number) * unit
 
@@ -6250,7 +6250,7 @@ class Inspection:
         """A real build, by the Nix here and this very hook."""
         self.phase = "building"
         if "closed" in self.facts:  # its admin lets no builds go there
-            text = f"it has {CLOSED}: {self.facts['closed']}"
+            text = f"it has {CLOSED}: {self.facts['closed'] or 'no reason given'}"
             remedy = self.ssh_line(f"rm {CLOSED}")
             return self.add("build", WRONG, "CLOSED", text, remedy)
         if os.geteuid() != 0 and not os.access(self.nix.store.real, os.W_OK):
@@ -6613,7 +6613,8 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
         text = f"{len(ill)} of {len(loads)} machines left alone, {len(waiters)} waiting"
         quits = " (q: quit)" if screen.terminal else ""
         lines = screen.wrap("", f"{time.strftime('%H:%M:%S')}  {text}{quits}")
-    lines += status_lines(loads, waiters, screen)
+    hosts = {machine.slots: label(machine) for machine in load_machines(nix)[0]}
+    lines += status_lines(loads, waiters, hosts, screen)
     if not machines:
         lines.append(f"no machines are listed ({where_machines_stand(nix)})")
     screen.show(value, lines + screen.wrap("", *complaints))
@@ -6664,8 +6665,11 @@ def left_alone(outage: Outage) -> str:
     return f"left alone {until}, failed {times} in {age}: {outage.words}"
 
 
-def status_lines(loads: list[Load], waiters: list[Waiter], screen: Screen) -> list[str]:
-    """How things are with the machines, and who waits, for people."""
+def status_lines(
+    loads: list[Load], waiters: list[Waiter], hosts: dict[str, str], screen: Screen
+) -> list[str]:
+    """How things are with the machines, and who waits, for people.  hosts: what they call a
+    machine, by its slots."""
     from itertools import groupby
 
     now, lines = time.time(), []
@@ -6677,7 +6681,6 @@ def status_lines(loads: list[Load], waiters: list[Waiter], screen: Screen) -> li
             lines += screen.wrap("    ", f"gets no new builds: it {load.closed}")
         lines += screen.wrap("    ", look_line(load.look))
         lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
-    hosts = {load.machine.slots: label(load.machine) for load in loads}
     for names, line in groupby(waiters, key=lambda waiter: waiter.names):
         known = sorted({hosts.get(name, name) for name in names if name})
         lines += screen.wrap("", f"waiting for {', '.join(known)}:")
@@ -6741,6 +6744,8 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
     slots, machines = slots_of(options, nix)
     text = pause_text(options.time, options.why)
     for machine in machines:
+        if before := slots.pause(machine):
+            print(f"{label(machine)} was {before}", file=sys.stderr)
         write_private(slots.file(machine, "paused"), text)
     slots.main_lock().release()  # who has looked before that has a slot now
     show_status(options, nix, screen)
@@ -6916,6 +6921,7 @@ METRICS = {
     "slots": "gauge Builds that it may have at once.",
     "slots_taken": "gauge Builds that it has.",
     "up": "gauge 0 while it is left alone after a failure, else 1.",
+    "closed": "gauge 1 if it gets no new builds though it is up: paused, full, no-builds.",
 }
 
 
@@ -6951,6 +6957,8 @@ def time_bar(builds: list[dict[str, Any]]) -> str:
 
 def history_lines(builds: list[dict[str, Any]]) -> list[str]:
     """These builds for people, and then how many there were on each machine."""
+    if not builds:
+        return ["no such builds are noted"]
     rows = [["ended", "took", "time", "sent", "received", "machine", "build", "result"]]
     for build in builds:
         took, name = sum(build[phase] for phase in PHASES), build["derivation"]
@@ -7000,7 +7008,9 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
         label = f"{{machine={quoted(load.machine.name)}}}"
         samples[f"slots{label}"] = load.machine.max_jobs
         samples[f"slots_taken{label}"] = len(load.building)
-        samples[f"up{label}"] = int(not load.outage)
+        is_paused = load.outage is not None and not load.outage.failures
+        samples[f"up{label}"] = int(not load.outage or is_paused)
+        samples[f"closed{label}"] = int(is_paused or bool(load.closed))
     lines = []
     for metric, text in METRICS.items():
         name, (kind, _, words) = f"nix_build_remote_{metric}", text.partition(" ")
@@ -7014,16 +7024,18 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
 # ---- Command line -------------------------------------------------------------------
 
 
+COMMANDS = (check, status, explain, pause, resume, history, metrics)
+
+
 def parse_options(arguments: list[str]) -> Namespace:
     """What people want of us."""
     import argparse
 
-    verbs_for_people = (check, status, explain, pause, resume, history, metrics)
-    names = " | ".join(run.__name__ for run in verbs_for_people)
+    names = " | ".join(run.__name__ for run in COMMANDS)
     usage = f"nix_build_remote.py {names} | --help | --version"
     parser = argparse.ArgumentParser(prog="nix_build_remote.py", usage=usage)
     verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
-    for run in verbs_for_people:
+    for run in COMMANDS:
         part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         part.set_defaults(run=run, watch=False)
         hint = "instead of those that the hook would use"
@@ -7067,7 +7079,9 @@ def run_for_people(arguments: list[str]) -> int:
         if options.run is not check and os.geteuid() == 0:
             with suppress(OSError):  # there is none; else root sees what its owner does
                 os.seteuid(os.stat(nix.slot_directory).st_uid)
-        return int(options.run(options, nix, Screen(options)))
+        status = int(options.run(options, nix, Screen(options)))
+        sys.stdout.flush()
+        return status
     except (BrokenPipeError, Stop):
         return 130
     except (Error, OSError) as error:
@@ -7077,7 +7091,8 @@ def run_for_people(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """What Nix or people start; returns the exit status."""
-    by_nix = is_old_call(arguments) or bool(arguments and arguments[-1].isdigit())
+    first, last = arguments[0] if arguments else "", arguments[-1] if arguments else ""
+    by_nix = last.isdigit() and first not in (run.__name__ for run in COMMANDS)
     try:
         return run_hook(arguments) if by_nix else run_for_people(arguments)
     except Stop as stop:

@@ -119,6 +119,25 @@ def test_who_may_not_write_there_is_told_so(people: People, verb: str) -> None:
     assert "/proc/current-load" in text and "try it as root" in text
 
 
+def test_a_last_word_of_digits_is_no_call_by_nix(people: People) -> None:
+    words = ("pause", "b1", "--machines", str(people.machines), "--why", "4711")
+    command = [sys.executable, "-IS", str(HOOK), *words]
+    done = subprocess.run(command, env=people.environ, capture_output=True, check=True)
+    assert b"(4711)" in done.stdout
+
+
+def test_who_pauses_again_is_told_of_the_pause_before(people: People) -> None:
+    people.run("pause", "b1", "--why", "new disk")
+    assert "(new disk)" in people.run("pause", "b1")
+
+
+@pytest.mark.parametrize("verb", ["status", "metrics"])
+def test_output_that_cannot_be_written_is_a_failure(people: People, verb: str) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        process = people.start(verb, stdout=full, stderr=subprocess.PIPE)
+        assert b"No space left" in process.communicate()[1] and process.returncode == 1
+
+
 # -- status --watch -------------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ def test_a_length_of_time_is_understood(text: str, length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "h", "2x", "-1h", "1.5h", "1h30m", "²h", "9999999d"]
+    "text", ["", "2", "h", "0s", "2x", "-1h", "1.5h", "1h30m", "²h", "9999999d"]
 )
 def test_what_is_no_length_of_time_is_refused_by_name(text: str) -> None:
     with pytest.raises(Error, match=f"{text!r} is no length of time such as 90s"):
