@@ -137,6 +137,15 @@ def test_a_key_that_others_may_read(nix: Scene) -> None:
     assert well(nix)
 
 
+def test_a_key_that_others_may_read_and_that_only_ssh_knows(nix: Scene) -> None:
+    key = "/root/.ssh/id_ed25519"
+    nix.client.run("chmod", "644", key)
+    what, text, remedy = wrong(nix)
+    nix.client.run("chmod", "600", key)
+    assert (what, remedy) == ("login", "chmod 600 the key file") and key in text
+    assert well(nix)
+
+
 def test_a_host_key_that_is_not_known(nix: Scene) -> None:
     nix.client.run("rm", "/root/.ssh/known_hosts")
     what, text, remedy = wrong(nix)
