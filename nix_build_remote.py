@@ -2342,11 +2342,11 @@ class Line:
         self.has_told = False  # whether the first look was told of
         self.told = ""  # of why no machine takes new builds
         self.names = "\n".join(sorted(machine.slots for machine in machines))
-        size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
+        self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.who = holder("waiting", need.path, need.since)
         own, kind = self.slots.own, checksum(self.names)
         path = f"{own}/line-{kind}-{checksum(calling_process())}"
-        self.queue = Queue(path, size)
+        self.queue = Queue(path, self.size)
         self.firsts = Queue(f"{own}/{FIRSTS}{kind}", LINE_LIMIT)
         self.is_late = False  # whether another in `firsts` has a sooner turn
         self.passed_by: set[str] = set()  # processes with fewer machines to wait for
