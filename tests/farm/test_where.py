@@ -296,7 +296,7 @@ def test_a_daemon_with_a_bare_environment_builds_for_its_users(running: Scene) -
     daemon = {"NIX_REMOTE": "daemon"}
     run = by_conf.start(GRAPH, env=daemon, user="alice")
     poll(lambda: running.hooks(IN_CONF) or run.ended, "the hook")
-    (hook,) = running.hooks(IN_CONF)
+    hook = min(running.hooks(IN_CONF))
     assert client.path(f"/proc/{hook}").stat().st_uid == 0
     built = finish(running, run).output
     assert client.read(built) == "text\nb1\n" and valid(client, built)

@@ -320,6 +320,7 @@ def refused(
 ) -> Failed:
     """Three requests, to a machine that no session can be had with."""
     client = Client(tmp_path_factory.mktemp("nix"), old=dialect == "1.x")
+    client.constants["PAUSE_S"] = 60.0  # all three come before it is tried again
     answer = misbehave(client, request.param).run(client.request() * 3)
     return Failed(client, answer, BEFORE_ACCEPT[request.param])
 
