@@ -2758,6 +2758,8 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     # Not every ssh knows StdinNull, ForkAfterAuthentication and SessionType (8.7), nor all
     # that a user's IgnoreUnknown, which ours replaces, lets pass.
     options = ["-x", "-a", "-oIgnoreUnknown=*", "-oStdinNull=no", "-oLogLevel=ERROR"]
+    # What 10.1 and newer say of weak ciphers would stand before the reason of a failure.
+    options += ["-oWarnWeakCrypto=no"]
     options += ["-oForkAfterAuthentication=no", "-oSessionType=default"]
     options += ["-oRemoteCommand=none", "-oRequestTTY=no", "-oClearAllForwardings=yes"]
     if machine.port:
