@@ -423,6 +423,7 @@ def settings(where: Site, **more: str) -> None:
         "extra-platforms": "",
         "system-features": "",
         "substituters": "",
+        "fsync-metadata": "true",  # of which Lix tells only if it is set
         **more,
     }
     text = "".join(f"{name} = {value}\n" for name, value in values.items())
