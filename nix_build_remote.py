@@ -1938,9 +1938,9 @@ class Slots:
                     best, lock = better, best.lock if best else None
                 if lock:
                     lock.release()
-        if best:  # which is not paused: a pause there is over
-            with suppress(OSError):
-                remove(self.file(best.machine, "paused"))
+            if best:  # which is not paused: a pause there is over
+                with suppress(OSError):
+                    remove(self.file(best.machine, "paused"))
         if failure and not loads:
             raise failure
         return best, loads
@@ -1949,7 +1949,7 @@ class Slots:
         """What it last said of itself."""
         path = self.file(machine, "look")
         look = Look.parse("" if self.is_blind else read_private(path) or "")
-        is_over = look.is_awaited and Lock.said_by_holder(path) is None  # in vain
+        is_over = look.is_awaited and is_free(path)  # in vain
         return look._replace(awaited=0.0) if is_over else look
 
     def admits(self, machine: Machine, loads: dict[Machine, int]) -> bool:
@@ -2409,8 +2409,13 @@ class Line:
         if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
             self.who = holder(OVERDUE, self.need.path, self.need.since)
             if self.firsts.lock:
-                self.firsts.lock.write(self.who + self.names)
+                self.firsts.lock.write(self.text)
         return {name for _, names in ahead for name in names}
+
+    @property
+    def text(self) -> str:
+        """What the files of our places say: who stands there, and for which machines."""
+        return self.who + self.names
 
     def join(self) -> bool:
         """Take a place; False if there is none."""
@@ -2423,26 +2428,26 @@ class Line:
         """Take a place there; False also if there is no room for its file."""
         with suppress(Error, OSError), self.slots.main_lock():
             self.sweep()
-            return queue.join(self.who + self.names)
+            return queue.join(self.text)
         return False
 
     def sweep(self) -> None:
         """Remove what each Nix leaves there that has waited."""
-        for entry in os.listdir(self.slots.own):
-            path = f"{self.slots.own}/{entry}"
+        places = (e for e in os.listdir(self.slots.own) if e.startswith("line-"))
+        for path in (f"{self.slots.own}/{entry}" for entry in places):
             with suppress(OSError):
                 is_old = os.stat(path).st_mtime < time.time() - LINE_S
-                if is_old and entry.startswith("line-") and is_free(path):
+                if is_old and is_free(path):
                     os.unlink(path)
 
     def wait(self) -> Slot:
         """Wait for a slot; then we have left."""
         try:
-            self.queue.move_up(self.who + self.names)
+            self.queue.move_up(self.text)
             while True:
                 if not self.firsts.lock:
                     self.enter(self.firsts)
-                self.firsts.move_up(self.who + self.names)
+                self.firsts.move_up(self.text)
                 if slot := self.wait_for_slot():
                     return slot
                 self.firsts.leave()
@@ -6750,11 +6755,12 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Send a machine no new builds until `resume`; those that run there come to their end."""
     slots, machines = slots_of(options, nix)
     text = pause_text(options.time, options.why)
-    for machine in machines:
-        if before := slots.pause(machine):
-            print(f"{label(machine)} was {before}", file=sys.stderr)
-        write_private(slots.file(machine, "paused"), text)
-    slots.main_lock().release()  # who has looked before that has a slot now
+    # Who has looked before that has a slot then, and nobody takes the file for one that is over.
+    with slots.main_lock():
+        for machine in machines:
+            if before := slots.pause(machine):
+                print(f"{label(machine)} was {before}", file=sys.stderr)
+            write_private(slots.file(machine, "paused"), text)
     show_status(options, nix, screen)
     while options.wait and is_busy(slots, machines):
         time.sleep(0.5)

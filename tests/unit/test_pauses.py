@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import nix_build_remote as hook
 from nix_build_remote import (
     Error,
     Machine,
@@ -112,6 +113,17 @@ def test_the_file_of_a_pause_that_is_over_goes_away_with_the_next_build(
     path = write(slots, "paused", "1000000000\npaused in 2001")
     slots.choose([B1])
     assert not path.exists()
+
+
+def test_a_pause_that_just_begins_is_not_taken_for_one_that_is_over(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever pauses holds the main lock, and so does who removes what is over."""
+    free = []
+    note = lambda path: free.append(hook.is_free(f"{slots.path}/main-lock"))
+    monkeypatch.setattr(hook, "remove", note)
+    slots.choose([B1])
+    assert free == [False]
 
 
 # -- What it means --------------------------------------------------------------------
