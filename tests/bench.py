@@ -490,31 +490,33 @@ def waiting(name: str, runs: int) -> Iterator[Row]:
         directory = where.client.path("/nix/var/nix/current-load")
         directory.mkdir(mode=0o700, parents=True)
         with all_slots_taken(directory, 1, 64):
-            values = {"tag": "wait", "count": 64, "sleep": 0, "system": SYSTEM}
-            where.client.write("/tmp/bench.nix", TRIVIAL % values)
-            command = [
-                "nix-build",
-                "/tmp/bench.nix",
-                "--no-out-link",
-                "--max-jobs",
-                "0",
-                "--option",
-                "build-hook",
-                INSIDE,
-            ]
-            process = where.client.popen(*command, stderr=subprocess.DEVNULL)
-            while len(hooks(where.client)) < 64:
-                time.sleep(0.2)
-            time.sleep(5)
-            before, start = processor_time(where.client), time.monotonic()
-            time.sleep(10)
-            used = processor_time(where.client) - before
-            yield Row(
-                "64 hooks in line: per cent of one core",
-                100 * used / (time.monotonic() - start),
-                0.0,
-            )
-            process.kill()
+            for nixes in (1, 64):
+                used = cost_of_waiting(where.client, nixes, 64 // nixes)
+                yield Row(f"64 hooks of {nixes} Nix in line: % of one core", used, 0.0)
+
+
+def cost_of_waiting(client: Host, nixes: int, builds: int) -> float:
+    """What it costs that so many Nixes wait with so many builds each."""
+    processes = []
+    for number in range(nixes):
+        values = {"tag": f"{nixes}-{number}", "count": builds, "sleep": 0}
+        path = f"/tmp/bench{number}.nix"
+        client.write(path, TRIVIAL % {**values, "system": SYSTEM})
+        command = ["nix-build", path, "--no-out-link", "--max-jobs", "0"]
+        command += ["--option", "build-hook", INSIDE]
+        processes.append(client.popen(*command, stderr=subprocess.DEVNULL))
+    while len(hooks(client)) < nixes * builds:
+        time.sleep(0.2)
+    time.sleep(5)
+    before, start = processor_time(client), time.monotonic()
+    time.sleep(10)
+    used = processor_time(client) - before
+    took = time.monotonic() - start
+    for process in processes:
+        process.kill()
+    while hooks(client):
+        time.sleep(0.2)
+    return 100 * used / took
 
 
 def hooks(client: Host) -> list[int]:
