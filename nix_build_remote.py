@@ -196,7 +196,6 @@ STILL_S = 60  # in which not a byte is copied: that is told
 STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given up
 FAREWELL_S = 0.2  # for a program to end by itself, when told that there is no more
 COPY_TIMEOUT_S = 30 * 60  # for a store that takes no byte: it may wait for others
-OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # for a copy of which we do not see the bytes
 COPY_BATCH_BYTES = 100_000  # of paths at once: MAX_ARG_STRLEN of Linux is 128 KiB
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
 AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
@@ -210,6 +209,7 @@ MARGIN_S, DAEMON_MARGIN_S, HERE_MARGIN_S = 60, 5, 2
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
 SERVE_VERSION = 0x207  # 2.7; to less than 2.6, Nix 2.4 to 2.10 answer as to 2.6
+HASHES_SINCE = 0x204  # then a path's hash is told, which nix-copy-closure --from wants
 QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH, IMPORT_PATHS = 1, 2, 3, 4
 BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
@@ -223,8 +223,7 @@ DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 WORD = DIGITS + LETTERS + "_"
 STORE_DIGITS = "0123456789abcdfghijklmnpqrsvwxyz"  # of Nix's base 32
-# What sh (Nix 1.x), splitting at white space (2.0 to 2.25) and shell-like splitting
-# (2.26+) of NIX_SSHOPTS all read as it stands.
+# What ssh in its options, and any shell on the way there, read as it stands.
 PLAIN = WORD + "@%+=:,./~-"
 
 # ---- Stand-ins ----------------------------------------------------------------------
@@ -2757,9 +2756,8 @@ def end(process: subprocess.Popen[bytes] | Spare) -> None:
 
 
 def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
-    """For our sessions and, in NIX_SSHOPTS, for nix-copy-closure's: they switch off what a
-    user's ssh_config may set and would spoil a session, as ssh takes the first value it
-    meets.  Nothing here may hold a space or a shell's character, see PLAIN."""
+    """They switch off what a user's ssh_config may set and would spoil a session, as ssh takes
+    the first value it meets."""
     # Not every ssh knows StdinNull, ForkAfterAuthentication and SessionType (8.7), nor all
     # that a user's IgnoreUnknown, which ours replaces, lets pass.
     options = ["-x", "-a", "-oIgnoreUnknown=*", "-oStdinNull=no", "-oLogLevel=ERROR"]
@@ -2915,15 +2913,6 @@ class Ssh(NamedTuple):
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
         return checksum(self.machine.destination) + checksum("\0".join(whole))
 
-    def copy_environ(self) -> dict[str, str]:
-        """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
-        that the user's part goes on as it came.  If it must have an ssh of its own,
-        that has its own connection: on ours, sshd may refuse a second session."""
-        own = ["-oControlMaster=no", "-oControlPath=none", *self.own]
-        user = self.environ.get("NIX_SSHOPTS", "")
-        text = " ".join([*own, user, "-S none", *ssh_defaults()])
-        return {**self.environ, "NIX_SSHOPTS": text}
-
     def refusal(self, words: str) -> Unreachable | None:
         """What ssh's words come to, if it said any."""
         lines = [line for line in words.splitlines() if line[:8] not in CHATTER]
@@ -2982,15 +2971,19 @@ exec cat <&8 3<&- 9>&-
 """
 
 
-def stand_in(directory: str) -> str | None:
-    """A folder in that directory whose only program is the stand-in for ssh; None if it
-    cannot be written, or nothing may be executed there."""
+def stand_in(directory: str, refused: str = "") -> str:
+    """A folder whose only program is the stand-in for ssh: in that directory, or in our spare
+    one if nothing may be executed there."""
     folder = f"{directory}/bin-{checksum(STAND_IN)}"
-    program = f"{folder}/ssh"
     with suppress(OSError):
         os.makedirs(folder, 0o700, exist_ok=True)
-        keep(program, STAND_IN, 0o700)
-    return folder if os.access(program, os.X_OK) else None
+        keep(f"{folder}/ssh", STAND_IN, 0o700)
+    if os.access(f"{folder}/ssh", os.X_OK):
+        return folder
+    if refused:
+        hint = "mount one of them without noexec, and with room for small files"
+        raise Error(f"no program can be put into {refused} or {directory}; {hint}")
+    return stand_in(spare_directory(), directory)
 
 
 ALONE = "none"  # in place of a control socket, for ssh too: nothing is shared
@@ -3377,9 +3370,7 @@ class Seat:
         """For a nix-store here that opens another store, maybe by an ssh that leads there."""
         environ = {n: v for n, v in self.ssh.environ.items() if n != "NIX_REMOTE"}
         if self.way.there:
-            directory = os.path.dirname(self.base)
-            if not (folder := stand_in(directory)):
-                raise Error(f"nothing can be executed in {directory}")
+            folder = stand_in(os.path.dirname(self.base))
             environ["PATH"] = f"{folder}:{environ['PATH']}"
             environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(self.command(*self.way.there))
         return environ
@@ -3668,17 +3659,6 @@ class Session:
         """Reads until then."""
         return lambda count: self.read(count, deadline)
 
-    def take(self, limit: int, wait: Callable[[list[int]], object]) -> bytes:
-        """Some of what it says next, as it is; wait is called if nothing has arrived, and
-        returns when something has.  SessionLost at the end."""
-        if self.inbox:
-            return self.from_inbox(limit)
-        wait([self.stdout])
-        data = os.read(self.stdout, limit)
-        if not data:
-            raise self.lost()
-        return data
-
     def write(self, data: bytes) -> None:
         """Send all of it, still taking in what arrives."""
         if self.stdin is None:
@@ -3918,7 +3898,8 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 class Site:
     """What a hook knows of where it runs, and what several of its parts need.  directory: for
-    what ssh reads, see Connection; copy_program: nix-copy-closure of the calling Nix."""
+    what ssh reads, see Connection; stand_in: a folder with an ssh of ours; copy_program:
+    nix-copy-closure of the calling Nix."""
 
     def __init__(self, nix: Nix, talk: Talk, slots: Slots) -> None:
         self.nix, self.talk, self.slots = nix, talk, slots
@@ -3926,6 +3907,7 @@ class Site:
         self.outages = Outages(slots, self.probe)
         self.outages.ask = None if slots.is_blind else self.look
         self.directory = ssh_directory(slots.path)
+        self.stand_in = stand_in(self.directory)
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)
         self.copy_version = program_version(program, nix, self.programs, self.directory)
@@ -4022,7 +4004,7 @@ echo end
 # ---- Copying ------------------------------------------------------------------------
 
 LONGER = "size mismatch importing what the builder has"
-TOLD = ("copying ", "warning: deprecated")  # by a relay; by the calling Nix, once
+TOLD = ("copying ", "warning: deprecated")  # by us; by the calling Nix, once
 JOINED = (8, 9)  # sh knows only descriptors of one digit
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 
@@ -4040,28 +4022,48 @@ class CopyEnded(Exception):
     """The program that copies asks and reads no more."""
 
 
-class Copy:
-    """A running program that copies.  Joined by the stand-in, input and output are what its
-    ssh reads and writes; else it has only input, as its stdin."""
+class Relay:
+    """A program that copies, and stands between it and our session with the builder.
+
+    Everything is moved through here, so that we know how much, and what nix-copy-closure
+    --from learns of: only of the outputs that are wanted.  It would bring in, and
+    register as root and unchecked, whatever else a builder says that they refer to.
+    """
 
     def __init__(
         self,
-        programs: Programs,
+        session: Session,
         command: list[str],
         environ: dict[str, str],
-        joined: bool,
+        ways: tuple[str, str],
     ) -> None:
+        self.session, self.name = session, os.path.basename(command[0])
+        self.programs = session.seat.programs
+        self.talk, self.ways = self.programs.talk, ways
+        self.problem = ""  # what the program says from its first error on
+        self.rest = b""  # of its stderr: the begun line
+        self.ended = False  # its stderr has
+        self.is_open = True  # until we hang up
+        self.dumps_left: float = math.inf  # archives to ask for, before there is an end
+        self.ahead: dict[str, bytes] = {}  # archives that were fetched already
+        self.quiet: list[int] = []  # where nothing may be said while the program asks
+        self.start(command, environ)
+        os.set_blocking(self.input, False)
+        for pipe in (session.stdin, session.stdout, self.input, self.output):
+            if sys.platform == "linux" and pipe is not None:
+                with suppress(OSError):  # more than the user may have
+                    fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
+
+    def start(self, command: list[str], environ: dict[str, str]) -> None:
+        """Start the program: it, or the stand-in as its ssh, reads our input and writes our
+        output."""
         reads, self.input = os.pipe()
         self.output, writes = os.pipe()
-        self.name, self.joined = os.path.basename(command[0]), joined
-        self.is_open = True  # until we hang up
-        options: dict[str, Any] = {"stdin": reads}
-        if joined:
-            for number, end in zip(JOINED, (reads, writes)):
-                os.dup2(end, number, inheritable=False)
-            options = {"pass_fds": JOINED}
+        for number, end in zip(JOINED, (reads, writes)):
+            os.dup2(end, number, inheritable=False)
+        given: dict[str, Any] = {"stdin": reads, "pass_fds": JOINED}
         try:
-            self.process = programs.start(command, environ, "stderr", **options)
+            self.process = self.programs.start(command, environ, "stderr", **given)
         except Error:
             self.hang_up()
             raise
@@ -4085,50 +4087,63 @@ class Copy:
         status_within(self.process, FAREWELL_S)
         end(self.process)
 
+    def run(self, count: int, join: Callable[..., None], *given: Any) -> str:
+        """Have it copy so many paths; returns what is wrong, or ""."""
+        self.talk.begin_paths(count)
+        try:
+            with suppress(CopyEnded):
+                join(*given)
+            self.finish()
+            status = self.process.wait()
+        finally:
+            self.end()
+            self.talk.end(1)
+        if status == 0:
+            return ""
+        if status < 0:  # the session is in the middle of it
+            raise SessionLost(f"{self.name} was killed by signal {-status}")
+        words = self.words().removeprefix("error: ")
+        return f"{words or 'it gave no reason'} ({self.name}, status {status})"
 
-class Relay:
-    """Stands between a program that copies and our session with the builder.
+    def words(self) -> str:
+        """What is wrong in the words of the program, if it has said so."""
+        return " ".join(self.problem.split())
 
-    Everything is moved through here, so that we know how much, and what nix-copy-closure
-    --from learns of: only of the outputs that are wanted.  It would bring in, and
-    register as root and unchecked, whatever else a builder says that they refer to.
-    """
+    def finish(self) -> None:
+        """Wait for the end of the program."""
+        with suppress(CopyEnded):
+            self.step([])
 
-    def __init__(
-        self,
-        session: Session,
-        copy: Copy,
-        tell: Callable[[bytes], None],
-        begin: Callable[[str, int], None],
-        progress: Callable[[int], None],
-    ) -> None:
-        self.session, self.copy = session, copy
-        self.tell = tell  # is given each line of the program's stderr,
-        self.begin = begin  # each path before it is copied, with its archive's size,
-        self.progress = progress  # and how many bytes more have been copied
-        self.rest = b""  # of its stderr: the begun line
-        self.patience_s: float = COPY_TIMEOUT_S
-        self.ended = False  # its stderr has
-        self.dumps_left: float = math.inf  # archives to ask for, before there is an end
-        self.ahead: dict[str, bytes] = {}  # archives that were fetched already
-        self.quiet: list[int] = []  # where nothing may be said while the program asks
-        os.set_blocking(copy.input, False)
-        for pipe in (session.stdin, session.stdout, copy.input, copy.output):
-            if sys.platform == "linux" and pipe is not None:
-                with suppress(OSError):  # more than the user may have
-                    fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
+    def begin(self, path: str, size: int) -> None:
+        """Tell that a path is copied now, whose archive has that size."""
+        machine, (way, here) = self.session.seat.ssh.machine.name, self.ways
+        line = f"copying path '{path}' {way} '{machine}'"
+        ends = (here, machine) if way == "to" else (machine, here)
+        if self.talk.old:
+            self.talk.say(INFO, line)
+        self.talk.begin_path(size, line, path, *ends)
+
+    def tell(self, data: bytes) -> None:
+        """Pass a line of the program's stderr on to Nix."""
+        line = printable(decode(data))  # Lix may be told to colour
+        wrong = line.startswith("error:") and "(ignored)" not in line
+        is_told = line.startswith(TOLD) and " missing paths " not in line  # Nix 1.x
+        if self.problem or wrong:  # it goes into our own message
+            self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
+        elif line and not is_told:
+            self.talk.say(INFO, line)
 
     def step(
         self, sources: list[int], full: Iterable[int] = (), most_s: float = math.inf
     ) -> set[int]:
         """Wait for one of these, and pass on what is said on both stderrs meanwhile.
         Raises CopyEnded when the program's own has ended."""
-        patience_s = min(self.patience_s, most_s)
+        patience_s = min(COPY_TIMEOUT_S, most_s)
         while True:
             if self.ended:
                 raise CopyEnded
             logs = [] if self.session.stderr is None else [self.session.stderr]
-            heard_from = [self.copy.stderr, *logs, *sources]
+            heard_from = [self.stderr, *logs, *sources]
             still_s = min(STILL_S, patience_s)
             ready = wait_readable(heard_from, still_s, full)
             if not ready and still_s < patience_s:
@@ -4137,28 +4152,19 @@ class Relay:
             if not ready:
                 raise SessionLost(f"no progress of copying in {patience_s} s")
             self.session.pump(ready.intersection(logs))
-            if self.copy.stderr in ready:
+            if self.stderr in ready:
                 self.relay_stderr()
             if found := ready.intersection([*sources, *full]):
                 return found
 
-    def step_soon(self, sources: list[int]) -> set[int]:
-        """The same for what a builder is sending, which has nothing to wait for."""
-        return self.step(sources, most_s=STALLED_S)
-
     def relay_stderr(self) -> None:
         """Pass on the lines of the program's stderr."""
-        data = os.read(self.copy.stderr, 65536)
+        data = os.read(self.stderr, 65536)
         self.ended = not data
         lines = (self.rest[:65536] + data).split(b"\n")
         self.rest = lines.pop() if data else b""
         for line in lines:
             self.tell(line)
-
-    def finish(self) -> None:
-        """Wait for the end of the program."""
-        with suppress(CopyEnded):
-            self.step([])
 
     # What the program says and hears
 
@@ -4166,13 +4172,13 @@ class Relay:
         """Exactly so much of what it says; CopyEnded at its end."""
         data = b""
         while len(data) < count:
-            if self.session.stdout in self.step([self.copy.output, *self.quiet]):
+            if self.session.stdout in self.step([self.output, *self.quiet]):
                 self.quiet = []
                 # It ends, as it was told, or its archive is longer than announced.
                 if os.read(self.session.stdout, TAIL_BYTES):
                     raise Spoilt(LONGER)
                 continue
-            more = os.read(self.copy.output, count - len(data))
+            more = os.read(self.output, count - len(data))
             if not more:
                 raise CopyEnded
             data += more
@@ -4189,17 +4195,28 @@ class Relay:
         view = memoryview(data)
         while view:
             try:
-                view = view[os.write(self.copy.input, view) :]
+                view = view[os.write(self.input, view) :]
             except BlockingIOError:
-                self.step([], [self.copy.input])
+                self.step([], [self.input])
             except BrokenPipeError:
                 raise CopyEnded from None
+
+    def take(self, limit: int, most_s: float = math.inf) -> bytes:
+        """Some of what the builder says next, as it is; SessionLost at the end."""
+        session = self.session
+        if session.inbox:
+            return session.from_inbox(limit)
+        self.step([session.stdout], most_s=most_s)
+        if data := os.read(session.stdout, limit):
+            return data
+        raise session.lost()
 
     def pass_on(self, count: int, see: Callable[[bytes], None] | None = None) -> bytes:
         """Pass on so much of what the builder says, and show it to see; returns its tail."""
         kept = b""
         while count:
-            data = self.session.take(min(count, MOVE_BYTES), self.step_soon)
+            # It is sending, and has nothing to wait for.
+            data = self.take(min(count, MOVE_BYTES), STALLED_S)
             self.reply(data)
             if see:
                 see(data)
@@ -4210,7 +4227,7 @@ class Relay:
 
     def count(self, data: bytes) -> None:
         """Take note of bytes that were moved."""
-        self.progress(len(data))
+        self.talk.progress(len(data))
         if len(data) >= BULK_BYTES:  # let more pile up, to move it at once
             time.sleep(BULK_PAUSE_S)
 
@@ -4228,16 +4245,12 @@ class Relay:
         sent.  If the session ends, it hears that its ssh has ended, and fails."""
         self.there, self.lacking = there, lacking  # of the inputs, as they change
         try:
-            while self.copy.joined:
+            while True:
                 self.take_in(read_integer(self.read))
-            self.patience_s = OWN_SSH_COPY_TIMEOUT_S
-        except CopyEnded:
-            pass
         except SessionLost:
-            self.copy.hang_up()
+            self.hang_up()
             self.finish()
             raise
-        self.finish()
 
     def take_in(self, command: int) -> None:
         """Answer one command of nix-copy-closure --to, Nix 2.x."""
@@ -4269,15 +4282,15 @@ class Relay:
 
     def exchange(self) -> bool:
         """Move what is there, both ways; False at the end of what it says."""
-        ready = self.step([self.copy.output, self.session.stdout])
-        if self.copy.output in ready:
-            data = os.read(self.copy.output, MOVE_BYTES)
+        ready = self.step([self.output, self.session.stdout])
+        if self.output in ready:
+            data = os.read(self.output, MOVE_BYTES)
             if not data:
                 return False
             self.session.write(data)
             self.count(data)
         if self.session.stdout in ready or self.session.inbox:
-            self.reply(self.session.take(MOVE_BYTES, self.step))
+            self.reply(self.take(MOVE_BYTES))
         return True
 
     def take_archive(self) -> None:
@@ -4301,15 +4314,15 @@ class Relay:
             tail += integer(0) + integer(0)  # without a signature; no more paths
         self.session.write(head)
         while size:
-            self.step([self.copy.output])
-            data = os.read(self.copy.output, min(size, MOVE_BYTES))
+            self.step([self.output])
+            data = os.read(self.output, min(size, MOVE_BYTES))
             if not data:
                 raise CopyEnded
             self.session.write(data)
             size -= len(data)
             self.count(data)
         self.session.write(tail)
-        Answer(self.session, self.hear_of_copy, self.patience_s)
+        Answer(self.session, self.hear_of_copy, COPY_TIMEOUT_S)
         self.reply(integer(1))
 
     def hear_of_copy(self, deadline: float) -> None:
@@ -4321,21 +4334,9 @@ class Relay:
         """Ask the builder when it owes no answer; returns what reads this one."""
         self.session.hear_all()
         self.session.write(question)
-        return self.session.reader(time.monotonic() + self.patience_s)
+        return self.session.reader(time.monotonic() + COPY_TIMEOUT_S)
 
-    # Fetching
-
-    def bring(self, infos: dict[str, PathInfo], last: bool) -> None:
-        """Give these paths to the program; the builder is asked no more after the last."""
-        self.dumps_left = len(infos) if last else math.inf
-        with suppress(CopyEnded):
-            if self.copy.joined:
-                self.offer(infos)
-            else:
-                self.export(infos)
-        self.finish()
-
-    # With nix-copy-closure --from
+    # Fetching with nix-copy-closure --from
 
     def offer(self, infos: dict[str, PathInfo]) -> None:
         """Be a builder that has these, in whose closure there is nothing else."""
@@ -4343,7 +4344,7 @@ class Relay:
         if len(sizes) > 1 and sum(sizes) <= AHEAD_BYTES:
             for path in infos:
                 self.ask_for_archive(path)
-            read = self.session.reader(time.monotonic() + self.patience_s)
+            read = self.session.reader(time.monotonic() + COPY_TIMEOUT_S)
             self.ahead = {path: read(info.size) for path, info in infos.items()}
         if not self.session.dumped:
             self.expect_silence()
@@ -4366,7 +4367,7 @@ class Relay:
             self.begin(path, infos[path].size)
             if path in self.ahead:
                 self.reply(self.ahead.pop(path))
-                self.progress(infos[path].size)
+                self.talk.progress(infos[path].size)
             else:
                 self.ask_for_archive(path)
                 self.pass_on(infos[path].size)
@@ -4384,7 +4385,7 @@ class Relay:
         if not self.dumps_left:
             self.session.ask_no_more()
 
-    # With nix-store --import
+    # Fetching with nix-store --import
 
     def export(self, infos: dict[str, PathInfo]) -> None:
         """Write these as nix-store --export would, each behind those it refers to."""
@@ -4433,45 +4434,39 @@ class Copier:
         self.site, self.nix, self.talk, self.locks = site, site.nix, site.talk, locks
         self.programs, self.program = site.programs, site.copy_program
         self.store_program = f"{os.path.dirname(self.program)}/nix-store"
-        self.session = session  # there may be another one later
-        self.problem = ""  # what the running program says from its first error on
-        self.early: Copy | None = None  # will fetch, when the outputs are built
+        self.session = session
+        self.early: Relay | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
-        self.environ = ssh.copy_environ()
-        if self.nix.store.remote:
-            self.environ["NIX_REMOTE"] = self.nix.store.remote
-        folder = stand_in(site.directory)
-        self.is_joined = folder is not None
+        path = f"{site.stand_in}:{ssh.environ['PATH']}"
+        self.environ = {**self.nix.store_environ(), "PATH": path}
+        # Any name would do, but some versions do not call ssh for localhost, and they
+        # want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
+        since_2 = site.copy_version >= (2,)
+        self.target = "builder" if since_2 else ssh.machine.destination
         # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
-        self.told_by_relay = self.is_joined and site.copy_version >= (2,)
-        self.fetches_joined = self.told_by_relay and session.spoken >= 0x204
-        self.target = ssh.machine.destination
-        if self.is_joined:
-            # Any name would do, but some versions do not call ssh for localhost, and they
-            # want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
-            self.target = "builder" if self.told_by_relay else self.target
-            self.environ["PATH"] = f"{folder}:{self.environ['PATH']}"
+        self.fetches_joined = since_2 and session.spoken >= HASHES_SINCE
+
+    def start(self, way: str, command: list[str], environ: dict[str, str]) -> Relay:
+        """Start a program that copies "to" or "from" the builder."""
+        here = self.nix.store.remote or "local"
+        return Relay(self.session, command, environ, (way, here))
 
     # Sending
 
     def send(self, paths: set[str], substitute: bool, there: set[str]) -> None:
         """Copy the closures of these paths to the builder, of which it has those."""
-        if not self.is_joined and self.session.seat.way.there != SERVE:
-            where = f"nothing can be executed in {self.site.directory}"
-            raise Error(f"{where}, as is needed to send to that store")
         flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
         command = [self.program, *flags, self.target, *self.nix.options()]
         there, lacking = set(there), paths - there
         for batch in batches(sorted(paths)):
-            copy = Copy(self.programs, [*command, *batch], self.environ, self.is_joined)
+            relay = self.start("to", [*command, *batch], self.environ)
             try:
-                join: Callable[[Relay], None] = lambda r: r.send(there, lacking)
-                problem = self.run(copy, "to", len(batch), join)
+                problem = relay.run(len(batch), relay.send, there, lacking)
             except SessionLost as error:
                 if not self.lost_session():
                     raise
-                problem = " ".join(self.problem.split()) or str(error)
+                problem = relay.words() or str(error)
             if problem:
                 raise self.blame_for_sending(batch, problem)
 
@@ -4531,14 +4526,15 @@ class Copier:
 
     def fetch_some(self, infos: dict[str, PathInfo], last: bool) -> None:
         """Bring these, each behind those it refers to; last: there are no more."""
-        copy = self.early
-        if not copy or copy.process.poll() is not None:
-            copy = self.start_to_fetch([*infos])
-        join: Callable[[Relay], None] = lambda relay: relay.bring(infos, last)
-        if problem := self.run(copy, "from", len(infos), join):
+        relay = self.early
+        if not relay or relay.process.poll() is not None:
+            relay = self.start_to_fetch([*infos])
+        relay.dumps_left = len(infos) if last else math.inf
+        give = relay.offer if self.fetches_joined else relay.export
+        if problem := relay.run(len(infos), give, infos):
             raise self.blame_for_fetching(problem)
 
-    def start_to_fetch(self, paths: list[str]) -> Copy:
+    def start_to_fetch(self, paths: list[str]) -> Relay:
         """Start the program that is to bring these."""
         environ, held = self.environ, [p for p in paths if p in self.locks.outputs]
         if self.site.copy_version < (2, 29) and held:
@@ -4546,7 +4542,7 @@ class Copier:
         command = [self.store_program, "--import", *self.nix.options()]
         if self.fetches_joined:
             command = [self.program, "--from", self.target, *self.nix.options(), *paths]
-        return Copy(self.programs, command, environ, self.fetches_joined)
+        return self.start("from", command, environ)
 
     def register(
         self, path: str, derivation: Derivation, outputs: dict[str, str]
@@ -4620,45 +4616,6 @@ class Copier:
         if lost := self.lost_session():
             return self.with_words(lost, "; ".join(dict.fromkeys((str(lost), problem))))
         return Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
-
-    # Both
-
-    def run(
-        self, copy: Copy, way: str, count: int, join: Callable[[Relay], None]
-    ) -> str:
-        """Have it copy so many, "to" or "from" the builder; returns what is wrong, or ""."""
-
-        def begin(path: str, size: int) -> None:
-            machine, here = self.session.seat.ssh.machine.name, self.nix.store.remote
-            line = f"copying path '{path}' {way} '{machine}'"
-            ends = (here or "local", machine)
-            if self.nix.old:
-                self.talk.say(INFO, line)
-            self.talk.begin_path(size, line, path, *ends[:: 1 if way == "to" else -1])
-
-        self.problem = ""
-        self.talk.begin_paths(count)
-        try:
-            join(Relay(self.session, copy, self.tell, begin, self.talk.progress))
-            status = copy.process.wait()
-        finally:
-            copy.end()
-            self.talk.end(1)
-        if status == 0:
-            return ""
-        if status < 0:  # the session is in the middle of it
-            raise SessionLost(f"{copy.name} was killed by signal {-status}")
-        words = " ".join(self.problem.split()).removeprefix("error: ")
-        return f"{words or 'it gave no reason'} ({copy.name}, status {status})"
-
-    def tell(self, data: bytes) -> None:
-        """Pass a line of its stderr on to Nix."""
-        line = printable(decode(data))  # Lix may be told to colour
-        wrong = line.startswith("error:") and "(ignored)" not in line
-        if self.problem or wrong:  # it goes into our own message
-            self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
-        elif line and not (self.told_by_relay and line.startswith(TOLD)):
-            self.talk.say(INFO, line)
 
 
 def cache_files(
@@ -5242,9 +5199,11 @@ class Attempt:
             self.talk.say(INFO, f"'{self.machine.name}' {text}")
         self.session.finish()
         self.session.cancel()
-        self.session = self.copier.session = Session(seat, seat.greeting_s)
+        self.session = Session(seat, seat.greeting_s)
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
+        self.copier.end()
+        self.copier = Copier(self.site, self.session, self.locks)
         self.send_inputs(answer.get())
 
     def ask_by_closure(self) -> Answer:

@@ -375,14 +375,15 @@ class FakeSeat(hook.Seat):
         return Ended(*self.said)
 
 
-class FakeCopy(hook.Copy):
-    """A program that copies, which has said this and ended; `heard` is what it is told."""
+class FakeRelay(hook.Relay):
+    """For a program that copies, which has said this and ended; `heard` is what it is told."""
 
-    def __init__(self, heard: Path, output: bytes, errors: bytes) -> None:
-        self.process: Any = Ended(output, errors)
-        self.is_open, self.name = True, "nix-copy-closure"
-        self.joined = True
-        self.input = os.open(heard, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    heard: Path
+    said: tuple[bytes, bytes]
+
+    def start(self, command: list[str], environ: dict[str, str]) -> None:
+        self.process: Any = Ended(*self.said)
+        self.input = os.open(self.heard, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self.output = os.dup(self.process.stdout.fileno())
         self.stderr = self.process.stderr.fileno()
 
@@ -503,27 +504,23 @@ class Taker:
         stderr, _, log = case.partition(STDERR)
         with self.talking(STDERR + log) as session:
             session.version = 0x207
-            copier, relay = self.relay(session, b"", stderr, len(case))
+            relay = self.relay(session, b"", stderr, len(case))
             relay.finish()
-            relay.copy.end()
-            copier.talk.end()
-        if copier.problem:
-            raise hook.SessionLost(copier.problem)
+            relay.end()
+            relay.talk.end()
+        if relay.problem:
+            raise hook.SessionLost(relay.problem)
         return True
 
     def relay(
         self, session: hook.Session, asked: bytes, stderr: bytes = b"", number: int = 1
-    ) -> tuple[hook.Copier, hook.Relay]:
+    ) -> hook.Relay:
         """For a program that copies and has said this; `heard` is what it is told."""
         session.version = 0x207
-        locks = hook.OutputLocks(self.new.store, [])
-        copier = hook.Copier(self.sites[number % 2], session, locks)
-        copy = FakeCopy(self.directory / "heard", asked, stderr)
-        talk = copier.talk
-        begin: Callable[[str, int], None] = lambda path, size: talk.begin_path(
-            size, path
-        )
-        return copier, hook.Relay(session, copy, copier.tell, begin, talk.progress)
+        FakeRelay.heard, FakeRelay.said = self.directory / "heard", (asked, stderr)
+        relay = FakeRelay(session, ["nix-copy-closure"], {}, ("to", "local"))
+        relay.talk = self.talks[number % 2]
+        return relay
 
     def infos(self, case: bytes) -> bool:
         """What a builder says of the outputs that it has built."""
@@ -531,10 +528,8 @@ class Taker:
             session.version = 0x207
             session.write(hook.infos_question([PATH]))
             infos = session.infos_answer().get()
-            copier, relay = self.relay(session, b"")
-            relay.copy.end()
-            copier.check([PATH], [NEXT], infos)
-            copier.talk.end()
+            locks = hook.OutputLocks(self.new.store, [])
+            hook.Copier(self.sites[1], session, locks).check([PATH], [NEXT], infos)
         assert infos.keys() == {PATH} and {*infos[PATH].references} <= {PATH, NEXT}
         assert hook.in_order(infos) == [PATH]
         data = io.BytesIO(infos[PATH].encode() + string(""))
@@ -544,15 +539,16 @@ class Taker:
     @contextlib.contextmanager
     def going_on(self, session: hook.Session, asked: bytes) -> Iterator[hook.Relay]:
         """For a program that says no more, but does not end: then it is given up."""
-        copier, relay = self.relay(session, asked)
+        relay = self.relay(session, asked)
         reading, writing = os.pipe()
-        os.dup2(reading, relay.copy.stderr)
-        relay.patience_s = 0.01
+        os.dup2(reading, relay.stderr)
+        patience_s, vars(hook)["COPY_TIMEOUT_S"] = hook.COPY_TIMEOUT_S, 0.01
         try:
             yield relay
         finally:
-            relay.copy.end()
-            copier.talk.end()
+            vars(hook)["COPY_TIMEOUT_S"] = patience_s
+            relay.end()
+            relay.talk.end()
             os.close(reading)
             os.close(writing)
 
@@ -569,14 +565,14 @@ class Taker:
         info = hook.PathInfo(PATH, "", (NEXT,), len(ARCHIVES[0]), "", b"")
         lost = contextlib.suppress(hook.SessionLost)  # the builder has ended
         with self.talking(b"") as session, self.going_on(session, case) as relay, lost:
-            relay.bring({PATH: info}, last=True)
+            relay.run(1, relay.offer, {PATH: info})
         return (self.directory / "heard").stat().st_size > 16  # more than a greeting
 
     def told(self, case: bytes) -> bool:
         """By nix-copy-closure --to: each path that it copies is acknowledged at once."""
         said, lost = 9 * integer(1), contextlib.suppress(hook.SessionLost)
         with self.talking(said) as session, self.going_on(session, case) as relay, lost:
-            relay.send({NEXT}, {PATH})
+            relay.run(1, relay.send, {NEXT}, {PATH})
             session.hear_all()
         return (self.directory / "heard").stat().st_size > 16
 

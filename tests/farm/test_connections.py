@@ -319,6 +319,15 @@ def test_the_slot_directory_may_be_mounted_noexec(nix: Scene) -> None:
     end_masters(nix)  # nothing else keeps the mount
 
 
+def test_where_nothing_may_be_executed_it_is_said_what_to_do(nix: Scene) -> None:
+    nix.client.run("mount", "-t", "tmpfs", "-o", "noexec,mode=1777", "x", "/tmp")
+    outcome = nix.build(one(), check=False, env={"NIX_CURRENT_LOAD": "/tmp/load"})
+    nix.client.run("umount", "-l", "/tmp")
+    log = " ".join(outcome.log.split())
+    assert outcome.status != 0 and "no program can be put into /tmp/load/ssh or" in log
+    assert "mount one of them without noexec" in log
+
+
 # -- Connections that end -------------------------------------------------------------
 
 
