@@ -2710,11 +2710,11 @@ class Programs:
             told = [name for name in self.SHOWN if name in environ]
             shown = [f"{name}={shlex.quote(environ[name])}" for name in told]
             self.talk.say(DEBUG, " ".join(["+", *shown, shlex.join(command)]))
-        streams = dict.fromkeys(STREAMS, subprocess.DEVNULL)
-        streams.update(dict.fromkeys(piped, subprocess.PIPE))
-        options = {**streams, "bufsize": 0, "env": environ, **options}
+        for name in STREAMS:
+            pipe = subprocess.PIPE if name in piped else subprocess.DEVNULL
+            options.setdefault(name, pipe)
         try:
-            return subprocess.Popen(command, **options)
+            return subprocess.Popen(command, bufsize=0, env=environ, **options)
         except OSError as error:
             raise Error(f"cannot start {command[0]}: {error.strerror}") from None
 
@@ -2872,38 +2872,37 @@ class Ssh(NamedTuple):
         )
 
     def options(self, socket: str) -> list[str]:
-        """For a connection at that control socket; `none` shares nothing."""
-        # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
-        # Who goes alone may do so since the one before has failed and not told us why.
+        """For a connection at that control socket."""
         all_else = [*self.own, *self.user]
         if socket == ALONE:
-            all_else = ["-oLogLevel=INFO", *self.own, *aloud(self.user)]
+            # The one before may have failed and not told us why.
+            socket, level = "none", "-oLogLevel=INFO"
+            all_else = [level, *self.own, *aloud(self.user)]
+        # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
         return [f"-oControlPath={socket}", *all_else, "-S", socket]
+
+    def command(self, *options: str) -> list[str]:
+        """The command line with these options; a program to run there may follow."""
+        return [self.program, *options, "--", self.machine.destination]
 
     def session(self, socket: str, defaults: list[str], *remote: str) -> list[str]:
         """The command line that runs a program on the machine."""
         options = ["-oControlMaster=no", *self.options(socket), *defaults, "-T"]
-        options.append("-oPermitLocalCommand=no")
-        return [self.program, *options, "--", self.machine.destination, *remote]
+        return [*self.command(*options, "-oPermitLocalCommand=no"), *remote]
 
     def master(self, socket: str, defaults: list[str]) -> list[str]:
         """The one that makes a shared connection, which ends when it has been idle.  Only
         its words are heard if it fails, so it shall say all, and show the banner."""
         sharing = ["-N", "-oControlMaster=yes", f"-oControlPersist={IDLE_S}"]
-        sharing.append("-oLogLevel=INFO")
-        options = [*sharing, *self.options(socket), *defaults]
-        return [self.program, *options, "--", self.machine.destination]
+        sharing += ["-oLogLevel=INFO", *self.options(socket)]
+        return self.command(*sharing, *defaults)
 
     def configured(self, programs: Programs) -> str:
         """All that ssh finds in its configuration and our options, as `ssh -G` says it in
         8 ms.  Without BatchMode: Debian's would then say that probes are configured."""
-        command = [self.program, "-G", "-oCanonicalizeHostname=no", *self.own]
-        command += [*self.user, "--", self.machine.destination]
+        canonical = "-oCanonicalizeHostname=no"
+        command = self.command("-G", canonical, *self.own, *self.user)
         return programs.output(command, self.environ, RETIRE_S)[1]
-
-    def order(self, word: str, socket: str) -> list[str]:
-        """The one that tells the master at that socket something, as `stop`."""
-        return [self.program, "-O", word, "-S", socket, "--", self.machine.destination]
 
     def socket_name(self) -> str:
         """What the names of its sockets begin with: eight digits for where they lead, then
@@ -2986,7 +2985,8 @@ def stand_in(directory: str, refused: str = "") -> str:
     return stand_in(spare_directory(), directory)
 
 
-ALONE = "none"  # in place of a control socket, for ssh too: nothing is shared
+# In place of a control socket: nothing is shared, and no file can be there.
+ALONE = "/dev/null/alone"
 
 
 class Connection:
@@ -3016,8 +3016,6 @@ class Connection:
 
     def proof(self) -> Proof | None:
         """That somebody has talked with nix-store over this very connection, if so."""
-        if self.socket == ALONE:
-            return None
         proof = Proof.parse(read_private(f"{self.socket}.proved") or "")
         return proof if proof and is_alive(proof.pid, proof.start) else None
 
@@ -3043,12 +3041,12 @@ class Connection:
     def last_words(self) -> str:
         """What its master said, if it has ended."""
         with suppress(Error):  # our directory is gone
-            return "" if self.socket == ALONE or self.is_up() else self.words()[0]
+            return "" if self.is_up() else self.words()[0]
         return ""
 
     def ask(self, word: str) -> tuple[int, str, str]:
         """Have ssh tell the master that: its exit status, stdout and stderr."""
-        command = self.ssh.order(word, self.socket)
+        command = self.ssh.command("-O", word, "-S", self.socket)
         return self.programs.output(command, self.ssh.environ, RETIRE_S)
 
     def words(self) -> tuple[str, bool]:
@@ -3058,9 +3056,8 @@ class Connection:
             return lock.read(TAIL_BYTES), connecting
 
     def start(self) -> None:
-        """Begin to connect, unless somebody already does, or it is up."""
-        if self.socket == ALONE:
-            return
+        """Begin to connect, unless somebody already does, or it is up; Error if there is no
+        room for its file."""
         with Lock(f"{self.socket}.start") as lock:
             while not lock.hold():  # it is a master's, or of one who just looks
                 if not lock.is_free():
@@ -3087,7 +3084,7 @@ class Connection:
         start, told = time.monotonic(), ""
         try:
             self.start()
-        except Error:  # no room for its file
+        except Error:
             self.socket = ALONE
         while self.socket != ALONE and not self.is_up():
             words, connecting = self.words()
@@ -3111,8 +3108,7 @@ class Connection:
     def retire(self) -> None:
         """Let whoever comes next make a new connection, since this may be the trouble:
         its logins keep the groups that the user had.  Sessions that it has go on."""
-        is_there = self.socket != ALONE and os.path.exists(self.socket)
-        if is_there and self.ask("stop")[0] != 0:
+        if os.path.exists(self.socket) and self.ask("stop")[0] != 0:
             with suppress(OSError):  # its master stands still
                 remove(self.socket)
 
@@ -3124,11 +3120,9 @@ def make_pipe(path: str) -> tuple[int, int]:
     """A new named pipe, to read and to write."""
     remove(path)
     os.mkfifo(path, 0o600)
-    both = os.open(path, PIPE | os.O_RDWR)  # else each end waits for the other
-    try:
-        return os.open(path, PIPE | os.O_RDONLY), os.open(path, PIPE | os.O_WRONLY)
-    finally:
-        os.close(both)
+    reads = os.open(path, PIPE | os.O_RDONLY | os.O_NONBLOCK)  # before anybody writes
+    os.set_blocking(reads, True)
+    return reads, os.open(path, PIPE | os.O_WRONLY)
 
 
 class Spare:
@@ -3264,9 +3258,9 @@ class Seat:
         next connection is begun.  Without room for a file nothing is shared."""
         seats = self.allowed()
         with suppress(Error, OSError):
-            for place in self.places(seats):
-                number, self.number = divmod(place, seats)
-                self.lock = Lock.take(f"{self.base}-{number}.{self.number}")
+            for number, seat in self.places(seats):
+                self.number = seat
+                self.lock = Lock.take(f"{self.base}-{number}.{seat}")
                 if self.lock:
                     break
             else:
@@ -3275,17 +3269,18 @@ class Seat:
             if self.number == seats - 1 and number + 1 < CONNECTIONS:
                 self.over(number + 1).start()
 
-    def places(self, seats: int) -> list[int]:
-        """All seats, those with spare sessions first."""
+    def places(self, seats: int) -> list[tuple[int, int]]:
+        """The numbers of all connections and seats, those with spare sessions first."""
         names = {*os.listdir(os.path.dirname(self.base))}
 
-        def has_none(place: int) -> bool:
-            number, seat = divmod(place, seats)
+        def has_none(place: tuple[int, int]) -> bool:
+            number, seat = place
             file = f"{self.base}-{number}.{seat}"
             is_noted = f"{os.path.basename(file)}.spare" in names
             return not (is_noted and Spare.at(file, self.over(number).proof()))
 
-        return sorted(range(CONNECTIONS * seats), key=has_none)
+        every = [(n, seat) for n in range(CONNECTIONS) for seat in range(seats)]
+        return sorted(every, key=has_none)
 
     def over(self, number: int) -> Connection:
         """That connection to the machine."""
@@ -3299,8 +3294,6 @@ class Seat:
 
     def lose(self) -> None:
         """Remember how many sessions sshd allows, since it has refused us one more."""
-        if self.connection.socket == ALONE:
-            return
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed())]
         proof = self.connection.proof()
         with suppress(Error, OSError):  # a full disk
@@ -3787,13 +3780,17 @@ class Session:
         return min(self.first + self.limits[0], self.last + self.limits[1])
 
     def ask_to_build(
-        self, path: str, encoded: bytes, nix: Nix, then: bytes = b""
+        self, path: str, encoded: bytes | None, nix: Nix, then: bytes = b""
     ) -> Answer:
-        """Ask for a build, and at once the next question.  The answer: a status as the
-        builder's Nix has it, 0 if it was built, and a message."""
-        build = integer(BUILD_DERIVATION) + string(path) + encoded
+        """Ask for the build of a derivation, and at once the next question; encoded: None if
+        it is there, for the older command.  The answer: a status as the builder's Nix has
+        it, 0 if it was built, and a message."""
+        build, hear = integer(BUILD_PATHS) + strings([path]), self.hear_of_paths
+        if encoded is not None:
+            build = integer(BUILD_DERIVATION) + string(path) + encoded
+            hear = self.hear_of_build
         self.write(build + self.build_options(nix) + then)
-        return Answer(self, lambda until: self.hear_of_build(nix), math.inf)
+        return Answer(self, lambda until: hear(nix), math.inf)
 
     def hear_of_build(self, nix: Nix) -> tuple[int, str]:
         """Read the answer to BuildDerivation."""
@@ -3817,12 +3814,6 @@ class Session:
             return read_integer(self.read)
         finally:
             self.limits = math.inf, math.inf
-
-    def ask_to_build_paths(self, path: str, nix: Nix, then: bytes) -> Answer:
-        """The same by the older command."""
-        build = integer(BUILD_PATHS) + strings([path]) + self.build_options(nix)
-        self.write(build + then)
-        return Answer(self, lambda until: self.hear_of_paths(nix), math.inf)
 
     def hear_of_paths(self, nix: Nix) -> tuple[int, str]:
         """Read the answer to BuildPaths: nix-build's exit status, which is a mask from 100
@@ -3870,15 +3861,15 @@ def program_version(
     info = os.stat(program)
     key = f"{program} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}"
     path = f"{directory}/version-{checksum(key)}"
-    kept = read_private(path) or ""
-    version = parse_version(kept)
-    if kept == ".".join(map(str, version)) + "\n":  # else it may have been cut off
-        return version
-    status, said, _ = programs.output([program, "--version"], nix.child_environ())
-    version = parse_version(said)
-    if status == 0:
-        note(path, ".".join(map(str, version)) + "\n")
-    return version
+    said = read_private(path) or ""
+    if parse_version(said) == NIX_1 or said[-1:] != "\n":  # it may have been cut off
+        status, said, _ = programs.output([program, "--version"], nix.child_environ())
+        if status == 0:
+            note(path, said)
+    return parse_version(said)
+
+
+NIX_1 = (1, 11)
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -3892,7 +3883,7 @@ def parse_version(text: str) -> tuple[int, ...]:
         if digits != part:  # 2.35pre20260101_abc
             break
     if len(numbers) < 2:
-        return (1, 11)
+        return NIX_1
     return (2, 18) if "Lix" in text else tuple(numbers)
 
 
@@ -4737,12 +4728,11 @@ class UploadLock:
             free = [lock for lock in opened if lock.hold()]
             busy = [lock for lock in opened if lock not in free]
             rivals = [lock for lock in busy if self.shares(lock)]
-            awaited = rivals or ([] if free else busy)
-            chosen = (awaited or free)[0]
+            chosen = (rivals or free or busy)[0]
             for lock in opened:
                 if lock is not chosen:
                     lock.release()
-            if awaited:
+            if chosen in busy:
                 return chosen
             self.lock = chosen
             chosen.write(" ".join(self.digests))
@@ -5213,7 +5203,7 @@ class Attempt:
 
         def ask() -> None:
             then = self.questions_behind()
-            self.built = session.ask_to_build_paths(path, self.nix, then)
+            self.built = session.ask_to_build(path, None, self.nix, then)
             self.infos = session.infos_answer()
 
         self.send({path}, set(), ask)

@@ -484,7 +484,7 @@ class Taker:
             session.greet()
             assert all(isinstance(path, str) for path in valid.get())
             if session.version == 0x200:
-                status, message = session.ask_to_build_paths(PATH, self.new, b"").get()
+                status, message = session.ask_to_build(PATH, None, self.new).get()
             else:
                 status, message = session.ask_to_build(PATH, b"", self.new).get()
             session.finish()

@@ -14,6 +14,7 @@ import fakes
 import pytest
 
 from nix_build_remote import (
+    ALONE,
     COPY_BATCH_BYTES,
     Error,
     Machine,
@@ -287,14 +288,14 @@ def test_without_a_connection_no_file_of_the_users_is_a_socket(
 
 def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
     made = ssh("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99")
-    options = made.session("none", ssh_defaults())
+    options = made.session(ALONE, ssh_defaults())
     timeouts = [word for word in options if word.startswith("-oConnectTimeout=")]
     assert timeouts[0] == "-oConnectTimeout=99" and len(timeouts) == 2
 
 
 def test_who_goes_alone_leaves_out_what_would_hide_the_reason(tmp_path: Path) -> None:
     made = ssh("b1", tmp_path, NIX_SSHOPTS="-q -4 -vvq -E /log -E/log -v -F -oUser=q")
-    shared, alone = made.options("/socket"), made.options("none")
+    shared, alone = made.options("/socket"), made.options(ALONE)
     assert {"-q", "-vvq", "-E", "/log", "-E/log", "-v"} <= set(shared)
     assert alone[-6:] == [
         "-oClearAllForwardings=yes",
@@ -335,12 +336,12 @@ def test_what_is_configured_is_left_alone(configured: str, expected: list[str]) 
 
 
 def test_the_host_comes_after_the_end_of_options(tmp_path: Path) -> None:
-    command = ssh("nix@b1", tmp_path).session("none", [], "nix-store", "--serve")
+    command = ssh("nix@b1", tmp_path).session(ALONE, [], "nix-store", "--serve")
     assert command[-4:] == ["--", "nix@b1", "nix-store", "--serve"]
 
 
 def test_a_pinned_host_key_is_all_that_is_believed(tmp_path: Path) -> None:
-    options = ssh(f"b1 - - 1 1 - - {KEY}", tmp_path).options("none")
+    options = ssh(f"b1 - - 1 1 - - {KEY}", tmp_path).options(ALONE)
     (file,) = (word for word in options if word.startswith("-oUserKnownHostsFile="))
     assert "-oStrictHostKeyChecking=yes" in options
     assert Path(file.partition("=")[2]).read_text("ascii") == f"* {KEY_LINE}\n"
