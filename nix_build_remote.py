@@ -2848,8 +2848,10 @@ def command_here(way: Way, nix: Nix) -> list[str]:
 
 
 class Ssh(NamedTuple):
-    """The ssh for one machine: command lines and an environment."""
+    """The ssh for one machine: command lines, an environment, and what starts them."""
 
+    programs: Programs
+    directory: str  # for files that it reads, see Connection
     machine: Machine
     program: str  # its file
     own: tuple[str, ...]  # our options
@@ -2858,11 +2860,15 @@ class Ssh(NamedTuple):
     here: tuple[list[str], ...]  # for each of the machine's ways what runs here
 
     @classmethod
-    def find(cls, machine: Machine, nix: Nix, directory: str) -> Ssh:
-        """The one on PATH; directory is for files that it reads."""
+    def find(
+        cls, machine: Machine, nix: Nix, programs: Programs, directory: str
+    ) -> Ssh:
+        """The one on PATH."""
         program = find_program("ssh", program_directories(nix.environ))
         path = f"{os.path.dirname(program)}:{nix.environ.get('PATH', '')}".rstrip(":")
         return cls(
+            programs,
+            directory,
             machine,
             program,
             own=tuple(ssh_options(machine, pin_host_key(machine, directory))),
@@ -2885,32 +2891,38 @@ class Ssh(NamedTuple):
         """The command line with these options; a program to run there may follow."""
         return [self.program, *options, "--", self.machine.destination]
 
-    def session(self, socket: str, defaults: list[str], *remote: str) -> list[str]:
+    def session(self, socket: str, *remote: str) -> list[str]:
         """The command line that runs a program on the machine."""
+        defaults = self.defaults(patient=True) if socket == ALONE else ssh_defaults()
         options = ["-oControlMaster=no", *self.options(socket), *defaults, "-T"]
         return [*self.command(*options, "-oPermitLocalCommand=no"), *remote]
 
-    def master(self, socket: str, defaults: list[str]) -> list[str]:
+    def master(self, socket: str, *, patient: bool) -> list[str]:
         """The one that makes a shared connection, which ends when it has been idle.  Only
         its words are heard if it fails, so it shall say all, and show the banner."""
         sharing = ["-N", "-oControlMaster=yes", f"-oControlPersist={IDLE_S}"]
         sharing += ["-oLogLevel=INFO", *self.options(socket)]
-        return self.command(*sharing, *defaults)
+        return self.command(*sharing, *self.defaults(patient=patient))
 
-    def configured(self, programs: Programs) -> str:
+    def defaults(self, *, patient: bool) -> list[str]:
+        """Those of our defaults that are not configured in another way."""
+        return ssh_defaults(self.configured(), patient=patient)
+
+    def configured(self) -> str:
         """All that ssh finds in its configuration and our options, as `ssh -G` says it in
         8 ms.  Without BatchMode: Debian's would then say that probes are configured."""
         canonical = "-oCanonicalizeHostname=no"
         command = self.command("-G", canonical, *self.own, *self.user)
-        return programs.output(command, self.environ, RETIRE_S)[1]
+        return self.programs.output(command, self.environ, RETIRE_S)[1]
 
-    def socket_name(self) -> str:
-        """What the names of its sockets begin with: eight digits for where they lead, then
+    def base(self) -> str:
+        """What the paths of its sockets begin with: eight digits for where they lead, then
         others for each way to connect."""
         whole = [self.program, *self.own, *self.user]
         whole += [word for way in self.machine.ways for word in (*way.there, *way.here)]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
-        return checksum(self.machine.destination) + checksum("\0".join(whole))
+        name = checksum(self.machine.destination) + checksum("\0".join(whole))
+        return f"{self.directory}/{name}"
 
     def refusal(self, words: str) -> Unreachable | None:
         """What ssh's words come to, if it said any."""
@@ -2993,7 +3005,7 @@ class Connection:
     """One ssh master, which hooks share and which outlives them; or none, if ALONE.
 
     The first hook to need it starts it apart from our process group, which Nix kills.  In the
-    directory ssh/, NAME being of the machine (see Ssh.socket_name) and N of the connection:
+    directory ssh/, NAME being of the machine (see Ssh.base) and N of the connection:
 
     NAME-N         its control socket, with which only ssh talks
     NAME-N.start   its stderr, which it keeps locked until it has connected or failed
@@ -3005,8 +3017,8 @@ class Connection:
     NAME.way       the number of that of the machine's ways which its login allows
     """
 
-    def __init__(self, ssh: Ssh, programs: Programs, socket: str) -> None:
-        self.ssh, self.programs, self.socket = ssh, programs, socket
+    def __init__(self, ssh: Ssh, socket: str) -> None:
+        self.ssh, self.socket = ssh, socket
         self.master: subprocess.Popen[bytes] | None = None  # if we have started it
 
     def is_up(self) -> bool:
@@ -3038,22 +3050,17 @@ class Connection:
         """Whether its master does; that is not whether the network does."""
         return self.socket == ALONE or self.ask("check")[0] == 0
 
-    def last_words(self) -> str:
-        """What its master said, if it has ended."""
-        with suppress(Error):  # our directory is gone
-            return "" if self.is_up() else self.words()[0]
-        return ""
-
     def ask(self, word: str) -> tuple[int, str, str]:
         """Have ssh tell the master that: its exit status, stdout and stderr."""
         command = self.ssh.command("-O", word, "-S", self.socket)
-        return self.programs.output(command, self.ssh.environ, RETIRE_S)
+        return self.ssh.programs.output(command, self.ssh.environ, RETIRE_S)
 
     def words(self) -> tuple[str, bool]:
         """What its master has said at the start, and whether it still connects."""
-        with Lock(f"{self.socket}.start") as lock:
+        with suppress(Error), Lock(f"{self.socket}.start") as lock:
             connecting = not lock.is_free()
             return lock.read(TAIL_BYTES), connecting
+        return "", False  # our directory is gone
 
     def start(self) -> None:
         """Begin to connect, unless somebody already does, or it is up; Error if there is no
@@ -3072,11 +3079,9 @@ class Connection:
             for stale in (f"{self.socket}.proved", self.socket):
                 with suppress(OSError):
                     remove(stale)
-            configured = self.ssh.configured(self.programs)
-            defaults = ssh_defaults(configured, patient=os.path.exists(slow))
-            command, environ = self.ssh.master(self.socket, defaults), self.ssh.environ
+            command = self.ssh.master(self.socket, patient=os.path.exists(slow))
             options = {"stderr": lock.descriptor, "start_new_session": True}
-            self.master = self.programs.start(command, environ, **options)
+            self.master = self.ssh.programs.start(command, self.ssh.environ, **options)
 
     def connect(self, patience_s: float) -> None:
         """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
@@ -3090,7 +3095,8 @@ class Connection:
             words, connecting = self.words()
             if words != told and time.monotonic() > start + TELL_S:
                 told, who = words, self.ssh.machine.name
-                self.programs.talk.say(WARN, f"'{who}' says while we log in: {words}")
+                text = f"'{who}' says while we log in: {words}"
+                self.ssh.programs.talk.say(WARN, text)
             if means(words, "UNSHARED"):  # it would stay, of no use
                 if self.master and connecting:
                     self.master.terminate()
@@ -3151,7 +3157,7 @@ class Spare:
         (reads, feeds), (hears, says), (listens, complains) = pipes
         theirs = dict(zip(STREAMS, (reads, says, complains)))
         others = dict(zip(STREAMS, (hears, feeds, listens)))
-        keeper = seat.programs.start(command, environ, **apart, **others)
+        keeper = seat.ssh.programs.start(command, environ, **apart, **others)
         try:
             ssh = seat.serve(tells=seat.tells(), **apart, **theirs)
             pids = [proof.pid, proof.start]
@@ -3221,10 +3227,9 @@ class Seat:
     """One hook's right to a session with a machine, over a connection if there is one; it is
     kept until we end."""
 
-    def __init__(self, ssh: Ssh, programs: Programs, directory: str) -> None:
-        self.ssh, self.programs = ssh, programs
-        self.base = f"{directory}/{ssh.socket_name()}"
-        self.connection = Connection(ssh, programs, ALONE)
+    def __init__(self, ssh: Ssh) -> None:
+        self.ssh, self.base = ssh, ssh.base()
+        self.connection = Connection(ssh, ALONE)
         self.number = 0  # of the seat on its connection
         self.is_plain = False  # whether --log-format was refused, and is not asked for
         self.has_rivals = False  # whether another machine might do what we want of this
@@ -3285,7 +3290,7 @@ class Seat:
     def over(self, number: int) -> Connection:
         """That connection to the machine."""
         socket = f"{self.base}-{number}" if self.way.there else ALONE
-        return Connection(self.ssh, self.programs, socket)
+        return Connection(self.ssh, socket)
 
     def allowed(self) -> int:
         """How many sessions a connection to this machine may have."""
@@ -3304,7 +3309,7 @@ class Seat:
 
     def tells(self) -> bool:
         """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
-        known = not self.programs.talk.old and not self.is_plain
+        known = not self.ssh.programs.talk.old and not self.is_plain
         return known and read_private(f"{self.base}.tells") == "1"
 
     def prove(self, version: int) -> None:
@@ -3339,41 +3344,30 @@ class Seat:
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the machine, with pipes, but for what the options say."""
-        command, environ = self.command(*remote), self.ssh.environ
-        return self.programs.start(command, environ, *STREAMS, **options)
-
-    def command(self, *remote: str) -> list[str]:
-        """The command line that runs it there."""
-        socket, defaults = self.connection.socket, ssh_defaults()
-        if socket == ALONE:
-            defaults = ssh_defaults(self.ssh.configured(self.programs), patient=True)
-        return self.ssh.session(socket, defaults, *remote)
+        command = self.ssh.session(self.connection.socket, *remote)
+        return self.ssh.programs.start(command, self.ssh.environ, *STREAMS, **options)
 
     def serve(self, *, tells: bool = False, **options: Any) -> subprocess.Popen[bytes]:
         """Start what speaks the serve protocol for the machine's store, to tell of its
         activities or not.  A nix-store here hears that we end, and ends its build."""
-        more = ["--log-format", "internal-json"] if tells else []
+        there, more = self.way.there, ["--log-format", "internal-json"] if tells else []
         if not self.way.here:
-            return self.start(*self.way.there, *more, **options)
-        options = {"start_new_session": True, **options}
-        command, environ = [*self.ssh.here[self.chosen], *more], self.here_environ()
-        return self.programs.start(command, environ, *STREAMS, **options)
-
-    def here_environ(self) -> dict[str, str]:
-        """For a nix-store here that opens another store, maybe by an ssh that leads there."""
+            return self.start(*there, *more, **options)
         environ = {n: v for n, v in self.ssh.environ.items() if n != "NIX_REMOTE"}
-        if self.way.there:
-            folder = stand_in(os.path.dirname(self.base))
-            environ["PATH"] = f"{folder}:{environ['PATH']}"
-            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(self.command(*self.way.there))
-        return environ
+        if there:  # it opens another store by an ssh
+            environ["PATH"] = f"{stand_in(self.ssh.directory)}:{environ['PATH']}"
+            command = self.ssh.session(self.connection.socket, *there)
+            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(command)
+        command = [*self.ssh.here[self.chosen], *more]
+        options = {"start_new_session": True, **options}
+        return self.ssh.programs.start(command, environ, *STREAMS, **options)
 
     def margin_s(self) -> float:
         """How long a build there may outlast Nix's limits; without root, a daemon builds."""
         if self.way.here:
             return HERE_MARGIN_S
-        configured = self.ssh.configured(self.programs).splitlines()
-        return MARGIN_S if "user root" in configured else DAEMON_MARGIN_S
+        is_root = "user root" in self.ssh.configured().splitlines()
+        return MARGIN_S if is_root else DAEMON_MARGIN_S
 
 
 # ---- Session ------------------------------------------------------------------------
@@ -3541,7 +3535,7 @@ class Session:
                 words = "the connection to it does not answer"
                 raise Late(words).become(SessionLost) from None
             said = " ".join(printable(decode(self.tail)).split()) or "nothing"
-            name, talk = self.seat.ssh.machine.name, self.seat.programs.talk
+            name, talk = self.seat.ssh.machine.name, self.seat.ssh.programs.talk
             talk.say(WARN, f"'{name}' lets us wait for nix-store, and says: {said}")
             magic = self.read(8, self.deadline)
         if magic != integer(SERVE_REPLY):
@@ -3626,7 +3620,7 @@ class Session:
         if now >= told_at and not lock.is_told:
             self.activities.lock = lock._replace(is_told=True)
             who = self.seat.ssh.machine.name
-            self.seat.programs.talk.say(WARN, f"'{who}' is {lock.words}")
+            self.seat.ssh.programs.talk.say(WARN, f"'{who}' is {lock.words}")
         return min((t for t in (told_at, end_at) if t > now), default=math.inf)
 
     def read(self, count: int, deadline: float = math.inf) -> bytes:
@@ -3691,8 +3685,8 @@ class Session:
             lines = [line[-OUTAGE_LIMIT // 2 :] for line in lines[-2:]]
         else:
             lines.append(printable(decode(bytes(self.inbox))))
-        if self.process.wait() == 255:
-            lines.append(self.seat.connection.last_words())
+        if self.process.wait() == 255 and not self.seat.connection.is_up():
+            lines.append(self.seat.connection.words()[0])
         return " ".join(" ".join(lines).split())
 
     def lost(self) -> SessionLost:
@@ -3924,8 +3918,7 @@ class Site:
 
     def new_seat(self, machine: Machine) -> Seat:
         """One that has no connection yet."""
-        ssh = Ssh.find(machine, self.nix, self.directory)
-        return Seat(ssh, self.programs, self.directory)
+        return Seat(Ssh.find(machine, self.nix, self.programs, self.directory))
 
     def seat(self, machine: Machine) -> Seat:
         """Ours with that machine, kept until we end."""
@@ -4029,7 +4022,7 @@ class Relay:
         ways: tuple[str, str],
     ) -> None:
         self.session, self.name = session, os.path.basename(command[0])
-        self.programs = session.seat.programs
+        self.programs = session.seat.ssh.programs
         self.talk, self.ways = self.programs.talk, ways
         self.problem = ""  # what the program says from its first error on
         self.rest = b""  # of its stderr: the begun line
@@ -4422,10 +4415,9 @@ class Copier:
     """The programs of the calling Nix that copy, and one builder."""
 
     def __init__(self, site: Site, session: Session, locks: OutputLocks) -> None:
-        self.site, self.nix, self.talk, self.locks = site, site.nix, site.talk, locks
+        self.site, self.nix, self.session, self.locks = site, site.nix, session, locks
         self.programs, self.program = site.programs, site.copy_program
         self.store_program = f"{os.path.dirname(self.program)}/nix-store"
-        self.session = session
         self.early: Relay | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
         path = f"{site.stand_in}:{ssh.environ['PATH']}"
@@ -4523,7 +4515,11 @@ class Copier:
         relay.dumps_left = len(infos) if last else math.inf
         give = relay.offer if self.fetches_joined else relay.export
         if problem := relay.run(len(infos), give, infos):
-            raise self.blame_for_fetching(problem)
+            # As the outputs could be built, it mostly is the fault of our store.
+            if lost := self.lost_session():
+                words = "; ".join(dict.fromkeys((str(lost), problem)))
+                raise self.with_words(lost, words)
+            raise Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
 
     def start_to_fetch(self, paths: list[str]) -> Relay:
         """Start the program that is to bring these."""
@@ -4601,12 +4597,6 @@ class Copier:
                 raise Error(text)
             invalid.update(said.split())
         return invalid
-
-    def blame_for_fetching(self, problem: str) -> Error:
-        """The error to raise: as the outputs could be built, it mostly is our store's fault."""
-        if lost := self.lost_session():
-            return self.with_words(lost, "; ".join(dict.fromkeys((str(lost), problem))))
-        return Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
 
 
 def cache_files(
@@ -6108,7 +6098,7 @@ class Inspection:
                 with suppress(OSError):
                     remove(path)
             elif "." not in file:
-                Connection(self.seat.ssh, self.site.programs, path).retire()
+                Connection(self.seat.ssh, path).retire()
         self.seat.keep_way()
         self.site.outages.end(self.machine)
 

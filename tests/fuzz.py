@@ -411,11 +411,7 @@ class Taker:
         slots.make()
         fakes.write_program(directory / "nix-copy-closure", "print('(Nix) 2.30.0')")
         self.sites = [hook.Site(self.new, talk, slots) for talk in self.talks]
-        self.seat = FakeSeat(*self.seat_of(self.sites[1]))
-
-    def seat_of(self, site: hook.Site) -> tuple[hook.Ssh, hook.Programs, str]:
-        seat = site.new_seat(self.machine)
-        return seat.ssh, seat.programs, site.directory
+        self.seat = FakeSeat(self.sites[1].new_seat(self.machine).ssh)
 
     def machines(self, case: bytes) -> bool:
         file = self.directory / "machines"

@@ -203,8 +203,8 @@ def seat(line: str, tmp_path: Path, **environ: str) -> Seat:
     fakes.write_program(tmp_path / "bin/ssh", "")
     given = {"PATH": f"{tmp_path}/bin", "HOME": "/root", **environ}
     nix, directory = Nix(False, {}, given), ssh_directory(str(tmp_path))
-    ssh = Ssh.find(Machine.parse("machines:1", line, nix), nix, directory)
-    return Seat(ssh, Programs(Talk(nix)), directory)
+    machine, programs = Machine.parse("machines:1", line, nix), Programs(Talk(nix))
+    return Seat(Ssh.find(machine, nix, programs, directory))
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,8 @@ def test_nix_sshopts_with_an_open_quote_are_an_error_that_shows_them() -> None:
 def ssh(line: str, directory: Path, **environ: str) -> Ssh:
     fakes.write_program(directory / "bin/ssh", "")
     nix = Nix(False, {}, {"PATH": f"{directory}/bin", **environ})
-    return Ssh.find(machine(line), nix, ssh_directory(str(directory)))
+    programs, folder = Programs(Talk(nix)), ssh_directory(str(directory))
+    return Ssh.find(machine(line), nix, programs, folder)
 
 
 def test_without_a_connection_no_file_of_the_users_is_a_socket(
@@ -280,7 +281,7 @@ def test_without_a_connection_no_file_of_the_users_is_a_socket(
     (tmp_path / "none").write_text("mine", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     before = sorted(os.listdir())
-    seat = Seat(made, Programs(Talk(Nix(False, {}, {}))), ssh_directory(str(tmp_path)))
+    seat = Seat(made)
     seat.connection.retire()
     seat.lose()
     assert sorted(os.listdir()) == before
@@ -288,7 +289,7 @@ def test_without_a_connection_no_file_of_the_users_is_a_socket(
 
 def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
     made = ssh("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99")
-    options = made.session(ALONE, ssh_defaults())
+    options = made.session(ALONE)
     timeouts = [word for word in options if word.startswith("-oConnectTimeout=")]
     assert timeouts[0] == "-oConnectTimeout=99" and len(timeouts) == 2
 
@@ -336,7 +337,7 @@ def test_what_is_configured_is_left_alone(configured: str, expected: list[str]) 
 
 
 def test_the_host_comes_after_the_end_of_options(tmp_path: Path) -> None:
-    command = ssh("nix@b1", tmp_path).session(ALONE, [], "nix-store", "--serve")
+    command = ssh("nix@b1", tmp_path).session(ALONE, "nix-store", "--serve")
     assert command[-4:] == ["--", "nix@b1", "nix-store", "--serve"]
 
 
