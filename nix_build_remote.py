@@ -3507,6 +3507,7 @@ class Session:
         self.tells = seat.tells()  # it is to tell of them
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
+        self.unasked: float = math.inf  # archives to ask for, before there is an end
         self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
         # How long a running build may take, and say nothing, before we end it.
         self.limits = math.inf, math.inf
@@ -3569,11 +3570,6 @@ class Session:
     def spoken(self) -> int:
         """The version of the protocol, as it is or as it must be; 0 if not known."""
         return self.version or (self.proof.version if self.proof else 0)
-
-    @property
-    def dumped(self) -> str:
-        """The path whose archive was asked for with the build, if any."""
-        return next(iter(self.activities.absent), "")
 
     def pipes(self) -> list[int]:
         """Where it may say something."""
@@ -3766,9 +3762,8 @@ class Session:
         return b"".join(map(integer, numbers))
 
     def build_limit(self) -> float:
-        """When the running build will have exceeded Nix's limits by far, counted from the first
-        of its log, before which it may have waited for its turn, or else from our question; not
-        while it waits for a lock."""
+        """When the running build will have exceeded Nix's limits by far, counted from our question
+        or the first of its log, before which it may wait for its turn, or for a lock."""
         if self.activities.lock.words:
             return math.inf
         return min(self.first + self.limits[0], self.last + self.limits[1])
@@ -3779,16 +3774,22 @@ class Session:
         """Ask for the build of a derivation, and at once the next question; encoded: None if
         it is there, for the older command.  The answer: a status as the builder's Nix has
         it, 0 if it was built, and a message."""
-        build, hear = integer(BUILD_PATHS) + strings([path]), self.hear_of_paths
+        build, by_path = integer(BUILD_PATHS) + strings([path]), encoded is None
         if encoded is not None:
             build = integer(BUILD_DERIVATION) + string(path) + encoded
-            hear = self.hear_of_build
         self.write(build + self.build_options(nix) + then)
-        return Answer(self, lambda until: hear(nix), math.inf)
+        hear: Callable[[float], Any] = lambda _: self.hear_of_build(nix, by_path)
+        return Answer(self, hear, math.inf)
 
-    def hear_of_build(self, nix: Nix) -> tuple[int, str]:
-        """Read the answer to BuildDerivation."""
-        status, message = self.wait_for_build(nix), read_string(self.read)
+    def hear_of_build(self, nix: Nix, by_path: bool) -> tuple[int, str]:
+        """Read the answer to BuildPaths or to BuildDerivation."""
+        status = self.wait_for_build(nix)
+        if by_path and status == 0:
+            return 0, ""
+        message = read_string(self.read)
+        if by_path:  # a mask from 100 up: 1 a timeout, 2 a hash mismatch, ...
+            kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
+            return kind, message
         if self.spoken >= 0x203:
             self.read(4 * 8)  # times built, non-deterministic, start, stop
         if self.spoken >= 0x206:
@@ -3808,15 +3809,6 @@ class Session:
             return read_integer(self.read)
         finally:
             self.limits = math.inf, math.inf
-
-    def hear_of_paths(self, nix: Nix) -> tuple[int, str]:
-        """Read the answer to BuildPaths: nix-build's exit status, which is a mask from 100
-        up (1 a timeout, 2 a hash mismatch, ...)."""
-        status = self.wait_for_build(nix)
-        if status == 0:
-            return 0, ""
-        kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
-        return kind, read_string(self.read)
 
 
 GREETING = integer(SERVE_HELLO) + integer(SERVE_VERSION)
@@ -4014,35 +4006,28 @@ class Relay:
     register as root and unchecked, whatever else a builder says that they refer to.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        command: list[str],
-        environ: dict[str, str],
-        ways: tuple[str, str],
-    ) -> None:
-        self.session, self.name = session, os.path.basename(command[0])
-        self.programs = session.seat.ssh.programs
-        self.talk, self.ways = self.programs.talk, ways
+    def __init__(self, session: Session, way: str, here: str) -> None:
+        self.session, self.way, self.here = session, way, here  # "to" it, or "from"
+        self.programs, self.name = session.seat.ssh.programs, ""  # of the program
+        self.talk = self.programs.talk
         self.problem = ""  # what the program says from its first error on
         self.rest = b""  # of its stderr: the begun line
         self.ended = False  # its stderr has
         self.is_open = True  # until we hang up
-        self.dumps_left: float = math.inf  # archives to ask for, before there is an end
         self.ahead: dict[str, bytes] = {}  # archives that were fetched already
         self.quiet: list[int] = []  # where nothing may be said while the program asks
-        self.start(command, environ)
-        os.set_blocking(self.input, False)
-        for pipe in (session.stdin, session.stdout, self.input, self.output):
-            if sys.platform == "linux" and pipe is not None:
-                with suppress(OSError):  # more than the user may have
-                    fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
 
     def start(self, command: list[str], environ: dict[str, str]) -> None:
         """Start the program: it, or the stand-in as its ssh, reads our input and writes our
         output."""
+        self.name, session = os.path.basename(command[0]), self.session
         reads, self.input = os.pipe()
         self.output, writes = os.pipe()
+        os.set_blocking(self.input, False)
+        for pipe in (session.stdin, session.stdout, reads, writes):
+            if sys.platform == "linux" and pipe is not None:
+                with suppress(OSError):  # more than the user may have
+                    fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
         for number, end in zip(JOINED, (reads, writes)):
             os.dup2(end, number, inheritable=False)
         given: dict[str, Any] = {"stdin": reads, "pass_fds": JOINED}
@@ -4100,9 +4085,9 @@ class Relay:
 
     def begin(self, path: str, size: int) -> None:
         """Tell that a path is copied now, whose archive has that size."""
-        machine, (way, here) = self.session.seat.ssh.machine.name, self.ways
-        line = f"copying path '{path}' {way} '{machine}'"
-        ends = (here, machine) if way == "to" else (machine, here)
+        machine = self.session.seat.ssh.machine.name
+        line = f"copying path '{path}' {self.way} '{machine}'"
+        ends = (self.here, machine) if self.way == "to" else (machine, self.here)
         if self.talk.old:
             self.talk.say(INFO, line)
         self.talk.begin_path(size, line, path, *ends)
@@ -4330,7 +4315,7 @@ class Relay:
                 self.ask_for_archive(path)
             read = self.session.reader(time.monotonic() + COPY_TIMEOUT_S)
             self.ahead = {path: read(info.size) for path, info in infos.items()}
-        if not self.session.dumped:
+        if not self.session.activities.absent:
             self.expect_silence()
         while True:
             self.answer(read_integer(self.read), infos)
@@ -4363,11 +4348,12 @@ class Relay:
 
     def ask_for_archive(self, path: str) -> None:
         """Ask for an archive, unless that was done with the build; after the last, no more."""
-        if path != self.session.dumped:
-            self.session.write(dump_question(path))
-        self.dumps_left -= 1
-        if not self.dumps_left:
-            self.session.ask_no_more()
+        session = self.session
+        if path not in session.activities.absent:
+            session.write(dump_question(path))
+        session.unasked -= 1
+        if not session.unasked:
+            session.ask_no_more()
 
     # Fetching with nix-store --import
 
@@ -4432,8 +4418,9 @@ class Copier:
 
     def start(self, way: str, command: list[str], environ: dict[str, str]) -> Relay:
         """Start a program that copies "to" or "from" the builder."""
-        here = self.nix.store.remote or "local"
-        return Relay(self.session, command, environ, (way, here))
+        relay = Relay(self.session, way, self.nix.store.remote or "local")
+        relay.start(command, environ)
+        return relay
 
     # Sending
 
@@ -4502,17 +4489,15 @@ class Copier:
         self.check(outputs, inputs, infos)
         if self.site.copy_version >= (2, 29):
             self.locks.retire(outputs)
-        ordered = in_order(infos)
-        for batch in batches(ordered):
-            some = {path: infos[path] for path in batch}
-            self.fetch_some(some, batch[-1] == ordered[-1])
+        self.session.unasked = len(infos)
+        for batch in batches(in_order(infos)):
+            self.fetch_some({path: infos[path] for path in batch})
 
-    def fetch_some(self, infos: dict[str, PathInfo], last: bool) -> None:
-        """Bring these, each behind those it refers to; last: there are no more."""
+    def fetch_some(self, infos: dict[str, PathInfo]) -> None:
+        """Bring these, each behind those it refers to."""
         relay = self.early
         if not relay or relay.process.poll() is not None:
             relay = self.start_to_fetch([*infos])
-        relay.dumps_left = len(infos) if last else math.inf
         give = relay.offer if self.fetches_joined else relay.export
         if problem := relay.run(len(infos), give, infos):
             # As the outputs could be built, it mostly is the fault of our store.
@@ -4632,16 +4617,9 @@ def in_order(infos: dict[str, PathInfo]) -> list[str]:
 
 def batches(paths: list[str]) -> Iterator[list[str]]:
     """Cut into lists that fit on a command line."""
-    batch: list[str] = []
-    size = 0
-    for path in paths:
-        if batch and size + len(path) > COPY_BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(path)
-        size += len(path) + 1
-    if batch:
-        yield batch
+    size = COPY_BATCH_BYTES // (1 + max(map(len, paths), default=0)) or 1
+    for start in range(0, len(paths), size):
+        yield paths[start : start + size]
 
 
 class OutputLocks:
@@ -4673,14 +4651,11 @@ class OutputLocks:
 
     def retire_file(self, path: str, expected: os.stat_result) -> None:
         """Retire one, if it is still that file."""
-        with suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                if os.path.samestat(os.fstat(descriptor), expected):
-                    os.unlink(path)
-                    os.write(descriptor, b"d")
-            finally:
-                os.close(descriptor)
+        flags = os.O_WRONLY | os.O_NOFOLLOW
+        with suppress(FileNotFoundError), open(os.open(path, flags), "wb", 0) as file:
+            if os.path.samestat(os.fstat(file.fileno()), expected):
+                os.unlink(path)
+                file.write(b"d")
 
 
 class UploadLock:

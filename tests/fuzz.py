@@ -514,8 +514,9 @@ class Taker:
         """For a program that copies and has said this; `heard` is what it is told."""
         session.version = 0x207
         FakeRelay.heard, FakeRelay.said = self.directory / "heard", (asked, stderr)
-        relay = FakeRelay(session, ["nix-copy-closure"], {}, ("to", "local"))
+        relay = FakeRelay(session, "to", "local")
         relay.talk = self.talks[number % 2]
+        relay.start(["nix-copy-closure"], {})
         return relay
 
     def infos(self, case: bytes) -> bool:
