@@ -2877,6 +2877,10 @@ class Ssh(NamedTuple):
             here=tuple(command_here(way, nix) for way in machine.ways),
         )
 
+    def warn(self, words: str) -> None:
+        """Tell people what the machine says or does."""
+        self.programs.talk.say(WARN, f"'{self.machine.name}' {words}")
+
     def options(self, socket: str) -> list[str]:
         """For a connection at that control socket."""
         all_else = [*self.own, *self.user]
@@ -3063,8 +3067,7 @@ class Connection:
         return "", False  # our directory is gone
 
     def start(self) -> None:
-        """Begin to connect, unless somebody already does, or it is up; Error if there is no
-        room for its file."""
+        """Begin to connect, unless somebody does; Error without room for its file."""
         with Lock(f"{self.socket}.start") as lock:
             while not lock.hold():  # it is a master's, or of one who just looks
                 if not lock.is_free():
@@ -3094,9 +3097,8 @@ class Connection:
         while self.socket != ALONE and not self.is_up():
             words, connecting = self.words()
             if words != told and time.monotonic() > start + TELL_S:
-                told, who = words, self.ssh.machine.name
-                text = f"'{who}' says while we log in: {words}"
-                self.ssh.programs.talk.say(WARN, text)
+                told = words
+                self.ssh.warn(f"says while we log in: {words}")
             if means(words, "UNSHARED"):  # it would stay, of no use
                 if self.master and connecting:
                     self.master.terminate()
@@ -3536,8 +3538,7 @@ class Session:
                 words = "the connection to it does not answer"
                 raise Late(words).become(SessionLost) from None
             said = " ".join(printable(decode(self.tail)).split()) or "nothing"
-            name, talk = self.seat.ssh.machine.name, self.seat.ssh.programs.talk
-            talk.say(WARN, f"'{name}' lets us wait for nix-store, and says: {said}")
+            self.seat.ssh.warn(f"lets us wait for nix-store, and says: {said}")
             magic = self.read(8, self.deadline)
         if magic != integer(SERVE_REPLY):
             raise self.no_greeting(magic)
@@ -3615,8 +3616,7 @@ class Session:
             raise Stuck(f"it has been {lock.words} for {STALLED_S} s")
         if now >= told_at and not lock.is_told:
             self.activities.lock = lock._replace(is_told=True)
-            who = self.seat.ssh.machine.name
-            self.seat.ssh.programs.talk.say(WARN, f"'{who}' is {lock.words}")
+            self.seat.ssh.warn(f"is {lock.words}")
         return min((t for t in (told_at, end_at) if t > now), default=math.inf)
 
     def read(self, count: int, deadline: float = math.inf) -> bytes:
@@ -4011,6 +4011,9 @@ class Relay:
         self.programs, self.name = session.seat.ssh.programs, ""  # of the program
         self.talk = self.programs.talk
         self.problem = ""  # what the program says from its first error on
+        # What the builder has, lacks, and has to offer, of all that is copied.
+        self.there, self.lacking = set[str](), set[str]()
+        self.infos: dict[str, PathInfo] = {}
         self.rest = b""  # of its stderr: the begun line
         self.ended = False  # its stderr has
         self.is_open = True  # until we hang up
@@ -4200,11 +4203,46 @@ class Relay:
         if len(data) >= BULK_BYTES:  # let more pile up, to move it at once
             time.sleep(BULK_PAUSE_S)
 
-    def welcome(self) -> None:
-        """Answer its hello, which may come again after an error of its own.  Nix 2.32 and
-        newer speak to no builder before 2.1, whose dialect we can translate."""
-        self.read(8)  # its version
-        self.reply(integer(SERVE_REPLY) + integer(max(self.session.spoken, 0x205)))
+    def serve(self) -> None:
+        """Be the builder to nix-copy-closure, until that ends."""
+        while True:
+            self.answer(read_integer(self.read))
+
+    def answer(self, command: int) -> None:
+        """Answer one command; what we do not know, the builder is asked."""
+        version = self.session.spoken
+        if command == SERVE_HELLO:  # which may come again after an error of its own
+            self.read(8)  # its version
+            # 2.32 and newer speak to no builder before 2.1, whose dialect we can translate.
+            self.reply(integer(SERVE_REPLY) + integer(max(version, 0x205)))
+        elif command == QUERY_VALID_PATHS:
+            flags, asked = self.read(16), set(read_strings(self.read))
+            valid = asked & self.there
+            if not asked <= self.there | self.lacking:
+                read = self.ask(integer(command) + flags + strings(sorted(asked)))
+                valid = set(read_strings(read))
+            self.reply(strings(sorted(valid)))
+        elif command == QUERY_PATH_INFOS:
+            asked = set(read_strings(self.read))
+            infos = {path: self.infos[path] for path in asked & self.infos.keys()}
+            if self.way == "to" and not asked <= self.lacking and version >= 0x204:
+                infos = read_infos(self.ask(infos_question(asked)), version)
+            self.reply(b"".join(info.encode() for info in infos.values()) + string(""))
+        elif command == QUERY_CLOSURE:  # in that of what it is offered is nothing else
+            self.read(8)  # whether outputs of derivations are meant, too
+            self.reply(strings(p for p in read_strings(self.read) if p in self.infos))
+        elif command == DUMP_STORE_PATH:
+            self.give_archive(read_string(self.read))
+        elif command == ADD_TO_STORE_NAR:
+            self.take_archive()
+        elif (
+            self.way == "to"
+        ):  # such as ImportPaths, of Nix 1.x: the rest goes as it is
+            self.ask(integer(command))
+            while self.exchange():
+                pass
+        else:
+            raise Error(f"nix-copy-closure asks for something unknown ({command})")
 
     # Sending
 
@@ -4212,42 +4250,13 @@ class Relay:
         """Be the builder that it copies to, and let nothing wait for a round trip: we know
         which paths are there, as far as these say, and hear of what is copied when all is
         sent.  If the session ends, it hears that its ssh has ended, and fails."""
-        self.there, self.lacking = there, lacking  # of the inputs, as they change
+        self.there, self.lacking = there, lacking
         try:
-            while True:
-                self.take_in(read_integer(self.read))
+            self.serve()
         except SessionLost:
             self.hang_up()
             self.finish()
             raise
-
-    def take_in(self, command: int) -> None:
-        """Answer one command of nix-copy-closure --to, Nix 2.x."""
-        if command == ADD_TO_STORE_NAR:
-            self.take_archive()
-        elif command == SERVE_HELLO:
-            self.welcome()
-        elif command == QUERY_VALID_PATHS:
-            flags, asked = self.read(16), set(read_strings(self.read))
-            valid: Iterable[str] = sorted(asked & self.there)
-            if not asked <= self.there | self.lacking:
-                read = self.ask(integer(command) + flags + strings(sorted(asked)))
-                valid = read_strings(read)
-            self.reply(strings(valid))
-        elif command == QUERY_PATH_INFOS:
-            asked, infos = set(read_strings(self.read)), {}
-            if not asked <= self.lacking and self.session.spoken >= 0x204:
-                read = self.ask(infos_question(asked))
-                infos = read_infos(read, self.session.spoken)
-            self.reply_infos(infos)
-        else:  # such as ImportPaths, of Nix 1.x: the rest goes as it is
-            self.ask(integer(command))
-            while self.exchange():
-                pass
-
-    def reply_infos(self, infos: dict[str, PathInfo]) -> None:
-        """The answer to QueryPathInfos."""
-        self.reply(b"".join(info.encode() for info in infos.values()) + string(""))
 
     def exchange(self) -> bool:
         """Move what is there, both ways; False at the end of what it says."""
@@ -4308,8 +4317,8 @@ class Relay:
     # Fetching with nix-copy-closure --from
 
     def offer(self, infos: dict[str, PathInfo]) -> None:
-        """Be a builder that has these, in whose closure there is nothing else."""
-        sizes = [info.size for info in infos.values()]
+        """Be a builder that has these."""
+        self.infos, sizes = infos, [info.size for info in infos.values()]
         if len(sizes) > 1 and sum(sizes) <= AHEAD_BYTES:
             for path in infos:
                 self.ask_for_archive(path)
@@ -4317,34 +4326,21 @@ class Relay:
             self.ahead = {path: read(info.size) for path, info in infos.items()}
         if not self.session.activities.absent:
             self.expect_silence()
-        while True:
-            self.answer(read_integer(self.read), infos)
+        self.serve()
 
-    def answer(self, command: int, infos: dict[str, PathInfo]) -> None:
-        """Answer one command of nix-copy-closure --from, Nix 2.x."""
-        if command == QUERY_CLOSURE:
-            self.read(8)  # whether outputs of derivations are meant, too
-            asked = read_strings(self.read)
-            self.reply(strings(path for path in asked if path in infos))
-        elif command == QUERY_PATH_INFOS:
-            asked = read_strings(self.read)
-            self.reply_infos({path: infos[path] for path in asked if path in infos})
-        elif command == DUMP_STORE_PATH:
-            path = read_string(self.read)
-            if path not in infos:
-                raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
-            self.begin(path, infos[path].size)
-            if path in self.ahead:
-                self.reply(self.ahead.pop(path))
-                self.talk.progress(infos[path].size)
-            else:
-                self.ask_for_archive(path)
-                self.pass_on(infos[path].size)
-                self.expect_silence()
-        elif command == SERVE_HELLO:
-            self.welcome()
+    def give_archive(self, path: str) -> None:
+        """Give it the archive of a path."""
+        if path not in self.infos:
+            raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
+        size = self.infos[path].size
+        self.begin(path, size)
+        if path in self.ahead:
+            self.reply(self.ahead.pop(path))
+            self.talk.progress(size)
         else:
-            raise Error(f"nix-copy-closure asks for something unknown ({command})")
+            self.ask_for_archive(path)
+            self.pass_on(size)
+            self.expect_silence()
 
     def ask_for_archive(self, path: str) -> None:
         """Ask for an archive, unless that was done with the build; after the last, no more."""

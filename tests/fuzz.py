@@ -562,6 +562,7 @@ class Taker:
         info = hook.PathInfo(PATH, "", (NEXT,), len(ARCHIVES[0]), "", b"")
         lost = contextlib.suppress(hook.SessionLost)  # the builder has ended
         with self.talking(b"") as session, self.going_on(session, case) as relay, lost:
+            relay.way = "from"
             relay.run(1, relay.offer, {PATH: info})
         return (self.directory / "heard").stat().st_size > 16  # more than a greeting
 
