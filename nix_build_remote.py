@@ -3861,16 +3861,13 @@ NIX_1 = (1, 11)
 def parse_version(text: str) -> tuple[int, ...]:
     """Of `nix-copy-closure (Nix) 2.26.3`.  Lix, with more lines behind that, counts on from
     Nix 2.18, whose locks it has; in Nix 1.x it is a Perl script without --version."""
-    numbers: list[int] = []
-    text = text.strip().split("\n")[0]
-    for part in text.split(" ")[-1].split("."):
-        digits = part[: len(part) - len(part.lstrip(DIGITS))]
-        numbers += [int(digits[:9])] if digits else []
-        if digits != part:  # 2.35pre20260101_abc
-            break
+    line = text.strip().split("\n")[0]
+    last = line.split(" ")[-1]
+    number = last[: len(last) - len(last.lstrip(f"{DIGITS}."))]  # 2.35pre20260101_abc
+    numbers = tuple(int(part[:9]) for part in number.split(".") if part)
     if len(numbers) < 2:
         return NIX_1
-    return (2, 18) if "Lix" in text else tuple(numbers)
+    return (2, 18) if "Lix" in line else numbers
 
 
 class Site:
@@ -4027,10 +4024,9 @@ class Relay:
         reads, self.input = os.pipe()
         self.output, writes = os.pipe()
         os.set_blocking(self.input, False)
-        for pipe in (session.stdin, session.stdout, reads, writes):
-            if sys.platform == "linux" and pipe is not None:
-                with suppress(OSError):  # more than the user may have
-                    fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
+        for pipe in filter(None, (session.stdin, session.stdout, reads, writes)):
+            with suppress(OSError):  # more than the user may have, or not Linux
+                fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
         for number, end in zip(JOINED, (reads, writes)):
             os.dup2(end, number, inheritable=False)
         given: dict[str, Any] = {"stdin": reads, "pass_fds": JOINED}
@@ -4412,10 +4408,10 @@ class Copier:
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
         self.fetches_joined = since_2 and session.spoken >= HASHES_SINCE
 
-    def start(self, way: str, command: list[str], environ: dict[str, str]) -> Relay:
+    def start(self, way: str, command: list[str], **more: str) -> Relay:
         """Start a program that copies "to" or "from" the builder."""
         relay = Relay(self.session, way, self.nix.store.remote or "local")
-        relay.start(command, environ)
+        relay.start(command, {**self.environ, **more})
         return relay
 
     # Sending
@@ -4426,7 +4422,7 @@ class Copier:
         command = [self.program, *flags, self.target, *self.nix.options()]
         there, lacking = set(there), paths - there
         for batch in batches(sorted(paths)):
-            relay = self.start("to", [*command, *batch], self.environ)
+            relay = self.start("to", [*command, *batch])
             try:
                 problem = relay.run(len(batch), relay.send, there, lacking)
             except SessionLost as error:
@@ -4504,13 +4500,14 @@ class Copier:
 
     def start_to_fetch(self, paths: list[str]) -> Relay:
         """Start the program that is to bring these."""
-        environ, held = self.environ, [p for p in paths if p in self.locks.outputs]
-        if self.site.copy_version < (2, 29) and held:
-            environ = {**environ, "NIX_HELD_LOCKS": " ".join(held)}
-        command = [self.store_program, "--import", *self.nix.options()]
+        options, locks = self.nix.options(), dict[str, str]()
+        command = [self.store_program, "--import", *options]
         if self.fetches_joined:
-            command = [self.program, "--from", self.target, *self.nix.options(), *paths]
-        return self.start("from", command, environ)
+            command = [self.program, "--from", self.target, *options, *paths]
+        if self.site.copy_version < (2, 29):
+            held = " ".join(path for path in paths if path in self.locks.outputs)
+            locks = {"NIX_HELD_LOCKS": held} if held else {}
+        return self.start("from", command, **locks)
 
     def register(
         self, path: str, derivation: Derivation, outputs: dict[str, str]
