@@ -3121,16 +3121,13 @@ class Connection:
                 remove(self.socket)
 
 
-PIPE = os.O_CLOEXEC | os.O_NOFOLLOW  # how a named pipe is opened
-
-
 def make_pipe(path: str) -> tuple[int, int]:
     """A new named pipe, to read and to write."""
     remove(path)
     os.mkfifo(path, 0o600)
-    reads = os.open(path, PIPE | os.O_RDONLY | os.O_NONBLOCK)  # before anybody writes
+    reads = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # nobody writes
     os.set_blocking(reads, True)
-    return reads, os.open(path, PIPE | os.O_WRONLY)
+    return reads, os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
 
 
 class Spare:
@@ -3190,7 +3187,8 @@ class Spare:
         with suppress(OSError):
             ways = {"in": os.O_WRONLY, "out": os.O_RDONLY, "err": os.O_RDONLY}
             for name, way in ways.items():
-                pipes.append(os.open(f"{file}.{name}", PIPE | way | os.O_NONBLOCK))
+                flags = way | os.O_NONBLOCK | os.O_NOFOLLOW
+                pipes.append(os.open(f"{file}.{name}", flags))
             whole = all(stat.S_ISFIFO(os.fstat(pipe).st_mode) for pipe in pipes)
             # What it reads was open all the time if its `sleep` still lives.
             if whole and (pids := cls.at(file, proof)):
@@ -3737,11 +3735,6 @@ class Session:
             return answer.get(self.deadline - time.monotonic())
         except Late as error:
             raise error.become(Unreachable) from None
-
-    def hear_all(self) -> None:
-        """Hear all that it was asked and has not answered yet."""
-        while self.awaited:
-            self.awaited[0].get()
 
     def infos_answer(self) -> Answer:
         """The answer to infos_question, when that was sent: a dict of PathInfo."""
@@ -4306,7 +4299,8 @@ class Relay:
 
     def ask(self, question: bytes) -> Read:
         """Ask the builder when it owes no answer; returns what reads this one."""
-        self.session.hear_all()
+        while self.session.awaited:
+            self.session.awaited[0].get()
         self.session.write(question)
         return self.session.reader(time.monotonic() + COPY_TIMEOUT_S)
 

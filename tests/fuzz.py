@@ -571,7 +571,7 @@ class Taker:
         said, lost = 9 * integer(1), contextlib.suppress(hook.SessionLost)
         with self.talking(said) as session, self.going_on(session, case) as relay, lost:
             relay.run(1, relay.send, {NEXT}, {PATH})
-            session.hear_all()
+            relay.ask(b"")
         return (self.directory / "heard").stat().st_size > 16
 
     def outage(self, case: bytes) -> bool:
