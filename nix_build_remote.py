@@ -4129,20 +4129,22 @@ class Relay:
 
     # What the program says and hears
 
+    def some(self, limit: int) -> bytes:
+        """Some of what it says, so much at most; CopyEnded at its end."""
+        while self.session.stdout in self.step([self.output, *self.quiet]):
+            self.quiet = []
+            # It ends, as it was told, or its archive is longer than announced.
+            if os.read(self.session.stdout, TAIL_BYTES):
+                raise Spoilt(LONGER)
+        if data := os.read(self.output, limit):
+            return data
+        raise CopyEnded
+
     def read(self, count: int) -> bytes:
-        """Exactly so much of what it says; CopyEnded at its end."""
+        """Exactly so much of what it says."""
         data = b""
         while len(data) < count:
-            if self.session.stdout in self.step([self.output, *self.quiet]):
-                self.quiet = []
-                # It ends, as it was told, or its archive is longer than announced.
-                if os.read(self.session.stdout, TAIL_BYTES):
-                    raise Spoilt(LONGER)
-                continue
-            more = os.read(self.output, count - len(data))
-            if not more:
-                raise CopyEnded
-            data += more
+            data += self.some(count - len(data))
         return data
 
     def expect_silence(self) -> None:
@@ -4224,12 +4226,9 @@ class Relay:
             self.give_archive(read_string(self.read))
         elif command == ADD_TO_STORE_NAR:
             self.take_archive()
-        elif (
-            self.way == "to"
-        ):  # such as ImportPaths, of Nix 1.x: the rest goes as it is
+        elif self.way == "to":  # such as ImportPaths, of Nix 1.x
             self.ask(integer(command))
-            while self.exchange():
-                pass
+            self.exchange()
         else:
             raise Error(f"nix-copy-closure asks for something unknown ({command})")
 
@@ -4247,18 +4246,20 @@ class Relay:
             self.finish()
             raise
 
-    def exchange(self) -> bool:
-        """Move what is there, both ways; False at the end of what it says."""
-        ready = self.step([self.output, self.session.stdout])
-        if self.output in ready:
-            data = os.read(self.output, MOVE_BYTES)
-            if not data:
-                return False
-            self.session.write(data)
-            self.count(data)
-        if self.session.stdout in ready or self.session.inbox:
-            self.reply(self.take(MOVE_BYTES))
-        return True
+    def exchange(self) -> None:
+        """Move all the rest as it is, both ways, until the program ends."""
+        while True:
+            ready = self.step([self.output, self.session.stdout])
+            if self.output in ready:
+                self.send_on(self.some(MOVE_BYTES))
+            if self.session.stdout in ready or self.session.inbox:
+                self.reply(self.take(MOVE_BYTES))
+
+    def send_on(self, data: bytes) -> int:
+        """Send that to the builder; returns how much it is."""
+        self.session.write(data)
+        self.count(data)
+        return len(data)
 
     def take_archive(self) -> None:
         """Pass on a path: its name, deriver, hash, references, time, size, whether it was
@@ -4281,13 +4282,7 @@ class Relay:
             tail += integer(0) + integer(0)  # without a signature; no more paths
         self.session.write(head)
         while size:
-            self.step([self.output])
-            data = os.read(self.output, min(size, MOVE_BYTES))
-            if not data:
-                raise CopyEnded
-            self.session.write(data)
-            size -= len(data)
-            self.count(data)
+            size -= self.send_on(self.some(min(size, MOVE_BYTES)))
         self.session.write(tail)
         Answer(self.session, self.hear_of_copy, COPY_TIMEOUT_S)
         self.reply(integer(1))
