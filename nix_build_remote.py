@@ -3181,9 +3181,7 @@ class Spare:
     @classmethod
     def take(cls, connection: Connection, file: str) -> Spare | None:
         """That on the seat of that file, which we hold; None if there is none."""
-        proof, pipes = connection.proof(), list[int]()
-        if not cls.at(file, proof):
-            return None
+        pipes: list[int] = []
         with suppress(OSError):
             ways = {"in": os.O_WRONLY, "out": os.O_RDONLY, "err": os.O_RDONLY}
             for name, way in ways.items():
@@ -3191,7 +3189,7 @@ class Spare:
                 pipes.append(os.open(f"{file}.{name}", flags))
             whole = all(stat.S_ISFIFO(os.fstat(pipe).st_mode) for pipe in pipes)
             # What it reads was open all the time if its `sleep` still lives.
-            if whole and (pids := cls.at(file, proof)):
+            if whole and (pids := cls.at(file, connection.proof())):
                 remove(f"{file}.spare")
                 os.kill(int(pids[0]), SIGTERM)
                 return cls(connection, pids[2:], *pipes)
@@ -3302,10 +3300,9 @@ class Seat:
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed())]
         proof = self.connection.proof()
         with suppress(Error, OSError):  # a full disk
-            free = [f for f in files if is_free(f)]
-            number = len(files) - sum(not Spare.at(f, proof) for f in free) - 1
-            if number > 0:  # else sessions that are ending count there
-                note(f"{self.base}.seats", str(number))
+            taken = [f for f in files if not is_free(f) or Spare.at(f, proof)]
+            if len(taken) > 1:  # else sessions that are ending count there
+                note(f"{self.base}.seats", str(len(taken) - 1))
 
     def tells(self) -> bool:
         """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
@@ -4344,7 +4341,8 @@ class Relay:
             self.ask_for_archive(info.path)
             self.begin(info.path, info.size)
             self.reply(integer(1))
-            if not is_hash(info.hash, self.pass_archive()):
+            (kind, _, told), found = info.hash.partition(":"), self.pass_archive()
+            if kind == "sha256" and told not in (found.hex(), base32(found)):
                 raise Spoilt(f"hash mismatch importing '{info.path}'")
             names = string(info.path) + strings(info.references)
             self.reply(integer(EXPORT_MAGIC) + names)
@@ -4370,12 +4368,6 @@ class Relay:
                 word = self.pass_on(padded, digest.update)[:length]
                 depth += 1 if word == b"(" else -1 if word == b")" else 0
         return digest.digest()
-
-
-def is_hash(text: str, sha256: bytes) -> bool:
-    """Whether Nix's text means that hash, or none at all, as that of old builders."""
-    kind, _, digest = text.partition(":")
-    return kind != "sha256" or digest in (sha256.hex(), base32(sha256))
 
 
 class Copier:
