@@ -196,7 +196,6 @@ STILL_S = 60  # in which not a byte is copied: that is told
 STALLED_S = 5 * 60  # the same of an archive that a builder sends: that is given up
 FAREWELL_S = 0.2  # for a program to end by itself, when told that there is no more
 COPY_TIMEOUT_S = 30 * 60  # for a store that takes no byte: it may wait for others
-OWN_SSH_COPY_TIMEOUT_S = 12 * 60 * 60  # for a copy of which we do not see the bytes
 COPY_BATCH_BYTES = 100_000  # of paths at once: MAX_ARG_STRLEN of Linux is 128 KiB
 MOVE_BYTES = 1 << 20  # at once, if the system lets pipes hold so much
 AHEAD_BYTES = 1 << 20  # outputs fetched before they are asked for, if that is all
@@ -210,6 +209,7 @@ MARGIN_S, DAEMON_MARGIN_S, HERE_MARGIN_S = 60, 5, 2
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
 SERVE_VERSION = 0x207  # 2.7; to less than 2.6, Nix 2.4 to 2.10 answer as to 2.6
+HASHES_SINCE = 0x204  # then a path's hash is told, which nix-copy-closure --from wants
 QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH, IMPORT_PATHS = 1, 2, 3, 4
 BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
@@ -223,8 +223,7 @@ DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 WORD = DIGITS + LETTERS + "_"
 STORE_DIGITS = "0123456789abcdfghijklmnpqrsvwxyz"  # of Nix's base 32
-# What sh (Nix 1.x), splitting at white space (2.0 to 2.25) and shell-like splitting
-# (2.26+) of NIX_SSHOPTS all read as it stands.
+# What ssh in its options, and any shell on the way there, read as it stands.
 PLAIN = WORD + "@%+=:,./~-"
 
 # ---- Stand-ins ----------------------------------------------------------------------
@@ -2711,11 +2710,11 @@ class Programs:
             told = [name for name in self.SHOWN if name in environ]
             shown = [f"{name}={shlex.quote(environ[name])}" for name in told]
             self.talk.say(DEBUG, " ".join(["+", *shown, shlex.join(command)]))
-        streams = dict.fromkeys(STREAMS, subprocess.DEVNULL)
-        streams.update(dict.fromkeys(piped, subprocess.PIPE))
-        options = {**streams, "bufsize": 0, "env": environ, **options}
+        for name in STREAMS:
+            pipe = subprocess.PIPE if name in piped else subprocess.DEVNULL
+            options.setdefault(name, pipe)
         try:
-            return subprocess.Popen(command, **options)
+            return subprocess.Popen(command, bufsize=0, env=environ, **options)
         except OSError as error:
             raise Error(f"cannot start {command[0]}: {error.strerror}") from None
 
@@ -2757,9 +2756,8 @@ def end(process: subprocess.Popen[bytes] | Spare) -> None:
 
 
 def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
-    """For our sessions and, in NIX_SSHOPTS, for nix-copy-closure's: they switch off what a
-    user's ssh_config may set and would spoil a session, as ssh takes the first value it
-    meets.  Nothing here may hold a space or a shell's character, see PLAIN."""
+    """They switch off what a user's ssh_config may set and would spoil a session, as ssh takes
+    the first value it meets."""
     # Not every ssh knows StdinNull, ForkAfterAuthentication and SessionType (8.7), nor all
     # that a user's IgnoreUnknown, which ours replaces, lets pass.
     options = ["-x", "-a", "-oIgnoreUnknown=*", "-oStdinNull=no", "-oLogLevel=ERROR"]
@@ -2850,8 +2848,10 @@ def command_here(way: Way, nix: Nix) -> list[str]:
 
 
 class Ssh(NamedTuple):
-    """The ssh for one machine: command lines and an environment."""
+    """The ssh for one machine: command lines, an environment, and what starts them."""
 
+    programs: Programs
+    directory: str  # for files that it reads, see Connection
     machine: Machine
     program: str  # its file
     own: tuple[str, ...]  # our options
@@ -2860,11 +2860,15 @@ class Ssh(NamedTuple):
     here: tuple[list[str], ...]  # for each of the machine's ways what runs here
 
     @classmethod
-    def find(cls, machine: Machine, nix: Nix, directory: str) -> Ssh:
-        """The one on PATH; directory is for files that it reads."""
+    def find(
+        cls, machine: Machine, nix: Nix, programs: Programs, directory: str
+    ) -> Ssh:
+        """The one on PATH."""
         program = find_program("ssh", program_directories(nix.environ))
         path = f"{os.path.dirname(program)}:{nix.environ.get('PATH', '')}".rstrip(":")
         return cls(
+            programs,
+            directory,
             machine,
             program,
             own=tuple(ssh_options(machine, pin_host_key(machine, directory))),
@@ -2873,56 +2877,56 @@ class Ssh(NamedTuple):
             here=tuple(command_here(way, nix) for way in machine.ways),
         )
 
+    def warn(self, words: str) -> None:
+        """Tell people what the machine says or does."""
+        self.programs.talk.say(WARN, f"'{self.machine.name}' {words}")
+
     def options(self, socket: str) -> list[str]:
-        """For a connection at that control socket; `none` shares nothing."""
-        # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
-        # Who goes alone may do so since the one before has failed and not told us why.
+        """For a connection at that control socket."""
         all_else = [*self.own, *self.user]
         if socket == ALONE:
-            all_else = ["-oLogLevel=INFO", *self.own, *aloud(self.user)]
+            # The one before may have failed and not told us why.
+            socket, level = "none", "-oLogLevel=INFO"
+            all_else = [level, *self.own, *aloud(self.user)]
+        # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
         return [f"-oControlPath={socket}", *all_else, "-S", socket]
 
-    def session(self, socket: str, defaults: list[str], *remote: str) -> list[str]:
-        """The command line that runs a program on the machine."""
-        options = ["-oControlMaster=no", *self.options(socket), *defaults, "-T"]
-        options.append("-oPermitLocalCommand=no")
-        return [self.program, *options, "--", self.machine.destination, *remote]
+    def command(self, *options: str) -> list[str]:
+        """The command line with these options; a program to run there may follow."""
+        return [self.program, *options, "--", self.machine.destination]
 
-    def master(self, socket: str, defaults: list[str]) -> list[str]:
+    def session(self, socket: str, *remote: str) -> list[str]:
+        """The command line that runs a program on the machine."""
+        defaults = self.defaults(patient=True) if socket == ALONE else ssh_defaults()
+        options = ["-oControlMaster=no", *self.options(socket), *defaults, "-T"]
+        return [*self.command(*options, "-oPermitLocalCommand=no"), *remote]
+
+    def master(self, socket: str, *, patient: bool) -> list[str]:
         """The one that makes a shared connection, which ends when it has been idle.  Only
         its words are heard if it fails, so it shall say all, and show the banner."""
         sharing = ["-N", "-oControlMaster=yes", f"-oControlPersist={IDLE_S}"]
-        sharing.append("-oLogLevel=INFO")
-        options = [*sharing, *self.options(socket), *defaults]
-        return [self.program, *options, "--", self.machine.destination]
+        sharing += ["-oLogLevel=INFO", *self.options(socket)]
+        return self.command(*sharing, *self.defaults(patient=patient))
 
-    def configured(self, programs: Programs) -> str:
+    def defaults(self, *, patient: bool) -> list[str]:
+        """Those of our defaults that are not configured in another way."""
+        return ssh_defaults(self.configured(), patient=patient)
+
+    def configured(self) -> str:
         """All that ssh finds in its configuration and our options, as `ssh -G` says it in
         8 ms.  Without BatchMode: Debian's would then say that probes are configured."""
-        command = [self.program, "-G", "-oCanonicalizeHostname=no", *self.own]
-        command += [*self.user, "--", self.machine.destination]
-        return programs.output(command, self.environ, RETIRE_S)[1]
+        canonical = "-oCanonicalizeHostname=no"
+        command = self.command("-G", canonical, *self.own, *self.user)
+        return self.programs.output(command, self.environ, RETIRE_S)[1]
 
-    def order(self, word: str, socket: str) -> list[str]:
-        """The one that tells the master at that socket something, as `stop`."""
-        return [self.program, "-O", word, "-S", socket, "--", self.machine.destination]
-
-    def socket_name(self) -> str:
-        """What the names of its sockets begin with: eight digits for where they lead, then
+    def base(self) -> str:
+        """What the paths of its sockets begin with: eight digits for where they lead, then
         others for each way to connect."""
         whole = [self.program, *self.own, *self.user]
         whole += [word for way in self.machine.ways for word in (*way.there, *way.here)]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
-        return checksum(self.machine.destination) + checksum("\0".join(whole))
-
-    def copy_environ(self) -> dict[str, str]:
-        """For nix-copy-closure, which splits NIX_SSHOPTS as its own version does, so
-        that the user's part goes on as it came.  If it must have an ssh of its own,
-        that has its own connection: on ours, sshd may refuse a second session."""
-        own = ["-oControlMaster=no", "-oControlPath=none", *self.own]
-        user = self.environ.get("NIX_SSHOPTS", "")
-        text = " ".join([*own, user, "-S none", *ssh_defaults()])
-        return {**self.environ, "NIX_SSHOPTS": text}
+        name = checksum(self.machine.destination) + checksum("\0".join(whole))
+        return f"{self.directory}/{name}"
 
     def refusal(self, words: str) -> Unreachable | None:
         """What ssh's words come to, if it said any."""
@@ -2982,25 +2986,30 @@ exec cat <&8 3<&- 9>&-
 """
 
 
-def stand_in(directory: str) -> str | None:
-    """A folder in that directory whose only program is the stand-in for ssh; None if it
-    cannot be written, or nothing may be executed there."""
+def stand_in(directory: str, refused: str = "") -> str:
+    """A folder whose only program is the stand-in for ssh: in that directory, or in our spare
+    one if nothing may be executed there."""
     folder = f"{directory}/bin-{checksum(STAND_IN)}"
-    program = f"{folder}/ssh"
     with suppress(OSError):
         os.makedirs(folder, 0o700, exist_ok=True)
-        keep(program, STAND_IN, 0o700)
-    return folder if os.access(program, os.X_OK) else None
+        keep(f"{folder}/ssh", STAND_IN, 0o700)
+    if os.access(f"{folder}/ssh", os.X_OK):
+        return folder
+    if refused:
+        hint = "mount one of them without noexec, and with room for small files"
+        raise Error(f"no program can be put into {refused} or {directory}; {hint}")
+    return stand_in(spare_directory(), directory)
 
 
-ALONE = "none"  # in place of a control socket, for ssh too: nothing is shared
+# In place of a control socket: nothing is shared, and no file can be there.
+ALONE = "/dev/null/alone"
 
 
 class Connection:
     """One ssh master, which hooks share and which outlives them; or none, if ALONE.
 
     The first hook to need it starts it apart from our process group, which Nix kills.  In the
-    directory ssh/, NAME being of the machine (see Ssh.socket_name) and N of the connection:
+    directory ssh/, NAME being of the machine (see Ssh.base) and N of the connection:
 
     NAME-N         its control socket, with which only ssh talks
     NAME-N.start   its stderr, which it keeps locked until it has connected or failed
@@ -3012,8 +3021,8 @@ class Connection:
     NAME.way       the number of that of the machine's ways which its login allows
     """
 
-    def __init__(self, ssh: Ssh, programs: Programs, socket: str) -> None:
-        self.ssh, self.programs, self.socket = ssh, programs, socket
+    def __init__(self, ssh: Ssh, socket: str) -> None:
+        self.ssh, self.socket = ssh, socket
         self.master: subprocess.Popen[bytes] | None = None  # if we have started it
 
     def is_up(self) -> bool:
@@ -3023,8 +3032,6 @@ class Connection:
 
     def proof(self) -> Proof | None:
         """That somebody has talked with nix-store over this very connection, if so."""
-        if self.socket == ALONE:
-            return None
         proof = Proof.parse(read_private(f"{self.socket}.proved") or "")
         return proof if proof and is_alive(proof.pid, proof.start) else None
 
@@ -3047,27 +3054,20 @@ class Connection:
         """Whether its master does; that is not whether the network does."""
         return self.socket == ALONE or self.ask("check")[0] == 0
 
-    def last_words(self) -> str:
-        """What its master said, if it has ended."""
-        with suppress(Error):  # our directory is gone
-            return "" if self.socket == ALONE or self.is_up() else self.words()[0]
-        return ""
-
     def ask(self, word: str) -> tuple[int, str, str]:
         """Have ssh tell the master that: its exit status, stdout and stderr."""
-        command = self.ssh.order(word, self.socket)
-        return self.programs.output(command, self.ssh.environ, RETIRE_S)
+        command = self.ssh.command("-O", word, "-S", self.socket)
+        return self.ssh.programs.output(command, self.ssh.environ, RETIRE_S)
 
     def words(self) -> tuple[str, bool]:
         """What its master has said at the start, and whether it still connects."""
-        with Lock(f"{self.socket}.start") as lock:
+        with suppress(Error), Lock(f"{self.socket}.start") as lock:
             connecting = not lock.is_free()
             return lock.read(TAIL_BYTES), connecting
+        return "", False  # our directory is gone
 
     def start(self) -> None:
-        """Begin to connect, unless somebody already does, or it is up."""
-        if self.socket == ALONE:
-            return
+        """Begin to connect, unless somebody does; Error without room for its file."""
         with Lock(f"{self.socket}.start") as lock:
             while not lock.hold():  # it is a master's, or of one who just looks
                 if not lock.is_free():
@@ -3082,11 +3082,9 @@ class Connection:
             for stale in (f"{self.socket}.proved", self.socket):
                 with suppress(OSError):
                     remove(stale)
-            configured = self.ssh.configured(self.programs)
-            defaults = ssh_defaults(configured, patient=os.path.exists(slow))
-            command, environ = self.ssh.master(self.socket, defaults), self.ssh.environ
+            command = self.ssh.master(self.socket, patient=os.path.exists(slow))
             options = {"stderr": lock.descriptor, "start_new_session": True}
-            self.master = self.programs.start(command, environ, **options)
+            self.master = self.ssh.programs.start(command, self.ssh.environ, **options)
 
     def connect(self, patience_s: float) -> None:
         """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
@@ -3094,13 +3092,13 @@ class Connection:
         start, told = time.monotonic(), ""
         try:
             self.start()
-        except Error:  # no room for its file
+        except Error:
             self.socket = ALONE
         while self.socket != ALONE and not self.is_up():
             words, connecting = self.words()
             if words != told and time.monotonic() > start + TELL_S:
-                told, who = words, self.ssh.machine.name
-                self.programs.talk.say(WARN, f"'{who}' says while we log in: {words}")
+                told = words
+                self.ssh.warn(f"says while we log in: {words}")
             if means(words, "UNSHARED"):  # it would stay, of no use
                 if self.master and connecting:
                     self.master.terminate()
@@ -3118,24 +3116,18 @@ class Connection:
     def retire(self) -> None:
         """Let whoever comes next make a new connection, since this may be the trouble:
         its logins keep the groups that the user had.  Sessions that it has go on."""
-        is_there = self.socket != ALONE and os.path.exists(self.socket)
-        if is_there and self.ask("stop")[0] != 0:
+        if os.path.exists(self.socket) and self.ask("stop")[0] != 0:
             with suppress(OSError):  # its master stands still
                 remove(self.socket)
-
-
-PIPE = os.O_CLOEXEC | os.O_NOFOLLOW  # how a named pipe is opened
 
 
 def make_pipe(path: str) -> tuple[int, int]:
     """A new named pipe, to read and to write."""
     remove(path)
     os.mkfifo(path, 0o600)
-    both = os.open(path, PIPE | os.O_RDWR)  # else each end waits for the other
-    try:
-        return os.open(path, PIPE | os.O_RDONLY), os.open(path, PIPE | os.O_WRONLY)
-    finally:
-        os.close(both)
+    reads = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # nobody writes
+    os.set_blocking(reads, True)
+    return reads, os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
 
 
 class Spare:
@@ -3164,7 +3156,7 @@ class Spare:
         (reads, feeds), (hears, says), (listens, complains) = pipes
         theirs = dict(zip(STREAMS, (reads, says, complains)))
         others = dict(zip(STREAMS, (hears, feeds, listens)))
-        keeper = seat.programs.start(command, environ, **apart, **others)
+        keeper = seat.ssh.programs.start(command, environ, **apart, **others)
         try:
             ssh = seat.serve(tells=seat.tells(), **apart, **theirs)
             pids = [proof.pid, proof.start]
@@ -3189,16 +3181,15 @@ class Spare:
     @classmethod
     def take(cls, connection: Connection, file: str) -> Spare | None:
         """That on the seat of that file, which we hold; None if there is none."""
-        proof, pipes = connection.proof(), list[int]()
-        if not cls.at(file, proof):
-            return None
+        pipes: list[int] = []
         with suppress(OSError):
             ways = {"in": os.O_WRONLY, "out": os.O_RDONLY, "err": os.O_RDONLY}
             for name, way in ways.items():
-                pipes.append(os.open(f"{file}.{name}", PIPE | way | os.O_NONBLOCK))
+                flags = way | os.O_NONBLOCK | os.O_NOFOLLOW
+                pipes.append(os.open(f"{file}.{name}", flags))
             whole = all(stat.S_ISFIFO(os.fstat(pipe).st_mode) for pipe in pipes)
             # What it reads was open all the time if its `sleep` still lives.
-            if whole and (pids := cls.at(file, proof)):
+            if whole and (pids := cls.at(file, connection.proof())):
                 remove(f"{file}.spare")
                 os.kill(int(pids[0]), SIGTERM)
                 return cls(connection, pids[2:], *pipes)
@@ -3234,10 +3225,9 @@ class Seat:
     """One hook's right to a session with a machine, over a connection if there is one; it is
     kept until we end."""
 
-    def __init__(self, ssh: Ssh, programs: Programs, directory: str) -> None:
-        self.ssh, self.programs = ssh, programs
-        self.base = f"{directory}/{ssh.socket_name()}"
-        self.connection = Connection(ssh, programs, ALONE)
+    def __init__(self, ssh: Ssh) -> None:
+        self.ssh, self.base = ssh, ssh.base()
+        self.connection = Connection(ssh, ALONE)
         self.number = 0  # of the seat on its connection
         self.is_plain = False  # whether --log-format was refused, and is not asked for
         self.has_rivals = False  # whether another machine might do what we want of this
@@ -3271,9 +3261,9 @@ class Seat:
         next connection is begun.  Without room for a file nothing is shared."""
         seats = self.allowed()
         with suppress(Error, OSError):
-            for place in self.places(seats):
-                number, self.number = divmod(place, seats)
-                self.lock = Lock.take(f"{self.base}-{number}.{self.number}")
+            for number, seat in self.places(seats):
+                self.number = seat
+                self.lock = Lock.take(f"{self.base}-{number}.{seat}")
                 if self.lock:
                     break
             else:
@@ -3282,22 +3272,23 @@ class Seat:
             if self.number == seats - 1 and number + 1 < CONNECTIONS:
                 self.over(number + 1).start()
 
-    def places(self, seats: int) -> list[int]:
-        """All seats, those with spare sessions first."""
+    def places(self, seats: int) -> list[tuple[int, int]]:
+        """The numbers of all connections and seats, those with spare sessions first."""
         names = {*os.listdir(os.path.dirname(self.base))}
 
-        def has_none(place: int) -> bool:
-            number, seat = divmod(place, seats)
+        def has_none(place: tuple[int, int]) -> bool:
+            number, seat = place
             file = f"{self.base}-{number}.{seat}"
             is_noted = f"{os.path.basename(file)}.spare" in names
             return not (is_noted and Spare.at(file, self.over(number).proof()))
 
-        return sorted(range(CONNECTIONS * seats), key=has_none)
+        every = [(n, seat) for n in range(CONNECTIONS) for seat in range(seats)]
+        return sorted(every, key=has_none)
 
     def over(self, number: int) -> Connection:
         """That connection to the machine."""
         socket = f"{self.base}-{number}" if self.way.there else ALONE
-        return Connection(self.ssh, self.programs, socket)
+        return Connection(self.ssh, socket)
 
     def allowed(self) -> int:
         """How many sessions a connection to this machine may have."""
@@ -3306,19 +3297,16 @@ class Seat:
 
     def lose(self) -> None:
         """Remember how many sessions sshd allows, since it has refused us one more."""
-        if self.connection.socket == ALONE:
-            return
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed())]
         proof = self.connection.proof()
         with suppress(Error, OSError):  # a full disk
-            free = [f for f in files if is_free(f)]
-            number = len(files) - sum(not Spare.at(f, proof) for f in free) - 1
-            if number > 0:  # else sessions that are ending count there
-                note(f"{self.base}.seats", str(number))
+            taken = [f for f in files if not is_free(f) or Spare.at(f, proof)]
+            if len(taken) > 1:  # else sessions that are ending count there
+                note(f"{self.base}.seats", str(len(taken) - 1))
 
     def tells(self) -> bool:
         """Whether nix-store there is known to tell of its activities, for a Nix 2.x."""
-        known = not self.programs.talk.old and not self.is_plain
+        known = not self.ssh.programs.talk.old and not self.is_plain
         return known and read_private(f"{self.base}.tells") == "1"
 
     def prove(self, version: int) -> None:
@@ -3353,43 +3341,30 @@ class Seat:
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program on the machine, with pipes, but for what the options say."""
-        command, environ = self.command(*remote), self.ssh.environ
-        return self.programs.start(command, environ, *STREAMS, **options)
-
-    def command(self, *remote: str) -> list[str]:
-        """The command line that runs it there."""
-        socket, defaults = self.connection.socket, ssh_defaults()
-        if socket == ALONE:
-            defaults = ssh_defaults(self.ssh.configured(self.programs), patient=True)
-        return self.ssh.session(socket, defaults, *remote)
+        command = self.ssh.session(self.connection.socket, *remote)
+        return self.ssh.programs.start(command, self.ssh.environ, *STREAMS, **options)
 
     def serve(self, *, tells: bool = False, **options: Any) -> subprocess.Popen[bytes]:
         """Start what speaks the serve protocol for the machine's store, to tell of its
         activities or not.  A nix-store here hears that we end, and ends its build."""
-        more = ["--log-format", "internal-json"] if tells else []
+        there, more = self.way.there, ["--log-format", "internal-json"] if tells else []
         if not self.way.here:
-            return self.start(*self.way.there, *more, **options)
-        options = {"start_new_session": True, **options}
-        command, environ = [*self.ssh.here[self.chosen], *more], self.here_environ()
-        return self.programs.start(command, environ, *STREAMS, **options)
-
-    def here_environ(self) -> dict[str, str]:
-        """For a nix-store here that opens another store, maybe by an ssh that leads there."""
+            return self.start(*there, *more, **options)
         environ = {n: v for n, v in self.ssh.environ.items() if n != "NIX_REMOTE"}
-        if self.way.there:
-            directory = os.path.dirname(self.base)
-            if not (folder := stand_in(directory)):
-                raise Error(f"nothing can be executed in {directory}")
-            environ["PATH"] = f"{folder}:{environ['PATH']}"
-            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(self.command(*self.way.there))
-        return environ
+        if there:  # it opens another store by an ssh
+            environ["PATH"] = f"{stand_in(self.ssh.directory)}:{environ['PATH']}"
+            command = self.ssh.session(self.connection.socket, *there)
+            environ["NIX_BUILD_REMOTE_SSH"] = "\n".join(command)
+        command = [*self.ssh.here[self.chosen], *more]
+        options = {"start_new_session": True, **options}
+        return self.ssh.programs.start(command, environ, *STREAMS, **options)
 
     def margin_s(self) -> float:
         """How long a build there may outlast Nix's limits; without root, a daemon builds."""
         if self.way.here:
             return HERE_MARGIN_S
-        configured = self.ssh.configured(self.programs).splitlines()
-        return MARGIN_S if "user root" in configured else DAEMON_MARGIN_S
+        is_root = "user root" in self.ssh.configured().splitlines()
+        return MARGIN_S if is_root else DAEMON_MARGIN_S
 
 
 # ---- Session ------------------------------------------------------------------------
@@ -3529,6 +3504,7 @@ class Session:
         self.tells = seat.tells()  # it is to tell of them
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything
+        self.unasked: float = math.inf  # archives to ask for, before there is an end
         self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
         # How long a running build may take, and say nothing, before we end it.
         self.limits = math.inf, math.inf
@@ -3557,8 +3533,7 @@ class Session:
                 words = "the connection to it does not answer"
                 raise Late(words).become(SessionLost) from None
             said = " ".join(printable(decode(self.tail)).split()) or "nothing"
-            name, talk = self.seat.ssh.machine.name, self.seat.programs.talk
-            talk.say(WARN, f"'{name}' lets us wait for nix-store, and says: {said}")
+            self.seat.ssh.warn(f"lets us wait for nix-store, and says: {said}")
             magic = self.read(8, self.deadline)
         if magic != integer(SERVE_REPLY):
             raise self.no_greeting(magic)
@@ -3591,11 +3566,6 @@ class Session:
     def spoken(self) -> int:
         """The version of the protocol, as it is or as it must be; 0 if not known."""
         return self.version or (self.proof.version if self.proof else 0)
-
-    @property
-    def dumped(self) -> str:
-        """The path whose archive was asked for with the build, if any."""
-        return next(iter(self.activities.absent), "")
 
     def pipes(self) -> list[int]:
         """Where it may say something."""
@@ -3641,8 +3611,7 @@ class Session:
             raise Stuck(f"it has been {lock.words} for {STALLED_S} s")
         if now >= told_at and not lock.is_told:
             self.activities.lock = lock._replace(is_told=True)
-            who = self.seat.ssh.machine.name
-            self.seat.programs.talk.say(WARN, f"'{who}' is {lock.words}")
+            self.seat.ssh.warn(f"is {lock.words}")
         return min((t for t in (told_at, end_at) if t > now), default=math.inf)
 
     def read(self, count: int, deadline: float = math.inf) -> bytes:
@@ -3667,17 +3636,6 @@ class Session:
     def reader(self, deadline: float) -> Read:
         """Reads until then."""
         return lambda count: self.read(count, deadline)
-
-    def take(self, limit: int, wait: Callable[[list[int]], object]) -> bytes:
-        """Some of what it says next, as it is; wait is called if nothing has arrived, and
-        returns when something has.  SessionLost at the end."""
-        if self.inbox:
-            return self.from_inbox(limit)
-        wait([self.stdout])
-        data = os.read(self.stdout, limit)
-        if not data:
-            raise self.lost()
-        return data
 
     def write(self, data: bytes) -> None:
         """Send all of it, still taking in what arrives."""
@@ -3718,8 +3676,8 @@ class Session:
             lines = [line[-OUTAGE_LIMIT // 2 :] for line in lines[-2:]]
         else:
             lines.append(printable(decode(bytes(self.inbox))))
-        if self.process.wait() == 255:
-            lines.append(self.seat.connection.last_words())
+        if self.process.wait() == 255 and not self.seat.connection.is_up():
+            lines.append(self.seat.connection.words()[0])
         return " ".join(" ".join(lines).split())
 
     def lost(self) -> SessionLost:
@@ -3775,11 +3733,6 @@ class Session:
         except Late as error:
             raise error.become(Unreachable) from None
 
-    def hear_all(self) -> None:
-        """Hear all that it was asked and has not answered yet."""
-        while self.awaited:
-            self.awaited[0].get()
-
     def infos_answer(self) -> Answer:
         """The answer to infos_question, when that was sent: a dict of PathInfo."""
         hear = lambda until: read_infos(self.reader(until), self.spoken)
@@ -3799,25 +3752,34 @@ class Session:
         return b"".join(map(integer, numbers))
 
     def build_limit(self) -> float:
-        """When the running build will have exceeded Nix's limits by far, counted from the first
-        of its log, before which it may have waited for its turn, or else from our question; not
-        while it waits for a lock."""
+        """When the running build will have exceeded Nix's limits by far, counted from our question
+        or the first of its log, before which it may wait for its turn, or for a lock."""
         if self.activities.lock.words:
             return math.inf
         return min(self.first + self.limits[0], self.last + self.limits[1])
 
     def ask_to_build(
-        self, path: str, encoded: bytes, nix: Nix, then: bytes = b""
+        self, path: str, encoded: bytes | None, nix: Nix, then: bytes = b""
     ) -> Answer:
-        """Ask for a build, and at once the next question.  The answer: a status as the
-        builder's Nix has it, 0 if it was built, and a message."""
-        build = integer(BUILD_DERIVATION) + string(path) + encoded
+        """Ask for the build of a derivation, and at once the next question; encoded: None if
+        it is there, for the older command.  The answer: a status as the builder's Nix has
+        it, 0 if it was built, and a message."""
+        build, by_path = integer(BUILD_PATHS) + strings([path]), encoded is None
+        if encoded is not None:
+            build = integer(BUILD_DERIVATION) + string(path) + encoded
         self.write(build + self.build_options(nix) + then)
-        return Answer(self, lambda until: self.hear_of_build(nix), math.inf)
+        hear: Callable[[float], Any] = lambda _: self.hear_of_build(nix, by_path)
+        return Answer(self, hear, math.inf)
 
-    def hear_of_build(self, nix: Nix) -> tuple[int, str]:
-        """Read the answer to BuildDerivation."""
-        status, message = self.wait_for_build(nix), read_string(self.read)
+    def hear_of_build(self, nix: Nix, by_path: bool) -> tuple[int, str]:
+        """Read the answer to BuildPaths or to BuildDerivation."""
+        status = self.wait_for_build(nix)
+        if by_path and status == 0:
+            return 0, ""
+        message = read_string(self.read)
+        if by_path:  # a mask from 100 up: 1 a timeout, 2 a hash mismatch, ...
+            kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
+            return kind, message
         if self.spoken >= 0x203:
             self.read(4 * 8)  # times built, non-deterministic, start, stop
         if self.spoken >= 0x206:
@@ -3837,21 +3799,6 @@ class Session:
             return read_integer(self.read)
         finally:
             self.limits = math.inf, math.inf
-
-    def ask_to_build_paths(self, path: str, nix: Nix, then: bytes) -> Answer:
-        """The same by the older command."""
-        build = integer(BUILD_PATHS) + strings([path]) + self.build_options(nix)
-        self.write(build + then)
-        return Answer(self, lambda until: self.hear_of_paths(nix), math.inf)
-
-    def hear_of_paths(self, nix: Nix) -> tuple[int, str]:
-        """Read the answer to BuildPaths: nix-build's exit status, which is a mask from 100
-        up (1 a timeout, 2 a hash mismatch, ...)."""
-        status = self.wait_for_build(nix)
-        if status == 0:
-            return 0, ""
-        kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
-        return kind, read_string(self.read)
 
 
 GREETING = integer(SERVE_HELLO) + integer(SERVE_VERSION)
@@ -3890,35 +3837,33 @@ def program_version(
     info = os.stat(program)
     key = f"{program} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}"
     path = f"{directory}/version-{checksum(key)}"
-    kept = read_private(path) or ""
-    version = parse_version(kept)
-    if kept == ".".join(map(str, version)) + "\n":  # else it may have been cut off
-        return version
-    status, said, _ = programs.output([program, "--version"], nix.child_environ())
-    version = parse_version(said)
-    if status == 0:
-        note(path, ".".join(map(str, version)) + "\n")
-    return version
+    said = read_private(path) or ""
+    if parse_version(said) == NIX_1 or said[-1:] != "\n":  # it may have been cut off
+        status, said, _ = programs.output([program, "--version"], nix.child_environ())
+        if status == 0:
+            note(path, said)
+    return parse_version(said)
+
+
+NIX_1 = (1, 11)
 
 
 def parse_version(text: str) -> tuple[int, ...]:
     """Of `nix-copy-closure (Nix) 2.26.3`.  Lix, with more lines behind that, counts on from
     Nix 2.18, whose locks it has; in Nix 1.x it is a Perl script without --version."""
-    numbers: list[int] = []
-    text = text.strip().split("\n")[0]
-    for part in text.split(" ")[-1].split("."):
-        digits = part[: len(part) - len(part.lstrip(DIGITS))]
-        numbers += [int(digits[:9])] if digits else []
-        if digits != part:  # 2.35pre20260101_abc
-            break
+    line = text.strip().split("\n")[0]
+    last = line.split(" ")[-1]
+    number = last[: len(last) - len(last.lstrip(f"{DIGITS}."))]  # 2.35pre20260101_abc
+    numbers = tuple(int(part[:9]) for part in number.split(".") if part)
     if len(numbers) < 2:
-        return (1, 11)
-    return (2, 18) if "Lix" in text else tuple(numbers)
+        return NIX_1
+    return (2, 18) if "Lix" in line else numbers
 
 
 class Site:
     """What a hook knows of where it runs, and what several of its parts need.  directory: for
-    what ssh reads, see Connection; copy_program: nix-copy-closure of the calling Nix."""
+    what ssh reads, see Connection; stand_in: a folder with an ssh of ours; copy_program:
+    nix-copy-closure of the calling Nix."""
 
     def __init__(self, nix: Nix, talk: Talk, slots: Slots) -> None:
         self.nix, self.talk, self.slots = nix, talk, slots
@@ -3926,6 +3871,7 @@ class Site:
         self.outages = Outages(slots, self.probe)
         self.outages.ask = None if slots.is_blind else self.look
         self.directory = ssh_directory(slots.path)
+        self.stand_in = stand_in(self.directory)
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)
         self.copy_version = program_version(program, nix, self.programs, self.directory)
@@ -3951,8 +3897,7 @@ class Site:
 
     def new_seat(self, machine: Machine) -> Seat:
         """One that has no connection yet."""
-        ssh = Ssh.find(machine, self.nix, self.directory)
-        return Seat(ssh, self.programs, self.directory)
+        return Seat(Ssh.find(machine, self.nix, self.programs, self.directory))
 
     def seat(self, machine: Machine) -> Seat:
         """Ours with that machine, kept until we end."""
@@ -4022,7 +3967,7 @@ echo end
 # ---- Copying ------------------------------------------------------------------------
 
 LONGER = "size mismatch importing what the builder has"
-TOLD = ("copying ", "warning: deprecated")  # by a relay; by the calling Nix, once
+TOLD = ("copying ", "warning: deprecated")  # by us; by the calling Nix, once
 JOINED = (8, 9)  # sh knows only descriptors of one digit
 F_SETPIPE_SZ = 1031  # of Linux; fcntl has it from Python 3.10 on
 
@@ -4040,28 +3985,43 @@ class CopyEnded(Exception):
     """The program that copies asks and reads no more."""
 
 
-class Copy:
-    """A running program that copies.  Joined by the stand-in, input and output are what its
-    ssh reads and writes; else it has only input, as its stdin."""
+class Relay:
+    """A program that copies, and stands between it and our session with the builder.
 
-    def __init__(
-        self,
-        programs: Programs,
-        command: list[str],
-        environ: dict[str, str],
-        joined: bool,
-    ) -> None:
+    Everything is moved through here, so that we know how much, and what nix-copy-closure
+    --from learns of: only of the outputs that are wanted.  It would bring in, and
+    register as root and unchecked, whatever else a builder says that they refer to.
+    """
+
+    def __init__(self, session: Session, way: str, here: str) -> None:
+        self.session, self.way, self.here = session, way, here  # "to" it, or "from"
+        self.programs, self.name = session.seat.ssh.programs, ""  # of the program
+        self.talk = self.programs.talk
+        self.problem = ""  # what the program says from its first error on
+        # What the builder has, lacks, and has to offer, of all that is copied.
+        self.there, self.lacking = set[str](), set[str]()
+        self.infos: dict[str, PathInfo] = {}
+        self.rest = b""  # of its stderr: the begun line
+        self.ended = False  # its stderr has
+        self.is_open = True  # until we hang up
+        self.ahead: dict[str, bytes] = {}  # archives that were fetched already
+        self.quiet: list[int] = []  # where nothing may be said while the program asks
+
+    def start(self, command: list[str], environ: dict[str, str]) -> None:
+        """Start the program: it, or the stand-in as its ssh, reads our input and writes our
+        output."""
+        self.name, session = os.path.basename(command[0]), self.session
         reads, self.input = os.pipe()
         self.output, writes = os.pipe()
-        self.name, self.joined = os.path.basename(command[0]), joined
-        self.is_open = True  # until we hang up
-        options: dict[str, Any] = {"stdin": reads}
-        if joined:
-            for number, end in zip(JOINED, (reads, writes)):
-                os.dup2(end, number, inheritable=False)
-            options = {"pass_fds": JOINED}
+        os.set_blocking(self.input, False)
+        for pipe in filter(None, (session.stdin, session.stdout, reads, writes)):
+            with suppress(OSError):  # more than the user may have, or not Linux
+                fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
+        for number, end in zip(JOINED, (reads, writes)):
+            os.dup2(end, number, inheritable=False)
+        given: dict[str, Any] = {"stdin": reads, "pass_fds": JOINED}
         try:
-            self.process = programs.start(command, environ, "stderr", **options)
+            self.process = self.programs.start(command, environ, "stderr", **given)
         except Error:
             self.hang_up()
             raise
@@ -4085,50 +4045,63 @@ class Copy:
         status_within(self.process, FAREWELL_S)
         end(self.process)
 
+    def run(self, count: int, join: Callable[..., None], *given: Any) -> str:
+        """Have it copy so many paths; returns what is wrong, or ""."""
+        self.talk.begin_paths(count)
+        try:
+            with suppress(CopyEnded):
+                join(*given)
+            self.finish()
+            status = self.process.wait()
+        finally:
+            self.end()
+            self.talk.end(1)
+        if status == 0:
+            return ""
+        if status < 0:  # the session is in the middle of it
+            raise SessionLost(f"{self.name} was killed by signal {-status}")
+        words = self.words().removeprefix("error: ")
+        return f"{words or 'it gave no reason'} ({self.name}, status {status})"
 
-class Relay:
-    """Stands between a program that copies and our session with the builder.
+    def words(self) -> str:
+        """What is wrong in the words of the program, if it has said so."""
+        return " ".join(self.problem.split())
 
-    Everything is moved through here, so that we know how much, and what nix-copy-closure
-    --from learns of: only of the outputs that are wanted.  It would bring in, and
-    register as root and unchecked, whatever else a builder says that they refer to.
-    """
+    def finish(self) -> None:
+        """Wait for the end of the program."""
+        with suppress(CopyEnded):
+            self.step([])
 
-    def __init__(
-        self,
-        session: Session,
-        copy: Copy,
-        tell: Callable[[bytes], None],
-        begin: Callable[[str, int], None],
-        progress: Callable[[int], None],
-    ) -> None:
-        self.session, self.copy = session, copy
-        self.tell = tell  # is given each line of the program's stderr,
-        self.begin = begin  # each path before it is copied, with its archive's size,
-        self.progress = progress  # and how many bytes more have been copied
-        self.rest = b""  # of its stderr: the begun line
-        self.patience_s: float = COPY_TIMEOUT_S
-        self.ended = False  # its stderr has
-        self.dumps_left: float = math.inf  # archives to ask for, before there is an end
-        self.ahead: dict[str, bytes] = {}  # archives that were fetched already
-        self.quiet: list[int] = []  # where nothing may be said while the program asks
-        os.set_blocking(copy.input, False)
-        for pipe in (session.stdin, session.stdout, copy.input, copy.output):
-            if sys.platform == "linux" and pipe is not None:
-                with suppress(OSError):  # more than the user may have
-                    fcntl.fcntl(pipe, F_SETPIPE_SZ, MOVE_BYTES)
+    def begin(self, path: str, size: int) -> None:
+        """Tell that a path is copied now, whose archive has that size."""
+        machine = self.session.seat.ssh.machine.name
+        line = f"copying path '{path}' {self.way} '{machine}'"
+        ends = (self.here, machine) if self.way == "to" else (machine, self.here)
+        if self.talk.old:
+            self.talk.say(INFO, line)
+        self.talk.begin_path(size, line, path, *ends)
+
+    def tell(self, data: bytes) -> None:
+        """Pass a line of the program's stderr on to Nix."""
+        line = printable(decode(data))  # Lix may be told to colour
+        wrong = line.startswith("error:") and "(ignored)" not in line
+        is_told = line.startswith(TOLD) and " missing paths " not in line  # Nix 1.x
+        if self.problem or wrong:  # it goes into our own message
+            self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
+        elif line and not is_told:
+            self.talk.say(INFO, line)
 
     def step(
         self, sources: list[int], full: Iterable[int] = (), most_s: float = math.inf
     ) -> set[int]:
         """Wait for one of these, and pass on what is said on both stderrs meanwhile.
         Raises CopyEnded when the program's own has ended."""
-        patience_s = min(self.patience_s, most_s)
+        patience_s = min(COPY_TIMEOUT_S, most_s)
         while True:
             if self.ended:
                 raise CopyEnded
             logs = [] if self.session.stderr is None else [self.session.stderr]
-            heard_from = [self.copy.stderr, *logs, *sources]
+            heard_from = [self.stderr, *logs, *sources]
             still_s = min(STILL_S, patience_s)
             ready = wait_readable(heard_from, still_s, full)
             if not ready and still_s < patience_s:
@@ -4137,45 +4110,38 @@ class Relay:
             if not ready:
                 raise SessionLost(f"no progress of copying in {patience_s} s")
             self.session.pump(ready.intersection(logs))
-            if self.copy.stderr in ready:
+            if self.stderr in ready:
                 self.relay_stderr()
             if found := ready.intersection([*sources, *full]):
                 return found
 
-    def step_soon(self, sources: list[int]) -> set[int]:
-        """The same for what a builder is sending, which has nothing to wait for."""
-        return self.step(sources, most_s=STALLED_S)
-
     def relay_stderr(self) -> None:
         """Pass on the lines of the program's stderr."""
-        data = os.read(self.copy.stderr, 65536)
+        data = os.read(self.stderr, 65536)
         self.ended = not data
         lines = (self.rest[:65536] + data).split(b"\n")
         self.rest = lines.pop() if data else b""
         for line in lines:
             self.tell(line)
 
-    def finish(self) -> None:
-        """Wait for the end of the program."""
-        with suppress(CopyEnded):
-            self.step([])
-
     # What the program says and hears
 
+    def some(self, limit: int) -> bytes:
+        """Some of what it says, so much at most; CopyEnded at its end."""
+        while self.session.stdout in self.step([self.output, *self.quiet]):
+            self.quiet = []
+            # It ends, as it was told, or its archive is longer than announced.
+            if os.read(self.session.stdout, TAIL_BYTES):
+                raise Spoilt(LONGER)
+        if data := os.read(self.output, limit):
+            return data
+        raise CopyEnded
+
     def read(self, count: int) -> bytes:
-        """Exactly so much of what it says; CopyEnded at its end."""
+        """Exactly so much of what it says."""
         data = b""
         while len(data) < count:
-            if self.session.stdout in self.step([self.copy.output, *self.quiet]):
-                self.quiet = []
-                # It ends, as it was told, or its archive is longer than announced.
-                if os.read(self.session.stdout, TAIL_BYTES):
-                    raise Spoilt(LONGER)
-                continue
-            more = os.read(self.copy.output, count - len(data))
-            if not more:
-                raise CopyEnded
-            data += more
+            data += self.some(count - len(data))
         return data
 
     def expect_silence(self) -> None:
@@ -4189,17 +4155,28 @@ class Relay:
         view = memoryview(data)
         while view:
             try:
-                view = view[os.write(self.copy.input, view) :]
+                view = view[os.write(self.input, view) :]
             except BlockingIOError:
-                self.step([], [self.copy.input])
+                self.step([], [self.input])
             except BrokenPipeError:
                 raise CopyEnded from None
+
+    def take(self, limit: int, most_s: float = math.inf) -> bytes:
+        """Some of what the builder says next, as it is; SessionLost at the end."""
+        session = self.session
+        if session.inbox:
+            return session.from_inbox(limit)
+        self.step([session.stdout], most_s=most_s)
+        if data := os.read(session.stdout, limit):
+            return data
+        raise session.lost()
 
     def pass_on(self, count: int, see: Callable[[bytes], None] | None = None) -> bytes:
         """Pass on so much of what the builder says, and show it to see; returns its tail."""
         kept = b""
         while count:
-            data = self.session.take(min(count, MOVE_BYTES), self.step_soon)
+            # It is sending, and has nothing to wait for.
+            data = self.take(min(count, MOVE_BYTES), STALLED_S)
             self.reply(data)
             if see:
                 see(data)
@@ -4210,15 +4187,47 @@ class Relay:
 
     def count(self, data: bytes) -> None:
         """Take note of bytes that were moved."""
-        self.progress(len(data))
+        self.talk.progress(len(data))
         if len(data) >= BULK_BYTES:  # let more pile up, to move it at once
             time.sleep(BULK_PAUSE_S)
 
-    def welcome(self) -> None:
-        """Answer its hello, which may come again after an error of its own.  Nix 2.32 and
-        newer speak to no builder before 2.1, whose dialect we can translate."""
-        self.read(8)  # its version
-        self.reply(integer(SERVE_REPLY) + integer(max(self.session.spoken, 0x205)))
+    def serve(self) -> None:
+        """Be the builder to nix-copy-closure, until that ends."""
+        while True:
+            self.answer(read_integer(self.read))
+
+    def answer(self, command: int) -> None:
+        """Answer one command; what we do not know, the builder is asked."""
+        version = self.session.spoken
+        if command == SERVE_HELLO:  # which may come again after an error of its own
+            self.read(8)  # its version
+            # 2.32 and newer speak to no builder before 2.1, whose dialect we can translate.
+            self.reply(integer(SERVE_REPLY) + integer(max(version, 0x205)))
+        elif command == QUERY_VALID_PATHS:
+            flags, asked = self.read(16), set(read_strings(self.read))
+            valid = asked & self.there
+            if not asked <= self.there | self.lacking:
+                read = self.ask(integer(command) + flags + strings(sorted(asked)))
+                valid = set(read_strings(read))
+            self.reply(strings(sorted(valid)))
+        elif command == QUERY_PATH_INFOS:
+            asked = set(read_strings(self.read))
+            infos = {path: self.infos[path] for path in asked & self.infos.keys()}
+            if self.way == "to" and not asked <= self.lacking and version >= 0x204:
+                infos = read_infos(self.ask(infos_question(asked)), version)
+            self.reply(b"".join(info.encode() for info in infos.values()) + string(""))
+        elif command == QUERY_CLOSURE:  # in that of what it is offered is nothing else
+            self.read(8)  # whether outputs of derivations are meant, too
+            self.reply(strings(p for p in read_strings(self.read) if p in self.infos))
+        elif command == DUMP_STORE_PATH:
+            self.give_archive(read_string(self.read))
+        elif command == ADD_TO_STORE_NAR:
+            self.take_archive()
+        elif self.way == "to":  # such as ImportPaths, of Nix 1.x
+            self.ask(integer(command))
+            self.exchange()
+        else:
+            raise Error(f"nix-copy-closure asks for something unknown ({command})")
 
     # Sending
 
@@ -4226,59 +4235,28 @@ class Relay:
         """Be the builder that it copies to, and let nothing wait for a round trip: we know
         which paths are there, as far as these say, and hear of what is copied when all is
         sent.  If the session ends, it hears that its ssh has ended, and fails."""
-        self.there, self.lacking = there, lacking  # of the inputs, as they change
+        self.there, self.lacking = there, lacking
         try:
-            while self.copy.joined:
-                self.take_in(read_integer(self.read))
-            self.patience_s = OWN_SSH_COPY_TIMEOUT_S
-        except CopyEnded:
-            pass
+            self.serve()
         except SessionLost:
-            self.copy.hang_up()
+            self.hang_up()
             self.finish()
             raise
-        self.finish()
 
-    def take_in(self, command: int) -> None:
-        """Answer one command of nix-copy-closure --to, Nix 2.x."""
-        if command == ADD_TO_STORE_NAR:
-            self.take_archive()
-        elif command == SERVE_HELLO:
-            self.welcome()
-        elif command == QUERY_VALID_PATHS:
-            flags, asked = self.read(16), set(read_strings(self.read))
-            valid: Iterable[str] = sorted(asked & self.there)
-            if not asked <= self.there | self.lacking:
-                read = self.ask(integer(command) + flags + strings(sorted(asked)))
-                valid = read_strings(read)
-            self.reply(strings(valid))
-        elif command == QUERY_PATH_INFOS:
-            asked, infos = set(read_strings(self.read)), {}
-            if not asked <= self.lacking and self.session.spoken >= 0x204:
-                read = self.ask(infos_question(asked))
-                infos = read_infos(read, self.session.spoken)
-            self.reply_infos(infos)
-        else:  # such as ImportPaths, of Nix 1.x: the rest goes as it is
-            self.ask(integer(command))
-            while self.exchange():
-                pass
+    def exchange(self) -> None:
+        """Move all the rest as it is, both ways, until the program ends."""
+        while True:
+            ready = self.step([self.output, self.session.stdout])
+            if self.output in ready:
+                self.send_on(self.some(MOVE_BYTES))
+            if self.session.stdout in ready or self.session.inbox:
+                self.reply(self.take(MOVE_BYTES))
 
-    def reply_infos(self, infos: dict[str, PathInfo]) -> None:
-        """The answer to QueryPathInfos."""
-        self.reply(b"".join(info.encode() for info in infos.values()) + string(""))
-
-    def exchange(self) -> bool:
-        """Move what is there, both ways; False at the end of what it says."""
-        ready = self.step([self.copy.output, self.session.stdout])
-        if self.copy.output in ready:
-            data = os.read(self.copy.output, MOVE_BYTES)
-            if not data:
-                return False
-            self.session.write(data)
-            self.count(data)
-        if self.session.stdout in ready or self.session.inbox:
-            self.reply(self.session.take(MOVE_BYTES, self.step))
-        return True
+    def send_on(self, data: bytes) -> int:
+        """Send that to the builder; returns how much it is."""
+        self.session.write(data)
+        self.count(data)
+        return len(data)
 
     def take_archive(self) -> None:
         """Pass on a path: its name, deriver, hash, references, time, size, whether it was
@@ -4301,15 +4279,9 @@ class Relay:
             tail += integer(0) + integer(0)  # without a signature; no more paths
         self.session.write(head)
         while size:
-            self.step([self.copy.output])
-            data = os.read(self.copy.output, min(size, MOVE_BYTES))
-            if not data:
-                raise CopyEnded
-            self.session.write(data)
-            size -= len(data)
-            self.count(data)
+            size -= self.send_on(self.some(min(size, MOVE_BYTES)))
         self.session.write(tail)
-        Answer(self.session, self.hear_of_copy, self.patience_s)
+        Answer(self.session, self.hear_of_copy, COPY_TIMEOUT_S)
         self.reply(integer(1))
 
     def hear_of_copy(self, deadline: float) -> None:
@@ -4319,72 +4291,49 @@ class Relay:
 
     def ask(self, question: bytes) -> Read:
         """Ask the builder when it owes no answer; returns what reads this one."""
-        self.session.hear_all()
+        while self.session.awaited:
+            self.session.awaited[0].get()
         self.session.write(question)
-        return self.session.reader(time.monotonic() + self.patience_s)
+        return self.session.reader(time.monotonic() + COPY_TIMEOUT_S)
 
-    # Fetching
-
-    def bring(self, infos: dict[str, PathInfo], last: bool) -> None:
-        """Give these paths to the program; the builder is asked no more after the last."""
-        self.dumps_left = len(infos) if last else math.inf
-        with suppress(CopyEnded):
-            if self.copy.joined:
-                self.offer(infos)
-            else:
-                self.export(infos)
-        self.finish()
-
-    # With nix-copy-closure --from
+    # Fetching with nix-copy-closure --from
 
     def offer(self, infos: dict[str, PathInfo]) -> None:
-        """Be a builder that has these, in whose closure there is nothing else."""
-        sizes = [info.size for info in infos.values()]
+        """Be a builder that has these."""
+        self.infos, sizes = infos, [info.size for info in infos.values()]
         if len(sizes) > 1 and sum(sizes) <= AHEAD_BYTES:
             for path in infos:
                 self.ask_for_archive(path)
-            read = self.session.reader(time.monotonic() + self.patience_s)
+            read = self.session.reader(time.monotonic() + COPY_TIMEOUT_S)
             self.ahead = {path: read(info.size) for path, info in infos.items()}
-        if not self.session.dumped:
+        if not self.session.activities.absent:
             self.expect_silence()
-        while True:
-            self.answer(read_integer(self.read), infos)
+        self.serve()
 
-    def answer(self, command: int, infos: dict[str, PathInfo]) -> None:
-        """Answer one command of nix-copy-closure --from, Nix 2.x."""
-        if command == QUERY_CLOSURE:
-            self.read(8)  # whether outputs of derivations are meant, too
-            asked = read_strings(self.read)
-            self.reply(strings(path for path in asked if path in infos))
-        elif command == QUERY_PATH_INFOS:
-            asked = read_strings(self.read)
-            self.reply_infos({path: infos[path] for path in asked if path in infos})
-        elif command == DUMP_STORE_PATH:
-            path = read_string(self.read)
-            if path not in infos:
-                raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
-            self.begin(path, infos[path].size)
-            if path in self.ahead:
-                self.reply(self.ahead.pop(path))
-                self.progress(infos[path].size)
-            else:
-                self.ask_for_archive(path)
-                self.pass_on(infos[path].size)
-                self.expect_silence()
-        elif command == SERVE_HELLO:
-            self.welcome()
+    def give_archive(self, path: str) -> None:
+        """Give it the archive of a path."""
+        if path not in self.infos:
+            raise Error(f"nix-copy-closure asks for {path}, which nobody wanted")
+        size = self.infos[path].size
+        self.begin(path, size)
+        if path in self.ahead:
+            self.reply(self.ahead.pop(path))
+            self.talk.progress(size)
         else:
-            raise Error(f"nix-copy-closure asks for something unknown ({command})")
+            self.ask_for_archive(path)
+            self.pass_on(size)
+            self.expect_silence()
 
     def ask_for_archive(self, path: str) -> None:
         """Ask for an archive, unless that was done with the build; after the last, no more."""
-        if path != self.session.dumped:
-            self.session.write(dump_question(path))
-        self.dumps_left -= 1
-        if not self.dumps_left:
-            self.session.ask_no_more()
+        session = self.session
+        if path not in session.activities.absent:
+            session.write(dump_question(path))
+        session.unasked -= 1
+        if not session.unasked:
+            session.ask_no_more()
 
-    # With nix-store --import
+    # Fetching with nix-store --import
 
     def export(self, infos: dict[str, PathInfo]) -> None:
         """Write these as nix-store --export would, each behind those it refers to."""
@@ -4392,7 +4341,8 @@ class Relay:
             self.ask_for_archive(info.path)
             self.begin(info.path, info.size)
             self.reply(integer(1))
-            if not is_hash(info.hash, self.pass_archive()):
+            (kind, _, told), found = info.hash.partition(":"), self.pass_archive()
+            if kind == "sha256" and told not in (found.hex(), base32(found)):
                 raise Spoilt(f"hash mismatch importing '{info.path}'")
             names = string(info.path) + strings(info.references)
             self.reply(integer(EXPORT_MAGIC) + names)
@@ -4420,58 +4370,46 @@ class Relay:
         return digest.digest()
 
 
-def is_hash(text: str, sha256: bytes) -> bool:
-    """Whether Nix's text means that hash, or none at all, as that of old builders."""
-    kind, _, digest = text.partition(":")
-    return kind != "sha256" or digest in (sha256.hex(), base32(sha256))
-
-
 class Copier:
     """The programs of the calling Nix that copy, and one builder."""
 
     def __init__(self, site: Site, session: Session, locks: OutputLocks) -> None:
-        self.site, self.nix, self.talk, self.locks = site, site.nix, site.talk, locks
+        self.site, self.nix, self.session, self.locks = site, site.nix, session, locks
         self.programs, self.program = site.programs, site.copy_program
         self.store_program = f"{os.path.dirname(self.program)}/nix-store"
-        self.session = session  # there may be another one later
-        self.problem = ""  # what the running program says from its first error on
-        self.early: Copy | None = None  # will fetch, when the outputs are built
+        self.early: Relay | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
-        self.environ = ssh.copy_environ()
-        if self.nix.store.remote:
-            self.environ["NIX_REMOTE"] = self.nix.store.remote
-        folder = stand_in(site.directory)
-        self.is_joined = folder is not None
+        path = f"{site.stand_in}:{ssh.environ['PATH']}"
+        self.environ = {**self.nix.store_environ(), "PATH": path}
+        # Any name would do, but some versions do not call ssh for localhost, and they
+        # want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
+        since_2 = site.copy_version >= (2,)
+        self.target = "builder" if since_2 else ssh.machine.destination
         # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
-        self.told_by_relay = self.is_joined and site.copy_version >= (2,)
-        self.fetches_joined = self.told_by_relay and session.spoken >= 0x204
-        self.target = ssh.machine.destination
-        if self.is_joined:
-            # Any name would do, but some versions do not call ssh for localhost, and they
-            # want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
-            self.target = "builder" if self.told_by_relay else self.target
-            self.environ["PATH"] = f"{folder}:{self.environ['PATH']}"
+        self.fetches_joined = since_2 and session.spoken >= HASHES_SINCE
+
+    def start(self, way: str, command: list[str], **more: str) -> Relay:
+        """Start a program that copies "to" or "from" the builder."""
+        relay = Relay(self.session, way, self.nix.store.remote or "local")
+        relay.start(command, {**self.environ, **more})
+        return relay
 
     # Sending
 
     def send(self, paths: set[str], substitute: bool, there: set[str]) -> None:
         """Copy the closures of these paths to the builder, of which it has those."""
-        if not self.is_joined and self.session.seat.way.there != SERVE:
-            where = f"nothing can be executed in {self.site.directory}"
-            raise Error(f"{where}, as is needed to send to that store")
         flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
         command = [self.program, *flags, self.target, *self.nix.options()]
         there, lacking = set(there), paths - there
         for batch in batches(sorted(paths)):
-            copy = Copy(self.programs, [*command, *batch], self.environ, self.is_joined)
+            relay = self.start("to", [*command, *batch])
             try:
-                join: Callable[[Relay], None] = lambda r: r.send(there, lacking)
-                problem = self.run(copy, "to", len(batch), join)
+                problem = relay.run(len(batch), relay.send, there, lacking)
             except SessionLost as error:
                 if not self.lost_session():
                     raise
-                problem = " ".join(self.problem.split()) or str(error)
+                problem = relay.words() or str(error)
             if problem:
                 raise self.blame_for_sending(batch, problem)
 
@@ -4524,29 +4462,33 @@ class Copier:
         self.check(outputs, inputs, infos)
         if self.site.copy_version >= (2, 29):
             self.locks.retire(outputs)
-        ordered = in_order(infos)
-        for batch in batches(ordered):
-            some = {path: infos[path] for path in batch}
-            self.fetch_some(some, batch[-1] == ordered[-1])
+        self.session.unasked = len(infos)
+        for batch in batches(in_order(infos)):
+            self.fetch_some({path: infos[path] for path in batch})
 
-    def fetch_some(self, infos: dict[str, PathInfo], last: bool) -> None:
-        """Bring these, each behind those it refers to; last: there are no more."""
-        copy = self.early
-        if not copy or copy.process.poll() is not None:
-            copy = self.start_to_fetch([*infos])
-        join: Callable[[Relay], None] = lambda relay: relay.bring(infos, last)
-        if problem := self.run(copy, "from", len(infos), join):
-            raise self.blame_for_fetching(problem)
+    def fetch_some(self, infos: dict[str, PathInfo]) -> None:
+        """Bring these, each behind those it refers to."""
+        relay = self.early
+        if not relay or relay.process.poll() is not None:
+            relay = self.start_to_fetch([*infos])
+        give = relay.offer if self.fetches_joined else relay.export
+        if problem := relay.run(len(infos), give, infos):
+            # As the outputs could be built, it mostly is the fault of our store.
+            if lost := self.lost_session():
+                words = "; ".join(dict.fromkeys((str(lost), problem)))
+                raise self.with_words(lost, words)
+            raise Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
 
-    def start_to_fetch(self, paths: list[str]) -> Copy:
+    def start_to_fetch(self, paths: list[str]) -> Relay:
         """Start the program that is to bring these."""
-        environ, held = self.environ, [p for p in paths if p in self.locks.outputs]
-        if self.site.copy_version < (2, 29) and held:
-            environ = {**environ, "NIX_HELD_LOCKS": " ".join(held)}
-        command = [self.store_program, "--import", *self.nix.options()]
+        options, locks = self.nix.options(), dict[str, str]()
+        command = [self.store_program, "--import", *options]
         if self.fetches_joined:
-            command = [self.program, "--from", self.target, *self.nix.options(), *paths]
-        return Copy(self.programs, command, environ, self.fetches_joined)
+            command = [self.program, "--from", self.target, *options, *paths]
+        if self.site.copy_version < (2, 29):
+            held = " ".join(path for path in paths if path in self.locks.outputs)
+            locks = {"NIX_HELD_LOCKS": held} if held else {}
+        return self.start("from", command, **locks)
 
     def register(
         self, path: str, derivation: Derivation, outputs: dict[str, str]
@@ -4615,51 +4557,6 @@ class Copier:
             invalid.update(said.split())
         return invalid
 
-    def blame_for_fetching(self, problem: str) -> Error:
-        """The error to raise: as the outputs could be built, it mostly is our store's fault."""
-        if lost := self.lost_session():
-            return self.with_words(lost, "; ".join(dict.fromkeys((str(lost), problem))))
-        return Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
-
-    # Both
-
-    def run(
-        self, copy: Copy, way: str, count: int, join: Callable[[Relay], None]
-    ) -> str:
-        """Have it copy so many, "to" or "from" the builder; returns what is wrong, or ""."""
-
-        def begin(path: str, size: int) -> None:
-            machine, here = self.session.seat.ssh.machine.name, self.nix.store.remote
-            line = f"copying path '{path}' {way} '{machine}'"
-            ends = (here or "local", machine)
-            if self.nix.old:
-                self.talk.say(INFO, line)
-            self.talk.begin_path(size, line, path, *ends[:: 1 if way == "to" else -1])
-
-        self.problem = ""
-        self.talk.begin_paths(count)
-        try:
-            join(Relay(self.session, copy, self.tell, begin, self.talk.progress))
-            status = copy.process.wait()
-        finally:
-            copy.end()
-            self.talk.end(1)
-        if status == 0:
-            return ""
-        if status < 0:  # the session is in the middle of it
-            raise SessionLost(f"{copy.name} was killed by signal {-status}")
-        words = " ".join(self.problem.split()).removeprefix("error: ")
-        return f"{words or 'it gave no reason'} ({copy.name}, status {status})"
-
-    def tell(self, data: bytes) -> None:
-        """Pass a line of its stderr on to Nix."""
-        line = printable(decode(data))  # Lix may be told to colour
-        wrong = line.startswith("error:") and "(ignored)" not in line
-        if self.problem or wrong:  # it goes into our own message
-            self.problem = f"{self.problem} {line}"[:TAIL_BYTES]
-        elif line and not (self.told_by_relay and line.startswith(TOLD)):
-            self.talk.say(INFO, line)
-
 
 def cache_files(
     path: str, derivation: Derivation, outputs: dict[str, str]
@@ -4694,16 +4591,9 @@ def in_order(infos: dict[str, PathInfo]) -> list[str]:
 
 def batches(paths: list[str]) -> Iterator[list[str]]:
     """Cut into lists that fit on a command line."""
-    batch: list[str] = []
-    size = 0
-    for path in paths:
-        if batch and size + len(path) > COPY_BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(path)
-        size += len(path) + 1
-    if batch:
-        yield batch
+    size = COPY_BATCH_BYTES // (1 + max(map(len, paths), default=0)) or 1
+    for start in range(0, len(paths), size):
+        yield paths[start : start + size]
 
 
 class OutputLocks:
@@ -4735,14 +4625,11 @@ class OutputLocks:
 
     def retire_file(self, path: str, expected: os.stat_result) -> None:
         """Retire one, if it is still that file."""
-        with suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                if os.path.samestat(os.fstat(descriptor), expected):
-                    os.unlink(path)
-                    os.write(descriptor, b"d")
-            finally:
-                os.close(descriptor)
+        flags = os.O_WRONLY | os.O_NOFOLLOW
+        with suppress(FileNotFoundError), open(os.open(path, flags), "wb", 0) as file:
+            if os.path.samestat(os.fstat(file.fileno()), expected):
+                os.unlink(path)
+                file.write(b"d")
 
 
 class UploadLock:
@@ -4780,12 +4667,11 @@ class UploadLock:
             free = [lock for lock in opened if lock.hold()]
             busy = [lock for lock in opened if lock not in free]
             rivals = [lock for lock in busy if self.shares(lock)]
-            awaited = rivals or ([] if free else busy)
-            chosen = (awaited or free)[0]
+            chosen = (rivals or free or busy)[0]
             for lock in opened:
                 if lock is not chosen:
                     lock.release()
-            if awaited:
+            if chosen in busy:
                 return chosen
             self.lock = chosen
             chosen.write(" ".join(self.digests))
@@ -5242,9 +5128,11 @@ class Attempt:
             self.talk.say(INFO, f"'{self.machine.name}' {text}")
         self.session.finish()
         self.session.cancel()
-        self.session = self.copier.session = Session(seat, seat.greeting_s)
+        self.session = Session(seat, seat.greeting_s)
         answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
         self.session.greet()
+        self.copier.end()
+        self.copier = Copier(self.site, self.session, self.locks)
         self.send_inputs(answer.get())
 
     def ask_by_closure(self) -> Answer:
@@ -5254,7 +5142,7 @@ class Attempt:
 
         def ask() -> None:
             then = self.questions_behind()
-            self.built = session.ask_to_build_paths(path, self.nix, then)
+            self.built = session.ask_to_build(path, None, self.nix, then)
             self.infos = session.infos_answer()
 
         self.send({path}, set(), ask)
@@ -6159,7 +6047,7 @@ class Inspection:
                 with suppress(OSError):
                     remove(path)
             elif "." not in file:
-                Connection(self.seat.ssh, self.site.programs, path).retire()
+                Connection(self.seat.ssh, path).retire()
         self.seat.keep_way()
         self.site.outages.end(self.machine)
 

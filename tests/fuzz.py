@@ -375,14 +375,15 @@ class FakeSeat(hook.Seat):
         return Ended(*self.said)
 
 
-class FakeCopy(hook.Copy):
-    """A program that copies, which has said this and ended; `heard` is what it is told."""
+class FakeRelay(hook.Relay):
+    """For a program that copies, which has said this and ended; `heard` is what it is told."""
 
-    def __init__(self, heard: Path, output: bytes, errors: bytes) -> None:
-        self.process: Any = Ended(output, errors)
-        self.is_open, self.name = True, "nix-copy-closure"
-        self.joined = True
-        self.input = os.open(heard, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    heard: Path
+    said: tuple[bytes, bytes]
+
+    def start(self, command: list[str], environ: dict[str, str]) -> None:
+        self.process: Any = Ended(*self.said)
+        self.input = os.open(self.heard, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         self.output = os.dup(self.process.stdout.fileno())
         self.stderr = self.process.stderr.fileno()
 
@@ -410,11 +411,7 @@ class Taker:
         slots.make()
         fakes.write_program(directory / "nix-copy-closure", "print('(Nix) 2.30.0')")
         self.sites = [hook.Site(self.new, talk, slots) for talk in self.talks]
-        self.seat = FakeSeat(*self.seat_of(self.sites[1]))
-
-    def seat_of(self, site: hook.Site) -> tuple[hook.Ssh, hook.Programs, str]:
-        seat = site.new_seat(self.machine)
-        return seat.ssh, seat.programs, site.directory
+        self.seat = FakeSeat(self.sites[1].new_seat(self.machine).ssh)
 
     def machines(self, case: bytes) -> bool:
         file = self.directory / "machines"
@@ -483,7 +480,7 @@ class Taker:
             session.greet()
             assert all(isinstance(path, str) for path in valid.get())
             if session.version == 0x200:
-                status, message = session.ask_to_build_paths(PATH, self.new, b"").get()
+                status, message = session.ask_to_build(PATH, None, self.new).get()
             else:
                 status, message = session.ask_to_build(PATH, b"", self.new).get()
             session.finish()
@@ -503,27 +500,24 @@ class Taker:
         stderr, _, log = case.partition(STDERR)
         with self.talking(STDERR + log) as session:
             session.version = 0x207
-            copier, relay = self.relay(session, b"", stderr, len(case))
+            relay = self.relay(session, b"", stderr, len(case))
             relay.finish()
-            relay.copy.end()
-            copier.talk.end()
-        if copier.problem:
-            raise hook.SessionLost(copier.problem)
+            relay.end()
+            relay.talk.end()
+        if relay.problem:
+            raise hook.SessionLost(relay.problem)
         return True
 
     def relay(
         self, session: hook.Session, asked: bytes, stderr: bytes = b"", number: int = 1
-    ) -> tuple[hook.Copier, hook.Relay]:
+    ) -> hook.Relay:
         """For a program that copies and has said this; `heard` is what it is told."""
         session.version = 0x207
-        locks = hook.OutputLocks(self.new.store, [])
-        copier = hook.Copier(self.sites[number % 2], session, locks)
-        copy = FakeCopy(self.directory / "heard", asked, stderr)
-        talk = copier.talk
-        begin: Callable[[str, int], None] = lambda path, size: talk.begin_path(
-            size, path
-        )
-        return copier, hook.Relay(session, copy, copier.tell, begin, talk.progress)
+        FakeRelay.heard, FakeRelay.said = self.directory / "heard", (asked, stderr)
+        relay = FakeRelay(session, "to", "local")
+        relay.talk = self.talks[number % 2]
+        relay.start(["nix-copy-closure"], {})
+        return relay
 
     def infos(self, case: bytes) -> bool:
         """What a builder says of the outputs that it has built."""
@@ -531,10 +525,8 @@ class Taker:
             session.version = 0x207
             session.write(hook.infos_question([PATH]))
             infos = session.infos_answer().get()
-            copier, relay = self.relay(session, b"")
-            relay.copy.end()
-            copier.check([PATH], [NEXT], infos)
-            copier.talk.end()
+            locks = hook.OutputLocks(self.new.store, [])
+            hook.Copier(self.sites[1], session, locks).check([PATH], [NEXT], infos)
         assert infos.keys() == {PATH} and {*infos[PATH].references} <= {PATH, NEXT}
         assert hook.in_order(infos) == [PATH]
         data = io.BytesIO(infos[PATH].encode() + string(""))
@@ -544,15 +536,16 @@ class Taker:
     @contextlib.contextmanager
     def going_on(self, session: hook.Session, asked: bytes) -> Iterator[hook.Relay]:
         """For a program that says no more, but does not end: then it is given up."""
-        copier, relay = self.relay(session, asked)
+        relay = self.relay(session, asked)
         reading, writing = os.pipe()
-        os.dup2(reading, relay.copy.stderr)
-        relay.patience_s = 0.01
+        os.dup2(reading, relay.stderr)
+        patience_s, vars(hook)["COPY_TIMEOUT_S"] = hook.COPY_TIMEOUT_S, 0.01
         try:
             yield relay
         finally:
-            relay.copy.end()
-            copier.talk.end()
+            vars(hook)["COPY_TIMEOUT_S"] = patience_s
+            relay.end()
+            relay.talk.end()
             os.close(reading)
             os.close(writing)
 
@@ -569,15 +562,16 @@ class Taker:
         info = hook.PathInfo(PATH, "", (NEXT,), len(ARCHIVES[0]), "", b"")
         lost = contextlib.suppress(hook.SessionLost)  # the builder has ended
         with self.talking(b"") as session, self.going_on(session, case) as relay, lost:
-            relay.bring({PATH: info}, last=True)
+            relay.way = "from"
+            relay.run(1, relay.offer, {PATH: info})
         return (self.directory / "heard").stat().st_size > 16  # more than a greeting
 
     def told(self, case: bytes) -> bool:
         """By nix-copy-closure --to: each path that it copies is acknowledged at once."""
         said, lost = 9 * integer(1), contextlib.suppress(hook.SessionLost)
         with self.talking(said) as session, self.going_on(session, case) as relay, lost:
-            relay.send({NEXT}, {PATH})
-            session.hear_all()
+            relay.run(1, relay.send, {NEXT}, {PATH})
+            relay.ask(b"")
         return (self.directory / "heard").stat().st_size > 16
 
     def outage(self, case: bytes) -> bool:

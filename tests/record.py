@@ -67,7 +67,7 @@ class Here(hook.Seat):
     def __init__(self, host: Host) -> None:
         nothing: Any = None
         self.host = host
-        self.connection = hook.Connection(nothing, nothing, hook.ALONE)
+        self.connection = hook.Connection(nothing, hook.ALONE)
 
     def start(self, *remote: str, **options: Any) -> Any:
         return self.host.popen(*remote, stdin=-1, stdout=-1, stderr=-1)

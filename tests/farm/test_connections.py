@@ -203,8 +203,8 @@ def seat(line: str, tmp_path: Path, **environ: str) -> Seat:
     fakes.write_program(tmp_path / "bin/ssh", "")
     given = {"PATH": f"{tmp_path}/bin", "HOME": "/root", **environ}
     nix, directory = Nix(False, {}, given), ssh_directory(str(tmp_path))
-    ssh = Ssh.find(Machine.parse("machines:1", line, nix), nix, directory)
-    return Seat(ssh, Programs(Talk(nix)), directory)
+    machine, programs = Machine.parse("machines:1", line, nix), Programs(Talk(nix))
+    return Seat(Ssh.find(machine, nix, programs, directory))
 
 
 @pytest.mark.parametrize(
@@ -317,6 +317,15 @@ def test_the_slot_directory_may_be_mounted_noexec(nix: Scene) -> None:
     outcome = nix.build(one(script), env={"NIX_CURRENT_LOAD": "/tmp/noexec/load"})
     assert nix.client.read(outcome.output) == "text"
     end_masters(nix)  # nothing else keeps the mount
+
+
+def test_where_nothing_may_be_executed_it_is_said_what_to_do(nix: Scene) -> None:
+    nix.client.run("mount", "-t", "tmpfs", "-o", "noexec,mode=1777", "x", "/tmp")
+    outcome = nix.build(one(), check=False, env={"NIX_CURRENT_LOAD": "/tmp/load"})
+    nix.client.run("umount", "-l", "/tmp")
+    log = " ".join(outcome.log.split())
+    assert outcome.status != 0 and "no program can be put into /tmp/load/ssh or" in log
+    assert "mount one of them without noexec" in log
 
 
 # -- Connections that end -------------------------------------------------------------

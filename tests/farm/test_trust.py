@@ -10,7 +10,17 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from scene import Scene, forget, other, registered, scene, valid
+from scene import (
+    HOOK,
+    INSTALLED,
+    Scene,
+    change_hook,
+    forget,
+    other,
+    registered,
+    scene,
+    valid,
+)
 
 pytestmark = pytest.mark.engines
 
@@ -135,26 +145,26 @@ def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
     builder = other(pytestconfig, client_engine)
     with scene(client_engine, builder, builder) as running:
         running.builder.write("/usr/local/bin/nix-store", LIAR, 0o755)
-        running.client.run("mkdir", "/tmp/noexec")
-        mount = ("mount", "-t", "tmpfs", "-o", "noexec,mode=700", "x", "/tmp/noexec")
-        running.client.run(*mount)
         yield running
-
-
-@pytest.fixture(params=["nix-copy-closure", "nix-store --import"])
-def way(request: pytest.FixtureRequest) -> dict[str, str]:
-    """How outputs come in: the second where no program of ours can be executed, and
-    with Nix 1.x."""
-    second = {"NIX_CURRENT_LOAD": f"/tmp/noexec/load-{next(numbers)}"}
-    return second if request.param == "nix-store --import" else {}
 
 
 @pytest.fixture
 def nix(hosts: Scene) -> Scene:
     forget(hosts)
+    hosts.client.copy(HOOK, INSTALLED)
     victim = hosts.output(f'mk "victim-{next(numbers)}" "hostname > $out" {{}}')
     hosts.builder.write("/tmp/victim", victim)
     return hosts
+
+
+@pytest.fixture(params=["nix-copy-closure", "nix-store --import"])
+def imports(nix: Scene, request: pytest.FixtureRequest) -> bool:
+    """How outputs come in: the second with Nix 1.x and with old builders, which this makes
+    of all."""
+    old = bool(request.param == "nix-store --import")
+    if old:
+        change_hook(nix, HASHES_SINCE=0x999)
+    return old
 
 
 def lie(nix: Scene, how: str) -> str:
@@ -165,63 +175,61 @@ def lie(nix: Scene, how: str) -> str:
 
 @pytest.mark.parametrize("how", LIES)
 def test_nothing_comes_in_but_what_was_built(
-    nix: Scene, how: str, way: dict[str, str]
+    nix: Scene, how: str, imports: bool
 ) -> None:
     nix.machines("b1 - - 1\n")
     victim, expression = lie(nix, how), innocent()
     output = nix.output(expression)
-    outcome = nix.build(expression, check=False, env=way)
+    outcome = nix.build(expression, check=False)
     assert not registered(nix.client, victim)
     # The second way reads an archive to where it ends, and so gets what was built.
-    honest = how in ("smuggle", "grow") and bool(way)
+    honest = how in ("smuggle", "grow") and imports
     assert (outcome.status == 0, registered(nix.client, output)) == (honest, honest)
 
 
 @pytest.mark.parametrize("how", ["refer", "volunteer"])
 def test_nor_where_the_builder_does_not_trust_its_user(
-    nix: Scene, how: str, way: dict[str, str]
+    nix: Scene, how: str, imports: bool
 ) -> None:
     """Then the derivation is sent, and built by another command."""
     nix.machines("b1 - - 1\n")
     victim, expression = lie(nix, how), innocent()
     output = nix.output(expression)
     nix.builder.write("/tmp/distrust", "")
-    outcome = nix.build(expression, check=False, env=way)
+    outcome = nix.build(expression, check=False)
     nix.builder.run("rm", "/tmp/distrust")
     assert outcome.status != 0 and "does not trust its user" in outcome.log
     assert not registered(nix.client, victim) and not registered(nix.client, output)
 
 
 @pytest.mark.parametrize("how", ["refer", "volunteer"])
-def test_nor_into_a_chroot_store(nix: Scene, how: str, way: dict[str, str]) -> None:
+def test_nor_into_a_chroot_store(nix: Scene, how: str, imports: bool) -> None:
     nix.machines("b1 - - 1\n")
     victim, expression = lie(nix, how), innocent()
     store = ("--store", f"local?root=/tmp/root-{next(numbers)}")
-    load = {"NIX_CURRENT_LOAD": f"/tmp/load-{next(numbers)}", **way}
+    load = {"NIX_CURRENT_LOAD": f"/tmp/load-{next(numbers)}"}
     outcome = nix.build(expression, *store, check=False, env=load)
     assert outcome.status != 0 and "cannot fetch the outputs" in outcome.log
     query = ("nix-store", *store, "--check-validity", victim)
     assert nix.client.run(*query, check=False).returncode != 0
 
 
-def test_a_reference_that_is_not_valid_here_is_named(
-    nix: Scene, way: dict[str, str]
-) -> None:
+def test_a_reference_that_is_not_valid_here_is_named(nix: Scene, imports: bool) -> None:
     nix.machines("b1 - - 1\n")
     victim, expression = lie(nix, "refer"), innocent()
     output = nix.output(expression)
-    log = " ".join(nix.build(expression, check=False, env=way).log.split())
+    log = " ".join(nix.build(expression, check=False).log.split())
     assert f"the output '{output}' refers to '{victim}'" in log
     assert "from 'ssh://b1'" in log
 
 
-def test_what_is_valid_here_may_be_referred_to(nix: Scene, way: dict[str, str]) -> None:
+def test_what_is_valid_here_may_be_referred_to(nix: Scene, imports: bool) -> None:
     nix.machines("b1 - - 1\n")
     victim = lie(nix, "refer")
     nix.client.write("/tmp/here", f"here {next(numbers)}")
     here = nix.client.run("nix-store", "--add", "/tmp/here").stdout.strip()
     nix.builder.write("/tmp/victim", here)
-    output = nix.build(innocent(), env=way).output
+    output = nix.build(innocent()).output
     assert valid(nix.client, output) and not registered(nix.client, victim)
     found = nix.client.run("nix-store", "-q", "--references", output).stdout.split()
     assert set(found) == {here, output}

@@ -201,10 +201,11 @@ def test_ssh_is_asked_for_one_session(client: Client) -> None:
     assert call.arguments[-5:] == ["--", "root@b1", "nix-store", "--serve", "--write"]
 
 
-def test_nix_copy_closure_gets_our_options_for_ssh(client: Client) -> None:
+def test_ssh_gets_our_options_and_nix_copy_closure_needs_none(client: Client) -> None:
     client.machines.write_text("ssh://root@b1:2222\n", encoding="utf-8")
     client.build()
-    assert "-oPort=2222" in client.calls()[-1].sshopts.split()
+    (call,) = client.sessions()
+    assert "-oPort=2222" in call.arguments and not client.calls()[-1].sshopts
 
 
 def test_slot_files_are_those_of_the_stock_hook(client: Client) -> None:

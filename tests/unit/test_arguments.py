@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import fakes
 import pytest
 
 from nix_build_remote import (
+    ALONE,
     COPY_BATCH_BYTES,
     Error,
     Machine,
@@ -267,44 +267,11 @@ def test_nix_sshopts_with_an_open_quote_are_an_error_that_shows_them() -> None:
         user_ssh_options({"NIX_SSHOPTS": "-o 'User=a"})
 
 
-LINES = [
-    "b1",
-    "ssh://nix@b1:2222?compress=true",
-    f"nix@[2001:db8::7]:22 - ~/.ssh/id 8 1 - - {KEY}",
-    "fe80::1%eth0 - /root/@:+=,%/id",
-]
-
-
 def ssh(line: str, directory: Path, **environ: str) -> Ssh:
     fakes.write_program(directory / "bin/ssh", "")
     nix = Nix(False, {}, {"PATH": f"{directory}/bin", **environ})
-    return Ssh.find(machine(line), nix, ssh_directory(str(directory)))
-
-
-@pytest.mark.parametrize("line", LINES, ids=["name", "uri", "ipv6", "zone"])
-@pytest.mark.parametrize("folder", ["slots", "a b;$(c)'"], ids=["plain", "special"])
-class TestNixSshopts:
-    def test_reads_the_same_to_every_nix(
-        self, line: str, folder: str, tmp_path: Path
-    ) -> None:
-        directory = tmp_path / folder
-        text = ssh(line, directory).copy_environ()["NIX_SSHOPTS"]
-        script = f"printf '%s\\n' {text}"
-        shell = subprocess.run(
-            ["/bin/sh", "-c", script],
-            env={"HOME": "~"},  # so that a tilde stays one
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert text.split() == shlex.split(text) == shell.stdout.splitlines()
-
-    def test_says_what_our_own_ssh_is_told(
-        self, line: str, folder: str, tmp_path: Path
-    ) -> None:
-        made = ssh(line, tmp_path / folder)
-        options = made.copy_environ()["NIX_SSHOPTS"].split()
-        assert set(options) >= {*made.options("none")} - {"-oLogLevel=INFO"}
+    programs, folder = Programs(Talk(nix)), ssh_directory(str(directory))
+    return Ssh.find(machine(line), nix, programs, folder)
 
 
 def test_without_a_connection_no_file_of_the_users_is_a_socket(
@@ -314,7 +281,7 @@ def test_without_a_connection_no_file_of_the_users_is_a_socket(
     (tmp_path / "none").write_text("mine", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     before = sorted(os.listdir())
-    seat = Seat(made, Programs(Talk(Nix(False, {}, {}))), ssh_directory(str(tmp_path)))
+    seat = Seat(made)
     seat.connection.retire()
     seat.lose()
     assert sorted(os.listdir()) == before
@@ -322,14 +289,14 @@ def test_without_a_connection_no_file_of_the_users_is_a_socket(
 
 def test_the_users_options_come_before_our_defaults(tmp_path: Path) -> None:
     made = ssh("b1", tmp_path, NIX_SSHOPTS="-oConnectTimeout=99")
-    options = made.session("none", ssh_defaults())
+    options = made.session(ALONE)
     timeouts = [word for word in options if word.startswith("-oConnectTimeout=")]
     assert timeouts[0] == "-oConnectTimeout=99" and len(timeouts) == 2
 
 
 def test_who_goes_alone_leaves_out_what_would_hide_the_reason(tmp_path: Path) -> None:
     made = ssh("b1", tmp_path, NIX_SSHOPTS="-q -4 -vvq -E /log -E/log -v -F -oUser=q")
-    shared, alone = made.options("/socket"), made.options("none")
+    shared, alone = made.options("/socket"), made.options(ALONE)
     assert {"-q", "-vvq", "-E", "/log", "-E/log", "-v"} <= set(shared)
     assert alone[-6:] == [
         "-oClearAllForwardings=yes",
@@ -369,20 +336,13 @@ def test_what_is_configured_is_left_alone(configured: str, expected: list[str]) 
     assert ssh_defaults(configured) == options
 
 
-def test_the_users_options_reach_the_copying_program_as_they_are(
-    tmp_path: Path,
-) -> None:
-    environ = ssh("b1", tmp_path, NIX_SSHOPTS="-o 'User=a  b'").copy_environ()
-    assert " -o 'User=a  b' " in environ["NIX_SSHOPTS"]
-
-
 def test_the_host_comes_after_the_end_of_options(tmp_path: Path) -> None:
-    command = ssh("nix@b1", tmp_path).session("none", [], "nix-store", "--serve")
+    command = ssh("nix@b1", tmp_path).session(ALONE, "nix-store", "--serve")
     assert command[-4:] == ["--", "nix@b1", "nix-store", "--serve"]
 
 
 def test_a_pinned_host_key_is_all_that_is_believed(tmp_path: Path) -> None:
-    options = ssh(f"b1 - - 1 1 - - {KEY}", tmp_path).options("none")
+    options = ssh(f"b1 - - 1 1 - - {KEY}", tmp_path).options(ALONE)
     (file,) = (word for word in options if word.startswith("-oUserKnownHostsFile="))
     assert "-oStrictHostKeyChecking=yes" in options
     assert Path(file.partition("=")[2]).read_text("ascii") == f"* {KEY_LINE}\n"

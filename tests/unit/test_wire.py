@@ -294,8 +294,8 @@ def ask(session: Session, path: str) -> set[str]:
 def replay(version: str, directory: Path) -> Replay:
     sent = fakes.fake_player(directory, version)
     nix = Nix(False, {}, {"PATH": str(directory)})
-    ssh = Ssh.find(Machine.parse("machines:1", "b1", nix), nix, str(directory))
-    session = Session(Seat(ssh, Programs(Talk(nix)), str(directory)), 30)
+    machine, programs = Machine.parse("machines:1", "b1", nix), Programs(Talk(nix))
+    session = Session(Seat(Ssh.find(machine, nix, programs, str(directory))), 30)
     try:
         with log_to(directory / "log"):
             session.greet()
