@@ -139,11 +139,10 @@ WAIT_S = 0.02  # between two looks for a free slot
 PATIENCE_S = 1.0  # for a slot, where Nix can ask again later
 IMPATIENCE_S = 4.0  # for which no request waits, after one has waited in vain
 BEGIN_S = 1.0  # for Nix to begin a build itself
-LINE_S = 600  # after which the file of a place goes, if nobody stands there
+LINE_S = 60  # after which the file of a place goes, if nobody stands there
 LINE_LIMIT = 64  # hooks that wait for one set of machines
 PASSES = 3  # so often a hook may be passed by those with fewer machines to wait for;
 OVERDUE = "overdue"  # then the file of its place says this, and it comes before them
-FIRSTS = "firsts-"  # begins the names of such files
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
@@ -1730,7 +1729,7 @@ def holder(phase: str, derivation: str, since: float) -> str:
     """What a lock's file says of who holds it: process id, its start time, the Nix that it
     works for, seconds since 1970, phase, derivation."""
     who = f"{os.getpid()} {start_time(os.getpid())} {calling_process()}"
-    return f"{who} {since:.0f} {phase} {derivation}\n"
+    return f"{who} {since:.3f} {phase} {derivation}\n"
 
 
 class Slot:
@@ -2276,61 +2275,14 @@ def precedence(
     return (0, 0, words) if OVERDUE in words else (len(names), shares.count(nix), [])
 
 
-class Queue:
-    """Places where hooks stand one behind the other: locks, whose files say who does.
-
-    Whoever has a place waits for the lock of the one before, so that waiting costs nothing
-    and nobody is passed.
-    """
-
-    def __init__(self, path: str, size: int) -> None:
-        self.path, self.size = path, size
-        self.place = 0  # ours, if we have its lock
-        self.lock: Lock | None = None
-
-    def file(self, number: int) -> str:
-        """The lock's file of that place, the first being 0."""
-        return f"{self.path}.{number}"
-
-    def is_taken(self, number: int) -> bool:
-        """Whether somebody stands there."""
-        return os.path.lexists(self.file(number)) and not is_free(self.file(number))
-
-    def join(self, text: str) -> bool:
-        """Take the place behind the last that is taken, with the main lock held; False if
-        all are taken."""
-        last = next(filter(self.is_taken, reversed(range(self.size))), -1)
-        if last + 1 < self.size and (lock := Lock.take(self.file(last + 1))):
-            self.stand(last + 1, lock, text)
-        return self.lock is not None
-
-    def stand(self, number: int, lock: Lock, text: str) -> None:
-        """Have that place, and no other any more."""
-        self.leave()
-        self.place, self.lock = number, lock
-        lock.write(text)
-
-    def move_up(self, text: str) -> None:
-        """Wait until we stand first, if we stand there at all."""
-        while self.lock and self.place > 0:
-            lock = Lock(self.file(self.place - 1))
-            lock.wait()
-            self.stand(self.place - 1, lock, text)
-
-    def leave(self) -> None:
-        """Have no place any more."""
-        if self.lock:
-            self.lock.release()
-            self.lock = None
-
-
 class Line:
     """Where hooks wait for a slot on one of some machines.
 
-    Those of one Nix stand in a queue of their own.  Whoever is first there stands in another,
-    `firsts`, and looks for a free slot when first there, too, or if that is full, or the disk.
-    Who then finds that another there comes sooner, see precedence(), goes to its end.  Machines
-    that somebody of a sooner turn waits for in another line are left alone.
+    Those of one Nix stand one behind the other, at places that are locks, whose files say who
+    stands there: whoever has one waits for the lock of the one before, so that waiting costs
+    nothing and nobody is passed.  Who is first looks for a free slot, but not on machines that
+    the first of another line waits for, too, and has a sooner turn, see precedence(); if all
+    their machines are the same, it waits until that one has left.
     """
 
     def __init__(
@@ -2341,14 +2293,16 @@ class Line:
         self.all_away = False  # whether all machines were when we last looked
         self.has_told = False  # whether the first look was told of
         self.told = ""  # of why no machine takes new builds
-        self.names = "\n".join(sorted(machine.slots for machine in machines))
+        self.names = sorted(machine.slots for machine in machines)
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
         self.who = holder("waiting", need.path, need.since)
-        own, kind = self.slots.own, checksum(self.names)
-        path = f"{own}/line-{kind}-{checksum(calling_process())}"
-        self.queue = Queue(path, self.size)
-        self.firsts = Queue(f"{own}/{FIRSTS}{kind}", LINE_LIMIT)
-        self.is_late = False  # whether another in `firsts` has a sooner turn
+        kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
+        self.path = f"{self.slots.own}/line-{kind}-{nix}"
+        self.place = 0  # ours, if we have its lock
+        self.lock: Lock | None = None
+        self.sooner = (
+            ""  # the place of one who waits for the same, and has a sooner turn
+        )
         self.passed_by: set[str] = set()  # processes with fewer machines to wait for
 
     def find(self) -> Slot | None:
@@ -2379,57 +2333,62 @@ class Line:
             why = self.slots.refused.get(machine) or why
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
-    def rivals(self) -> Iterator[tuple[str, list[str]]]:
-        """Who else stands first among the hooks of a Nix and waits for some of our machines,
-        and the slots' names of all that it waits for."""
-        wanted = {*self.names.split("\n")}
+    def rivals(self) -> Iterator[tuple[str, str, list[str]]]:
+        """Who else stands first in a line, and waits for some of our machines: the file of
+        the place, who that is, and the slots' names of all that it waits for."""
         for entry in os.listdir(self.slots.own):
-            if entry.startswith(FIRSTS):
-                said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
+            if entry.startswith("line-") and entry.endswith(".0"):
+                path = f"{self.slots.own}/{entry}"
+                said = Lock.said_by_holder(path) or ""
                 who, *names = said.split("\n")  # no names, if these are not written yet
-                ours = f"{who}\n" == self.who or len(who.split()) != 6
-                if not ours and not wanted.isdisjoint(names):
-                    yield who, names
+                is_other = said != self.text and len(who.split()) == 6
+                if is_other and not set(names).isdisjoint(self.names):
+                    yield path, who, names
 
     def reserved(self) -> set[str]:
         """The slots' names of machines whose next free slot is for somebody else.  Takes note
         of those, and says so if too many came before us."""
-        rivals, ours = [*self.rivals()], self.names.split("\n")
+        rivals, ours = [*self.rivals()], self.names
         shares = self.slots.shares(self.machines) if rivals else []
 
         def is_sooner(who: str, names: list[str]) -> bool:
             turns = precedence(who, names, shares), precedence(self.who, ours, shares)
-            is_newcomer = names == ours and not self.firsts.lock
-            return turns[0] <= turns[1] if is_newcomer else turns[0] < turns[1]
+            if names == ours and turns[0] == turns[1]:  # who waits for longer
+                return who.split()[3:] < self.who.split()[3:]
+            return turns[0] < turns[1]
 
-        ahead = [(who, names) for who, names in rivals if is_sooner(who, names)]
-        self.is_late = any(names == ours for _, names in ahead)
-        passing = {w.partition(" ")[0] for w, names in ahead if len(names) < len(ours)}
+        ahead = [rival for rival in rivals if is_sooner(*rival[1:])]
+        self.sooner = next((path for path, _, names in ahead if names == ours), "")
+        passing = {w.split()[0] for _, w, names in ahead if len(names) < len(ours)}
         self.passed_by |= passing
         if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
             self.who = holder(OVERDUE, self.need.path, self.need.since)
-            if self.firsts.lock:
-                self.firsts.lock.write(self.text)
-        return {name for _, names in ahead for name in names}
+            if self.lock:
+                self.lock.write(self.text)
+        return {name for *_, names in ahead for name in names}
 
     @property
     def text(self) -> str:
-        """What the files of our places say: who stands there, and for which machines."""
-        return self.who + self.names
+        """What our place's file says: who stands there, and for which machines."""
+        return self.who + "\n".join(self.names)
+
+    def file(self, number: int) -> str:
+        """The lock's file of that place, the first being 0."""
+        return f"{self.path}.{number}"
+
+    def is_taken(self, number: int) -> bool:
+        """Whether somebody stands there."""
+        return os.path.lexists(self.file(number)) and not is_free(self.file(number))
 
     def join(self) -> bool:
-        """Take a place; False if there is none."""
-        is_in = self.enter(self.queue)
-        if is_in and self.queue.place == 0:
-            self.enter(self.firsts)
-        return is_in
-
-    def enter(self, queue: Queue) -> bool:
-        """Take a place there; False also if there is no room for its file."""
+        """Take the place behind the last that is taken; False if there is none, or no room
+        for its file."""
         with suppress(Error, OSError), self.slots.main_lock():
             self.sweep()
-            return queue.join(self.text)
-        return False
+            last = next(filter(self.is_taken, reversed(range(self.size))), -1)
+            if last + 1 < self.size and (lock := Lock.take(self.file(last + 1))):
+                self.stand(last + 1, lock)
+        return self.lock is not None
 
     def sweep(self) -> None:
         """Remove what each Nix leaves there that has waited."""
@@ -2440,40 +2399,55 @@ class Line:
                 if is_old and is_free(path):
                     os.unlink(path)
 
+    def stand(self, number: int, lock: Lock) -> None:
+        """Have that place, and no other any more."""
+        self.leave()
+        self.place, self.lock = number, lock
+        lock.write(self.text)
+
+    def leave(self) -> None:
+        """Have no place any more."""
+        if self.lock:
+            self.lock.release()
+            self.lock = None
+
     def wait(self) -> Slot:
         """Wait for a slot; then we have left."""
         try:
-            self.queue.move_up(self.text)
+            while self.lock and self.place > 0:
+                lock = Lock(self.file(self.place - 1))
+                lock.wait()
+                self.stand(self.place - 1, lock)
             while True:
-                if not self.firsts.lock:
-                    self.enter(self.firsts)
-                self.firsts.move_up(self.text)
-                if slot := self.wait_for_slot():
+                self.outages.look_again()
+                start = time.monotonic()
+                if slot := self.find_if_possible():
                     return slot
-                self.firsts.leave()
+                self.end_if_hopeless()
+                # Looking at many slots takes long; it must not be what we do all the time.
+                self.pause(min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
         finally:
-            self.firsts.leave()
-            self.queue.leave()
+            self.leave()
 
-    def wait_for_slot(self) -> Slot | None:
-        """A slot; None if we should go to the end of `firsts`."""
-        while True:
-            self.outages.look_again()
-            start = time.monotonic()
-            if slot := self.find_if_possible():
-                return slot
-            if self.is_late and self.firsts.lock:
-                return None
-            if self.need.impatient and self.absence():
-                raise Away("it failed for another build, too")
-            if self.all_away and (despair := self.outages.despair(self.machines)):
-                raise despair
-            self.tell_of_absence()
-            # Looking at many slots takes long; it must not be what we do all the time.
-            wait_readable([], min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
+    def end_if_hopeless(self) -> None:
+        """Raise what to say if it is no use to wait; else say once what we wait for."""
+        if self.need.impatient and self.absence():
+            raise Away("it failed for another build, too")
+        if self.all_away and (despair := self.outages.despair(self.machines)):
+            raise despair
+        self.tell_of_absence()
+
+    def pause(self, time_s: float) -> None:
+        """Wait for so long, or for who has a sooner turn to leave its place."""
+        if self.sooner:
+            with suppress(Error), Lock(self.sooner) as lock:
+                lock.wait(1.0, fcntl.LOCK_SH)
+        else:
+            wait_readable([], time_s)
 
     def find_if_possible(self) -> Slot | None:
         """A free slot; None also if the disk is full, or our directory is gone."""
+        self.sooner = ""
         with suppress(Error, OSError):
             return self.find()
         with suppress(Error):
@@ -5568,7 +5542,7 @@ class Hook:
                 if not might_build_itself(self.nix, request):
                     line.join()
                 break
-        if line.queue.lock:
+        if line.lock:
             self.talk.reply("accept", "waiting for a builder")
             return Accepted(build, line, None)
         self.talk.reply(self.turn_down(line, request))
@@ -5632,7 +5606,7 @@ class Hook:
         might = might_build_itself(self.nix, request)
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            if not line.queue.is_taken(0):
+            if not line.is_taken(0):
                 slot = line.find()
                 if slot or (line.all_away and line.outages.despair(line.machines)):
                     return slot
