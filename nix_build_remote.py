@@ -744,12 +744,14 @@ class Nix:
 
 
 class Request(NamedTuple):
-    """Nix asks: may this be built elsewhere?  willing: it has a slot of its own free."""
+    """Nix asks: may this be built elsewhere?  willing: it has a slot of its own free; able: it
+    could build this itself, perhaps later."""
 
     willing: bool
     system: str
     derivation: str
     features: frozenset[str]
+    able: bool = False
 
     @property
     def kind(self) -> str:
@@ -2251,16 +2253,16 @@ class Outages:
 class Need(NamedTuple):
     """A build that needs a slot.
 
-    path: its derivation's; kind: its system and features; digests: of what it reads, see
-    Derivation.digests; since: when it began to wait, in seconds since 1970; shunned: the
-    machine that it should go to only if no other has a free slot, or None; impatient: not
-    to wait if all machines are away.
+    path: its derivation's; digests: of what it reads, see Derivation.digests; since: when it
+    began to wait, in seconds since 1970; machines: any of which will do; shunned: the one
+    that it should go to only if no other has a free slot, or None; impatient: not to wait
+    if all are away.
     """
 
     path: str
-    kind: str
     digests: frozenset[str]
     since: float
+    machines: list[Machine]
     shunned: Machine | None = None
     impatient: bool = False
 
@@ -2285,16 +2287,14 @@ class Line:
     their machines are the same, it waits until that one has left.
     """
 
-    def __init__(
-        self, outages: Outages, talk: Talk, machines: list[Machine], need: Need
-    ) -> None:
+    def __init__(self, outages: Outages, talk: Talk, need: Need) -> None:
         self.outages, self.slots, self.talk = outages, outages.slots, talk
-        self.machines, self.need = machines, need
+        self.need, self.machines = need, need.machines
         self.all_away = False  # whether all machines were when we last looked
         self.has_told = False  # whether the first look was told of
         self.told = ""  # of why no machine takes new builds
-        self.names = sorted(machine.slots for machine in machines)
-        self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
+        self.names = sorted(machine.slots for machine in need.machines)
+        self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in need.machines))
         self.who = holder("waiting", need.path, need.since)
         kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
         self.path = f"{self.slots.own}/line-{kind}-{nix}"
@@ -4863,9 +4863,7 @@ class Failure(NamedTuple):
 class Retry(NamedTuple):
     """Where a build goes on after a failure."""
 
-    machines: list[Machine]  # any of them will do
-    shunned: Machine | None  # see Need
-    impatient: bool  # not to wait if they are away
+    need: Need
     pause_s: float  # to wait before
     outage: bool  # all hooks are to leave the failed machine alone
     renew: bool  # its connection may be the trouble, and should be a new one
@@ -4880,8 +4878,8 @@ class Retries:
     could not do the build, on any other; if all have failed, on any, after a pause.
     """
 
-    def __init__(self, fit: list[Machine]) -> None:
-        self.fit = fit
+    def __init__(self, need: Need) -> None:
+        self.need, self.fit = need, need.machines
         self.avoided: list[Machine] = []  # which have failed since the last pause
         self.pause_s = float(PAUSE_S)  # the next one
         self.verdict: Error | None = None  # to end with, if no other machine may try
@@ -4913,7 +4911,8 @@ class Retries:
         outage = isinstance(error, Unreachable) or (unknown and again)
         impatient = once_more or self.verdict is not None
         renew = unknown and not outage
-        return Retry(machines, shunned, impatient, pause_s, outage, renew)
+        need = self.need._replace(machines=machines, shunned=shunned)
+        return Retry(need._replace(impatient=impatient), pause_s, outage, renew)
 
     def verdict_of(self, error: NotHere, machine: Machine) -> Error:
         """What to end with if no other can do it; raises that if none is left.  One other
@@ -4948,29 +4947,20 @@ class Retries:
         return pause_s
 
 
-class Wanted(NamedTuple):
-    """What Nix wants to be built."""
-
-    path: str  # the derivation's
-    derivation: Derivation
-    inputs: list[str]  # the paths that are to be on the builder
-    outputs: list[str]  # those that are to be here
-    has_rivals: bool = False  # whether several machines might do
-
-
 UNTRUSTED_USER = "does not trust its user"  # which check looks for in what a build says
 
 
 class Attempt:
     """One try of a build on the machine of a slot, from connecting to the outputs."""
 
-    def __init__(
-        self, site: Site, wanted: Wanted, locks: OutputLocks, slot: Slot
-    ) -> None:
-        self.site, self.wanted, self.locks, self.slot = site, wanted, locks, slot
-        self.nix, self.talk, self.machine = site.nix, site.talk, slot.machine
+    def __init__(self, build: Build, slot: Slot) -> None:
+        self.wanted, self.site, self.slot = build, build.site, slot
+        self.path, self.derivation = build.path, build.derivation
+        self.inputs, self.outputs = build.inputs, build.outputs
+        self.nix, self.talk = self.site.nix, self.site.talk
+        self.machine = slot.machine
         self.substitute = self.nix.enabled("builders-use-substitutes")
-        self.doing = f"build '{wanted.path}'"  # for messages
+        self.doing = f"build '{self.path}'"  # for messages
         self.trusted = True  # whether we may build a bare derivation, as far as we know
         self.built: Answer | None = None  # to the question to build, if it was asked
         self.infos: Answer | None = None  # what the builder says of the outputs
@@ -4979,14 +4969,13 @@ class Attempt:
 
     def perform(self, session: Session | None) -> None:
         """Do all of it; session: one that was opened for it already."""
-        path = self.wanted.path
         self.begin("connecting", "connect for", "to")
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
         seat = self.site.seat(self.machine)
-        seat.has_rivals = self.wanted.has_rivals
-        self.session = session or open_session(self.site, seat, path, patience_s)
+        seat.has_rivals = len(self.wanted.fit) > 1
+        self.session = session or open_session(self.site, seat, self.path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
-        self.copier = Copier(self.site, self.session, self.locks)
+        self.copier = Copier(self.site, self.session, self.wanted.locks)
         try:
             there = self.ask_for_inputs()
             self.greeted = True
@@ -5014,7 +5003,7 @@ class Attempt:
 
     def begin(self, phase: str, verb: str, preposition: str) -> None:
         """Tell everybody what we do now."""
-        path, name = self.wanted.path, self.machine.name
+        path, name = self.path, self.machine.name
         self.doing = f"{verb} '{path}' {preposition} '{name}'"
         self.slot.note(phase, path)
         what = phase + verb.lstrip(LETTERS)
@@ -5028,7 +5017,7 @@ class Attempt:
     def trace(self, event: str) -> None:
         """A line for the programs that Nix 1.x is to write these for."""
         if self.nix.number("print-build-trace"):
-            self.talk.write(f"@ {event} {self.wanted.path} {self.machine.name}")
+            self.talk.write(f"@ {event} {self.path} {self.machine.name}")
 
     def failed(self, error: Error) -> str:
         """What people are told of that error."""
@@ -5037,9 +5026,9 @@ class Attempt:
     def ask_for_inputs(self) -> set[str]:
         """Ask which inputs are there, which also keeps them there.  If the machine is known
         to have had them all, it is asked to build at once, too."""
-        session, digests = self.session, self.wanted.derivation.digests()
+        session, digests = self.session, self.derivation.digests()
         empty = session.ask_valid([]) if session.version else None  # takes just a turn
-        answer = session.ask_valid(self.wanted.inputs, self.substitute)
+        answer = session.ask_valid(self.inputs, self.substitute)
         if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
         self.site.outages.look_again(self.machine)
@@ -5055,7 +5044,7 @@ class Attempt:
     def send_inputs(self, there: set[str]) -> None:
         """Make the builder have, and keep, all inputs (to ask has locked what is there), and
         ask it to build, if it was not asked already."""
-        lacking = set(self.wanted.inputs) - there
+        lacking = set(self.inputs) - there
         if lacking and self.built:
             note(self.site.slots.file(self.machine, "paths"), "")  # it has lost some
             self.begin("building", "build", "on")  # as it may be able to all the same
@@ -5080,7 +5069,7 @@ class Attempt:
     def send(self, paths: set[str], there: set[str], ask: Callable[[], None]) -> None:
         """Send these paths to the builder, of which it has those, and ask it for what comes
         next, which does not wait for it to say that it has them."""
-        substitute = self.substitute and self.wanted.path not in paths
+        substitute = self.substitute and self.path not in paths
         with UploadLock(self.site.slots, self.machine, paths) as waited:
             if waited:
                 there = there | self.session.ask_valid(paths).get()
@@ -5098,25 +5087,25 @@ class Attempt:
     def ask_to_build(self) -> None:
         """Ask in the way that only trusted users may, but in which nothing else need be
         sent; and for what the fetch will need."""
-        self.built, session, wanted = None, self.session, self.wanted
-        if wanted.derivation.is_floating and session.spoken < 0x206:
+        self.built, session = None, self.session
+        if self.derivation.is_floating and session.spoken < 0x206:
             why = "its Nix is too old for a content-addressed derivation"
             raise NotHere(why, BuildBroken(self.failed(Error(why))))
         if session.spoken >= 0x201 and self.trusted:
-            encoded = wanted.derivation.encode(wanted.inputs)
+            encoded = self.derivation.encode(self.inputs)
             then = self.questions_behind()
-            self.built = session.ask_to_build(wanted.path, encoded, self.nix, then)
+            self.built = session.ask_to_build(self.path, encoded, self.nix, then)
             self.infos = session.infos_answer()
         # Meanwhile, what need not wait for the build:
         session.seat.prepare()
-        self.copier.prepare_to_fetch(wanted.outputs)
-        digests = wanted.derivation.digests() | {digest(wanted.path)}
+        self.copier.prepare_to_fetch(self.outputs)
+        digests = self.derivation.digests() | {digest(self.path)}
         self.site.slots.note_paths(self.machine, digests)
 
     def questions_behind(self) -> bytes:
         """What is asked with the build: what the outputs are, and if there is just one, and so
         just one order for them, its archive, after which nix-store shall end."""
-        session, outputs = self.session, self.wanted.outputs
+        session, outputs = self.session, self.outputs
         questions = infos_question(outputs)
         # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it;
         # and srun says that a job has ended badly.
@@ -5136,7 +5125,7 @@ class Attempt:
             self.tell_what_is_kept()
             raise self.verdict(status, message)
         infos = dict(self.infos.get()) if self.infos else {}
-        return self.find_outputs() if self.wanted.derivation.is_floating else infos
+        return self.find_outputs() if self.derivation.is_floating else infos
 
     def hear_how_it_went(self) -> tuple[int, str]:
         """Status and message of the build, in a way that the builder lets us, or NotHere."""
@@ -5144,7 +5133,7 @@ class Attempt:
             return tuple((self.built or self.ask_by_closure()).get())
         except SessionLost as error:
             tail = decode(self.session.tail)
-            if self.wanted.derivation.is_floating and means(tail, "LACKS"):
+            if self.derivation.is_floating and means(tail, "LACKS"):
                 raise NotHere(str(error), BuildBroken(self.failed(error))) from None
             if not means(tail, "LIMITED"):
                 raise
@@ -5156,17 +5145,16 @@ class Attempt:
         import json
 
         store, self.paths = self.nix.store, {}
-        for output in self.wanted.derivation.outputs:
+        for output in self.derivation.outputs:
             with suppress(ValueError, TypeError, KeyError):
                 last = json.loads(self.session.realised[output.name])["outPath"]
                 if store.owns(path := f"{store.directory}/{last}"):
                     self.paths[output.name] = path
-        if len(self.paths) < len(self.wanted.derivation.outputs):
+        if len(self.paths) < len(self.derivation.outputs):
             text = "it does not say which paths the outputs have"
             raise NotHere(text, BuildBroken(self.failed(Error(text))))
-        outputs = sorted({*self.paths.values()})
-        self.wanted = self.wanted._replace(outputs=outputs)
-        self.session.write(infos_question(outputs))
+        self.outputs = sorted({*self.paths.values()})
+        self.session.write(infos_question(self.outputs))
         return dict(self.session.infos_answer().get())
 
     def tell_what_is_kept(self) -> None:
@@ -5186,7 +5174,7 @@ class Attempt:
             status = self.status_told(message)
         message = message or "the log says why"
         kinds = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}
-        what = f"build of '{self.wanted.path}' on '{self.machine.name}'"
+        what = f"build of '{self.path}' on '{self.machine.name}'"
         text = f"{what} failed: {message}"
         verdict = kinds.get(status, BuildFailed)(text)
         if means(message, "LACKS"):
@@ -5200,7 +5188,7 @@ class Attempt:
         are only in the log of that of 2.3."""
         last = decode(self.session.tail).rstrip().rpartition("\n")[2]
         words = message if self.session.spoken >= 0x206 else f"{message} {last}"
-        is_fixed = any(output.hash for output in self.wanted.derivation.outputs)
+        is_fixed = any(output.hash for output in self.derivation.outputs)
         broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
         told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
         return told.get(heard(Error, words, "far").meaning, MISC)
@@ -5217,21 +5205,21 @@ class Attempt:
         self.session.finish()
         self.session.cancel()
         self.session = self.copier.session = Session(seat, seat.greeting_s)
-        answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
+        answer = self.session.ask_valid(self.inputs, self.substitute)
         self.session.greet()
         self.send_inputs(answer.get())
 
     def ask_by_closure(self) -> Answer:
         """Ask in the way that is open to untrusted users, and the only one on builders before
         1.10; for that the derivation's closure must be there."""
-        path, session = self.wanted.path, self.session
+        session = self.session
 
         def ask() -> None:
             then = self.questions_behind()
-            self.built = session.ask_to_build_paths(path, self.nix, then)
+            self.built = session.ask_to_build_paths(self.path, self.nix, then)
             self.infos = session.infos_answer()
 
-        self.send({path}, set(), ask)
+        self.send({self.path}, set(), ask)
         assert self.built
         return self.built
 
@@ -5244,28 +5232,34 @@ class Attempt:
             if lock := next(filter(None, map(Lock.take, files)), None):
                 self.slot.free()
                 self.slot = Slot(machine, lock)
-                self.slot.note("fetching", self.wanted.path)
+                self.slot.note("fetching", self.path)
 
     def fetch(self, infos: dict[str, PathInfo]) -> None:
         """Bring the outputs in; NotHere if the builder has spoilt them."""
-        wanted = self.wanted
         try:
-            self.copier.fetch(wanted.outputs, infos, wanted.inputs)
+            self.copier.fetch(self.outputs, infos, self.inputs)
         except Spoilt as error:
             raise NotHere(str(error), BuildBroken(self.failed(error))) from None
-        if wanted.derivation.is_floating:
-            self.copier.register(wanted.path, wanted.derivation, self.paths)
+        if self.derivation.is_floating:
+            self.copier.register(self.path, self.derivation, self.paths)
 
 
 class Build:
     """An accepted build: attempts, one after another, until one succeeds."""
 
     def __init__(
-        self, site: Site, need: Need, derivation: Derivation, fit: list[Machine]
+        self, site: Site, request: Request, derivation: Derivation, fit: list[Machine]
     ) -> None:
-        self.site, self.talk, self.need, self.path = site, site.talk, need, need.path
-        self.derivation, self.fit = derivation, fit
-        self.retries = Retries(fit)
+        self.site, self.talk, self.request = site, site.talk, request
+        self.path, self.derivation, self.fit = request.derivation, derivation, fit
+        need = Need(self.path, derivation.digests(), time.time(), fit)
+        self.retries = Retries(need)
+        # Where it goes on: in that slot, in a session if one is open, or else in that line.
+        self.line = Line(site.outages, site.talk, need)
+        self.slot: Slot | None = None
+        self.session: Session | None = None
+        self.inputs: list[str] = []  # the paths that are to be on the builder
+        self.outputs: list[str] = []  # those that are to be here
         self.said: set[str] = set()  # what is said once for each build
         self.machine, self.attempts = "", 0  # where it is, and how many there were
         self.cause: Error | None = None  # of the error that it ends with
@@ -5283,24 +5277,23 @@ class Build:
             inputs = [p for p in inputs if not p.endswith(".drv") or p in sources]
         if not set(missing) <= set(by_name.values()):
             raise Error(f"'{self.path}' has no output {', '.join(outputs)}")
-        rivals = len(self.fit) > 1
-        self.wanted = Wanted(self.path, self.derivation, inputs, missing, rivals)
+        self.inputs, self.outputs = inputs, missing
         self.locks = OutputLocks(self.site.nix.store, missing)
 
-    def perform(self, place: Slot | Line, session: Session | None) -> None:
+    def perform(self) -> None:
         """Have it built on one machine after another, for as long as it is the machine or
-        the way to it that fails.  session: one with the slot's machine, if there is one."""
+        the way to it that fails."""
         last: Attempt | None = None
         while True:
             attempt: Attempt | None = None
             try:
-                slot = self.wait(place) if isinstance(place, Line) else place
-                attempt = last = Attempt(self.site, self.wanted, self.locks, slot)
+                slot = self.slot or self.wait()
+                attempt = last = Attempt(self, slot)
                 self.machine, self.attempts = slot.machine.name, self.attempts + 1
-                attempt.perform(session)
+                attempt.perform(self.session)
                 return
             except (Unreachable, SessionLost, NotHere, Away) as error:
-                place, session = self.move(last, error), None
+                self.move(last, error)
             except Error as error:
                 raise self.final(attempt, error) from None
             finally:
@@ -5308,14 +5301,14 @@ class Build:
                     attempt.slot.free()
                 self.talk.end()
 
-    def wait(self, line: Line) -> Slot:
+    def wait(self) -> Slot:
         """Wait for a slot, and say where the build goes, which Nix does not know."""
         self.talk.tally.begin("waiting")
         self.talk.begin(0, f"waiting for a builder for {short(self.path)}")
         if self.site.nix.old:
             self.talk.say(INFO, f"waiting for a builder for '{self.path}'")
         start = time.monotonic()
-        slot = line.wait()
+        slot = self.line.wait()
         waited = "has waited, and " if time.monotonic() > start + PATIENCE_S else ""
         self.say_once(INFO, f"'{self.path}' {waited}goes to '{slot.machine.name}'")
         return slot
@@ -5326,8 +5319,8 @@ class Build:
             self.said.add(text)
             self.talk.say(level, text)
 
-    def move(self, attempt: Attempt | None, error: Error) -> Line:
-        """Where to wait for the next attempt."""
+    def move(self, attempt: Attempt | None, error: Error) -> None:
+        """Stand in line for the next attempt."""
         if not attempt:
             raise self.final(attempt, error)
         attempt.slot.free()
@@ -5339,7 +5332,7 @@ class Build:
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
-            note(self.site.slots.file(machine, "lacks"), self.need.kind)
+            note(self.site.slots.file(machine, "lacks"), self.request.kind)
         if not isinstance(error, Away):
             self.record(error, "retried")
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
@@ -5351,10 +5344,9 @@ class Build:
             if despair := self.site.outages.despair(self.fit):
                 raise self.final(attempt, despair)
             wait_readable([], retry.pause_s)
-        need = self.need._replace(shunned=retry.shunned, impatient=retry.impatient)
-        line = Line(self.site.outages, self.talk, retry.machines, need)
-        line.join()
-        return line
+        self.slot = self.session = None
+        self.line = Line(self.site.outages, self.talk, retry.need)
+        self.line.join()
 
     def final(self, attempt: Attempt | None, error: Error) -> Error:
         """The error that the build ends with, which tells what was tried."""
@@ -5434,14 +5426,6 @@ def addresses(host: str) -> set[str]:
     return set()
 
 
-class Accepted(NamedTuple):
-    """A build that we have accepted, where it goes on, and a session if one is open."""
-
-    build: Build
-    place: Slot | Line
-    session: Session | None
-
-
 class Hook:
     """Answers Nix's requests until it accepts one, then performs that build."""
 
@@ -5484,31 +5468,33 @@ class Hook:
     def serve(self) -> None:
         """The whole life of a hook."""
         for request in requests(self.nix):
-            if accepted := self.answer(request):
+            if build := self.answer(request):
                 heed_signals()
                 try:
-                    accepted.build.understand(*read_lists(self.nix))
-                    accepted.build.perform(accepted.place, accepted.session)
+                    build.understand(*read_lists(self.nix))
+                    build.perform()
                 finally:
-                    accepted.build.record(sys.exc_info()[1])
+                    build.record(sys.exc_info()[1])
                 return
 
-    def answer(self, request: Request) -> Accepted | None:
+    def answer(self, request: Request) -> Build | None:
         """Reply to one request, whatever happens: else Nix 2.x would give up all builds."""
         try:
+            able = might_build_itself(self.nix, request)
+            request = request._replace(willing=request.willing and able, able=able)
             if self.machines is None:
                 self.machines = self.prepare()
             return self.consider(request, self.machines)
         except Error as error:
-            at_home = might_build_itself(self.nix, request)
-            level = TALKATIVE if at_home and isinstance(error, Unsendable) else ERROR
+            is_usual = request.able and isinstance(error, Unsendable)
+            level = TALKATIVE if is_usual else ERROR
             self.talk.say(level, str(error))
         except Exception:  # noqa: BLE001  (a bug of ours must not cost the reply)
             self.talk.say_bug()
         self.talk.reply("decline")
         return None
 
-    def consider(self, request: Request, machines: list[Machine]) -> Accepted | None:
+    def consider(self, request: Request, machines: list[Machine]) -> Build | None:
         """Find a slot or a place in line, and reply; returns the build if we accept it: at
         once where a connection is live, else when a session shows that it is of use."""
         reply = self.without_looking(request, machines)
@@ -5516,38 +5502,41 @@ class Hook:
         if not fit or not self.site:
             self.talk.reply(reply or "decline")
             return None
-        if self.nix.is_terse:
+        if self.nix.is_terse and request.able:
             has_room = self.builds_here() < self.nix.number("max-jobs")
             request = request._replace(willing=has_room)
         derivation = self.site.read_derivation(request.derivation)
-        digests, slots = derivation.digests(), self.site.slots
-        need = Need(request.derivation, request.kind, digests, time.time())
         self.talk.tally = Tally()
-        fit = [m for m in fit if not slots.lacks(m, request.kind)] or fit
-        build = Build(self.site, need, derivation, fit)
-        line = Line(self.site.outages, self.talk, fit, need)
+        lacks = self.site.slots.lacks
+        fit = [m for m in fit if not lacks(m, request.kind)] or fit
+        build = Build(self.site, request, derivation, fit)
         self.site.outages.forgive(fit)
-        until = time.monotonic() + REPLY_S
-        for _ in fit:  # of which all may fail
-            slot = self.find_slot(line, request)
-            if not slot:
-                break
-            if self.stays(slot, machines, request):
-                slot.free()
-                break
-            if accepted := self.reach(slot, build, until):
-                self.talk.reply("accept", slot.machine.name)
-                return accepted
-            if time.monotonic() > until:
-                if not might_build_itself(self.nix, request):
-                    line.join()
-                break
-        if line.lock:
+        self.find_place(build, machines)
+        if build.slot:
+            self.talk.reply("accept", build.slot.machine.name)
+        elif build.line.lock:
             self.talk.reply("accept", "waiting for a builder")
-            return Accepted(build, line, None)
-        self.talk.reply(self.turn_down(line, request))
-        self.site.outages.look_again()
-        return None
+        else:
+            self.talk.reply(self.turn_down(build.line, request))
+            self.site.outages.look_again()
+            return None
+        return build
+
+    def find_place(self, build: Build, machines: list[Machine]) -> None:
+        """Find a slot on a machine that is of use for it, or else a place in line, if Nix
+        could never build it itself."""
+        until = time.monotonic() + REPLY_S
+        for _ in build.fit:  # of which all may fail
+            slot = self.find_slot(build.line, build.request)
+            if slot and self.stays(slot, machines, build.request):
+                slot.free()
+                return
+            if not slot or self.reach(slot, build, until):
+                return
+            if time.monotonic() > until:
+                if not build.request.able:
+                    build.line.join()
+                return
 
     def without_looking(self, request: Request, machines: list[Machine]) -> str:
         """The reply if nothing is ever sent away from here, or this is not; or ""."""
@@ -5556,7 +5545,7 @@ class Hook:
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
             return "decline" if self.nix.old else "decline-permanently"
-        if not might_build_itself(self.nix, request):
+        if not request.able:
             return ""
         # A terse Nix takes a slot of its own only for what is declined, and asks again.
         if self.back:
@@ -5568,7 +5557,7 @@ class Hook:
         """Whether a build should not leave for that slot: Nix would begin it now, and by load
         and speed this machine, if it is listed, is no worse."""
         here = next((machine for machine in machines if not machine.ways), None)
-        if not here or not request.willing or not might_build_itself(self.nix, request):
+        if not here or not request.willing:
             return False
         load = self.builds_here()
         text = f"'{here.name}' builds {load} here, at speed {here.speed:g}"
@@ -5593,7 +5582,7 @@ class Hook:
                 reasons.append(f"'{machine.name}' {reason}")
             elif machine not in fit:  # a file may be included twice
                 fit.append(machine)
-        if not fit and self.site and not might_build_itself(self.nix, request):
+        if not fit and self.site and not request.able:
             why = "; ".join(reasons)
             if self.site.slots.remember(why):
                 text = f"no machine can build '{request.derivation}', or others like it"
@@ -5603,14 +5592,13 @@ class Hook:
     def find_slot(self, line: Line, request: Request) -> Slot | None:
         """A slot if one is free and nobody waits; else stand in the line if Nix could
         never build this itself; else wait for a slot, but for no more than a moment."""
-        might = might_build_itself(self.nix, request)
         deadline = time.monotonic() + PATIENCE_S
         while True:
             if not line.is_taken(0):
                 slot = line.find()
                 if slot or (line.all_away and line.outages.despair(line.machines)):
                     return slot
-            stays = request.willing if might else line.join()
+            stays = request.willing if request.able else line.join()
             if stays or time.monotonic() < self.patient_from:
                 return None
             if time.monotonic() > deadline:
@@ -5618,9 +5606,10 @@ class Hook:
                 return None
             wait_readable([], WAIT_S)
 
-    def reach(self, slot: Slot, build: Build, until: float) -> Accepted | None:
-        """Be sure of that slot's machine by then; None if it is of no use, the slot free."""
-        machine, site, session = slot.machine, build.site, None
+    def reach(self, slot: Slot, build: Build, until: float) -> bool:
+        """Have the build go on in that slot; False if by then we are not sure that its machine
+        is of use, and it is free again."""
+        machine, site = slot.machine, build.site
         try:
             seat = site.seat(machine)
             if not seat.connection.proof():
@@ -5631,22 +5620,20 @@ class Hook:
                 self.talk.say(DEBUG, text)
                 self.warm(build)
                 left = max(1.0, until - time.monotonic())
-                session = open_session(site, seat, build.path, left)
-            return Accepted(build, slot, session)
+                build.session = open_session(site, seat, build.path, left)
+            build.slot = slot
         except (Unreachable, SessionLost) as error:
-            slot.free()
             site.outages.note(machine, slot.outage, error)
             site.retire(machine)
             told = error.told(machine.destination)
             text = f"cannot build on '{machine.name}': {told}"
             if site.slots.remember(text):
                 self.talk.say(ERROR, text)
-            return None
-        except BaseException:
-            slot.free()
-            raise
         finally:
+            if not build.slot:
+                slot.free()
             self.talk.end()
+        return build.slot is not None
 
     def warm(self, build: Build) -> None:
         """Begin to connect to the likeliest machines all at once, so that a cold start
@@ -5660,7 +5647,7 @@ class Hook:
 
     def turn_down(self, line: Line, request: Request) -> str:
         """The reply to what no machine can take now."""
-        if request.willing and might_build_itself(self.nix, request):
+        if request.willing:
             self.stayed = time.monotonic() + BEGIN_S, self.builds_here() + 1
             return "decline"
         all_away = line.outages.away(line.machines) == set(line.machines)

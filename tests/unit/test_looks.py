@@ -240,6 +240,6 @@ def test_a_build_that_may_go_elsewhere_does_not_wait_for_a_closed_machine(
 ) -> None:
     [b1] = machines("b1 - - 4")
     note(slots, b1, answer("closed for repair"))
-    need = Need("/nix/store/x.drv", "", frozenset(), time.time(), impatient=True)
+    need = Need("/nix/store/x.drv", frozenset(), time.time(), [b1], impatient=True)
     with pytest.raises(Away):
-        Line(Outages(slots), Talk(NIX), [b1], need).wait()
+        Line(Outages(slots), Talk(NIX), need).wait()

@@ -18,6 +18,7 @@ from nix_build_remote import (
     Failure,
     Late,
     Machine,
+    Need,
     Nix,
     NotHere,
     Retries,
@@ -52,8 +53,12 @@ class Step(NamedTuple):
     built: bool = False
 
 
+def retries_on(*machines: Machine) -> Retries:
+    return Retries(Need("/nix/store/x.drv", frozenset(), 0, [*machines]))
+
+
 def where(retry: Retry) -> str:
-    return " ".join(machine.host for machine in retry.machines)
+    return " ".join(machine.host for machine in retry.need.machines)
 
 
 def play(retries: Retries, steps: list[Step]) -> list[Retry]:
@@ -98,7 +103,7 @@ def play(retries: Retries, steps: list[Step]) -> list[Retry]:
     ],
 )
 def test_a_build_goes_on(steps: list[Step]) -> None:
-    play(Retries([B1, B2, B3]), steps)
+    play(retries_on(B1, B2, B3), steps)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +117,7 @@ def test_a_build_goes_on(steps: list[Step]) -> None:
     ids=["all refuse for good", "two could not", "all disks full", "no other is there"],
 )
 def test_a_build_ends(steps: list[Step], last: Step, end: Error) -> None:
-    retries = Retries([B1, B2])
+    retries = retries_on(B1, B2)
     play(retries, steps)
     with pytest.raises(type(end), match=str(end)[:9]):
         retries.after(Failure(9, last.machine, last.error, last.greeted, last.begun))
@@ -120,7 +125,7 @@ def test_a_build_ends(steps: list[Step], last: Step, end: Error) -> None:
 
 def test_the_only_machine_that_could_not_do_it_ends_the_build() -> None:
     with pytest.raises(BuildBroken):
-        Retries([B1]).after(Failure(0, B1, NOT_HERE, True, True))
+        retries_on(B1).after(Failure(0, B1, NOT_HERE, True, True))
 
 
 def test_a_failed_build_is_no_failure_of_a_machine() -> None:
@@ -132,35 +137,35 @@ def test_a_failed_build_is_no_failure_of_a_machine() -> None:
 def test_a_machine_that_may_hold_locks_for_a_lost_session_is_shunned(
     built: bool,
 ) -> None:
-    retry = Retries([B1, B2]).after(Failure(0, B1, LOST, True, True, built))
-    assert retry.shunned == (None if built else B1)
+    retry = retries_on(B1, B2).after(Failure(0, B1, LOST, True, True, built))
+    assert retry.need.shunned == (None if built else B1)
 
 
 def test_a_build_ends_after_some_losses() -> None:
-    retries, steps = Retries([B1]), [Step(B1, LOST, "b1", True, True)] * LOSSES
+    retries, steps = retries_on(B1), [Step(B1, LOST, "b1", True, True)] * LOSSES
     play(retries, steps)
     with pytest.raises(SessionLost):
         retries.after(Failure(9, B1, LOST, True, True))
 
 
 def test_losses_that_the_network_is_to_blame_for_do_not_count() -> None:
-    play(Retries([B1]), [Step(B1, LOST, "b1", True)] * (LOSSES + 9))
+    play(retries_on(B1), [Step(B1, LOST, "b1", True)] * (LOSSES + 9))
 
 
 def test_a_lock_that_is_held_is_no_loss() -> None:
     steps = [Step(B1, STUCK, "b2", True, True), Step(B2, STUCK, "b1 b2", True, True)]
-    play(Retries([B1, B2]), steps * LOSSES)
+    play(retries_on(B1, B2), steps * LOSSES)
 
 
 def test_odd_losses_before_a_build_count() -> None:
-    retries = Retries([B1])
+    retries = retries_on(B1)
     play(retries, [Step(B1, ODD, "b1", True)] * LOSSES)
     with pytest.raises(SessionLost):
         retries.after(Failure(9, B1, ODD, True))
 
 
 def test_a_build_waits_for_machines_only_so_long() -> None:
-    retries = Retries([B1])
+    retries = retries_on(B1)
     retries.after(Failure(0, B1, REFUSED))
     retries.after(Failure(AWAY_TIMEOUT_S, B1, REFUSED))
     with pytest.raises(Unreachable):
@@ -168,13 +173,13 @@ def test_a_build_waits_for_machines_only_so_long() -> None:
 
 
 def test_the_time_counts_anew_when_a_build_has_begun() -> None:
-    retries = Retries([B1])
+    retries = retries_on(B1)
     retries.after(Failure(0, B1, REFUSED))
     retries.after(Failure(AWAY_TIMEOUT_S + 1, B1, LOST, True, True))
 
 
 def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
-    retries = Retries([B1, B2])
+    retries = retries_on(B1, B2)
     turns = play(retries, [Step(B1, REFUSED, "b2"), Step(B2, REFUSED, "b1 b2")] * 9)
     assert [retry.pause_s for retry in turns[::2]] == [0] * 9
     pauses = [retry.pause_s for retry in turns[1::2]]
@@ -198,5 +203,9 @@ def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
 def test_what_else_a_failure_means(
     steps: list[Step], outage: bool, renew: bool, impatient: bool
 ) -> None:
-    retry = play(Retries([B1, B2]), steps)[-1]
-    assert (retry.outage, retry.renew, retry.impatient) == (outage, renew, impatient)
+    retry = play(retries_on(B1, B2), steps)[-1]
+    assert (retry.outage, retry.renew, retry.need.impatient) == (
+        outage,
+        renew,
+        impatient,
+    )
