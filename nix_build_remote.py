@@ -1717,8 +1717,10 @@ class Lock:
 
 
 def is_free(path: str) -> bool:
-    """Whether nobody holds that lock."""
-    return Lock.said_by_holder(path) is None
+    """Whether nobody holds that lock, for whose file there may be no room."""
+    with suppress(Error):
+        return Lock.said_by_holder(path) is None
+    return True
 
 
 def calling_process() -> str:
@@ -1727,11 +1729,11 @@ def calling_process() -> str:
     return f"{nix}.{start_time(nix)}"
 
 
-def holder(phase: str, derivation: str, since: float) -> str:
+def holder(phase: str, derivation: str, since: str) -> str:
     """What a lock's file says of who holds it: process id, its start time, the Nix that it
     works for, seconds since 1970, phase, derivation."""
     who = f"{os.getpid()} {start_time(os.getpid())} {calling_process()}"
-    return f"{who} {since:.3f} {phase} {derivation}\n"
+    return f"{who} {since} {phase} {derivation}\n"
 
 
 class Slot:
@@ -1748,7 +1750,7 @@ class Slot:
 
     def note(self, phase: str, derivation: str) -> None:
         """Say who holds it and why; the lock alone decides."""
-        self.lock.write(holder(phase, derivation, time.time()))
+        self.lock.write(holder(phase, derivation, f"{time.time():.0f}"))
 
     def free(self) -> None:
         """Let go, if it is still ours."""
@@ -1768,19 +1770,19 @@ def facts(said: str) -> dict[str, str]:
 
 
 class Look(NamedTuple):
-    """What a builder said of itself, each thing by its name (see LOOK), and when it was asked
-    for that, in seconds since 1970; awaited: when it was asked anew, 0 if it has answered."""
+    """What a builder said of itself, each thing by its name (see LOOK); and when it was asked
+    for that, and when anew, `awaited`, if it has not answered, in seconds since 1970."""
 
     said: dict[str, str]
-    awaited: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Look:
         """What its file says: behind the head of a probe's the answer before, and that now,
         each up to a line `end`."""
         parts = text[PROBE_HEAD:].split("\nend\n", 2)
-        before, now, *rest = map(cls, map(facts, [*parts, ""]))
-        return now if len(rest) > 1 else before._replace(awaited=now.number("asked"))
+        before, now, *rest = map(facts, [*parts, ""])
+        awaited = {"awaited": now.get("asked", "")}
+        return cls(now if len(rest) > 1 else before | awaited)
 
     def number(self, name: str, place: int = 0) -> float:
         """One of the numbers that it has said of that; 0 if it has not."""
@@ -1790,11 +1792,6 @@ class Look(NamedTuple):
     def is_young(self, name: str, limit_s: float) -> bool:
         """Whether a time that is noted there is not longer ago than that."""
         return 0 <= time.time() - self.number(name) < limit_s
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether it is just being asked."""
-        return 0 <= time.time() - self.awaited < LOOK_WAIT_S
 
     @property
     def is_shared(self) -> bool:
@@ -1839,7 +1836,8 @@ class Look(NamedTuple):
         is_known = self.is_young("asked", LOOK_AGE_S)
         is_short = is_known and self.number("memory") >= PRESSURE
         is_open = self.others > 0 and not self.before
-        is_open |= self.is_awaited and (self.is_shared or not is_known)
+        is_asked = self.is_young("awaited", LOOK_WAIT_S)
+        is_open |= is_asked and (self.is_shared or not is_known)
         return slots if is_short or is_open else min(self.others, slots)
 
 
@@ -1888,23 +1886,9 @@ class Slots:
                 self.talk.say(WARN, f"{text} (fuser says who); going on without it")
         return lock
 
-    def survey(self, machine: Machine) -> tuple[int, Lock | None]:
-        """A machine's load, and the lock of a free slot, now ours, if it has one."""
-        load, free = 0, None
-        for number in range(machine.max_jobs):
-            try:
-                lock = Lock.take(f"{self.path}/{machine.slots}-{number}")
-            except Error:  # no room for its file
-                if free:
-                    break
-                raise
-            if not lock:
-                load += 1
-            elif free:
-                lock.release()
-            else:
-                free = lock
-        return load, free
+    def files(self, machine: Machine) -> list[str]:
+        """The locks that are its slots."""
+        return [f"{self.path}/{machine.slots}-{n}" for n in range(machine.max_jobs)]
 
     def choose(
         self, machines: list[Machine], digests: frozenset[str] = frozenset()
@@ -1912,46 +1896,49 @@ class Slots:
         """A free slot of the best of these machines, or None if there is none to be had; and
         the load of each.  Of equals, that which has most of these paths is the best, then
         the first in the list."""
-        loads: dict[Machine, int] = {}
-        best: Slot | None = None
-        failure: Error | None = None
-        self.refused = {}
-
-        def is_best(machine: Machine) -> bool:
-            if not best:
-                return True
-            key, best_key = (rank(m, loads[m]) for m in (machine, best.machine))
-            if key == best_key:
-                return self.known(machine, digests) > self.known(best.machine, digests)
-            return key < best_key
-
+        self.refused, failures = {}, []
         with self.main_lock():
-            for machine in machines:
+            loads = {m: sum(not is_free(f) for f in self.files(m)) for m in machines}
+            for machine in self.best_first(loads, digests):
                 try:
-                    loads[machine], lock = self.survey(machine)
+                    return self.take(machine, loads[machine]), loads
                 except Error as error:  # no room for a file: others may have theirs
-                    failure = failure or error
-                    continue
-                # What was seen there is read only of a machine that would be chosen.
-                admits = lock and is_best(machine) and self.admits(machine, loads)
-                if lock and admits and is_best(machine):
-                    better = Slot(machine, lock, loads[machine])
-                    best, lock = better, best.lock if best else None
-                if lock:
-                    lock.release()
-            if best:  # which is not paused: a pause there is over
-                with suppress(OSError):
-                    remove(self.file(best.machine, "paused"))
-        if failure and not loads:
-            raise failure
-        return best, loads
+                    failures.append(error)
+        if failures and len(failures) == len(machines):
+            raise failures[0]
+        return None, loads
+
+    def best_first(
+        self, loads: dict[Machine, int], digests: frozenset[str]
+    ) -> Iterator[Machine]:
+        """Those of these machines that may have a new build, the best first.  What was seen
+        there is read only of those that would be chosen."""
+        left, admitted = [m for m, load in loads.items() if load < m.max_jobs], set()
+        while left:
+            key = min(rank(m, loads[m]) for m in left)
+            equals = [m for m in left if rank(m, loads[m]) == key]
+            best = max(equals, key=lambda m: self.known(m, digests))
+            if best not in admitted and self.admits(best, loads):
+                admitted.add(best)  # if others build there, it may be the best no more
+                continue
+            left.remove(best)
+            if best in admitted:
+                yield best
+
+    def take(self, machine: Machine, load: int) -> Slot | None:
+        """Take a free slot of a machine, which is not paused; Error if there is no room."""
+        lock = next(filter(None, map(Lock.take, self.files(machine))), None)
+        with suppress(OSError):  # a pause there is over
+            remove(self.file(machine, "paused"))
+        return Slot(machine, lock, load) if lock else None
 
     def look(self, machine: Machine) -> Look:
         """What it last said of itself."""
         path = self.file(machine, "look")
         look = Look.parse("" if self.is_blind else read_private(path) or "")
-        is_over = look.is_awaited and is_free(path)  # in vain
-        return look._replace(awaited=0.0) if is_over else look
+        if look.is_young("awaited", LOOK_WAIT_S) and is_free(path):  # in vain
+            del look.said["awaited"]
+        return look
 
     def admits(self, machine: Machine, loads: dict[Machine, int]) -> bool:
         """Whether a machine with a free slot may have a new build, or is refused one; counts
@@ -1988,8 +1975,8 @@ class Slots:
 
     def shares(self, machines: list[Machine]) -> list[str]:
         """For each slot of these machines that a hook holds, the Nix that it works for."""
-        slots = [f"{m.slots}-{n}" for m in machines for n in range(m.max_jobs)]
-        said = [(read_private(f"{self.path}/{slot}") or "").split() for slot in slots]
+        files = (file for machine in machines for file in self.files(machine))
+        said = [(read_private(file) or "").split() for file in files]
         return [who[2] for who in said if len(who) > 2 and is_alive(*who[:2])]
 
     def lacks(self, machine: Machine, kind: str) -> bool:
@@ -2122,15 +2109,15 @@ class Outages:
         found = ((m, self.of(m)) for m in machines if m.slots in marked)
         return {machine: outage for machine, outage in found if outage}
 
-    def away(self, machines: Iterable[Machine]) -> set[Machine]:
-        """Those of the machines that are left alone."""
+    def away(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
+        """The outages of those of the machines that are left alone."""
         noted = self.noted(machines).items()
-        return {m for m, o in noted if not o.failures or m not in self.forgiven}
+        return {m: o for m, o in noted if not o.failures or m not in self.forgiven}
 
     def despair(self, machines: list[Machine]) -> Error | None:
         """What to say if all of these have failed and it is no use to wait longer: all are
         hopeless, or the one that was of use last has not been for AWAY_TIMEOUT_S."""
-        outages = [o for o in self.noted(machines).values() if o.failures]
+        outages = [o for o in self.away(machines).values() if o.failures]
         if len(outages) < len(machines):
             return None
         last = max(outages, key=lambda outage: outage.since)
@@ -2239,9 +2226,10 @@ class Outages:
         pause_s = LOOK_S if look.number("builds") == look.before else SETTLE_S / 3
         if begins and look.is_shared:
             pause_s = 0  # what is free there may be taken at any moment
-        elif look.awaited and heard(Error, said).lasting is not False:
+        elif look.number("awaited") and heard(Error, said).lasting is not False:
             pause_s = LACK_S  # that login does not let us ask
-        if not 0 <= float(now) - (look.awaited or look.number("asked")) < pause_s:
+        last = look.number("awaited") or look.number("asked")
+        if not 0 <= float(now) - last < pause_s:
             before = "".join(f"{name} {words}\n" for name, words in look.said.items())
             text = f"{before}\nend\nasked {now}\n{look.carried()}"
             self.begin(ask, machine, lock, now, text)
@@ -2290,12 +2278,12 @@ class Line:
     def __init__(self, outages: Outages, talk: Talk, need: Need) -> None:
         self.outages, self.slots, self.talk = outages, outages.slots, talk
         self.need, self.machines = need, need.machines
-        self.all_away = False  # whether all machines were when we last looked
+        self.away: dict[Machine, Outage] = {}  # those that were when we last looked
         self.has_told = False  # whether the first look was told of
         self.told = ""  # of why no machine takes new builds
         self.names = sorted(machine.slots for machine in need.machines)
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in need.machines))
-        self.who = holder("waiting", need.path, need.since)
+        self.who = holder("waiting", need.path, f"{need.since:.3f}")
         kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
         self.path = f"{self.slots.own}/line-{kind}-{nix}"
         self.place = 0  # ours, if we have its lock
@@ -2308,25 +2296,23 @@ class Line:
     def find(self) -> Slot | None:
         """A free slot, if nobody should have it before the first of this line."""
         self.outages.find_out(self.machines)
-        away = self.outages.away(self.machines)
-        self.all_away = len(away) == len(self.machines)
-        reserved = self.reserved()
-        free = [m for m in self.machines if m not in away and m.slots not in reserved]
+        self.away, reserved = self.outages.away(self.machines), self.reserved()
+        free = [m for m in self.machines if not (m in self.away or m.slots in reserved)]
         others = [machine for machine in free if machine != self.need.shunned]
         slot, loads = self.slots.choose(others, self.need.digests)
         if not slot and others != free:
             slot, loads = self.slots.choose(free, self.need.digests)
         if slot or not self.has_told:
             self.has_told = True
-            self.tell(away, loads)
+            self.tell(loads)
         if slot:
             slot.outage = self.outages.of(slot.machine)
         return slot
 
-    def tell(self, away: set[Machine], loads: dict[Machine, int]) -> None:
+    def tell(self, loads: dict[Machine, int]) -> None:
         """Say for NIX_DEBUG_HOOK how things are with each machine."""
         for machine in self.machines:
-            why = "is away" if machine in away else "is waited for by others"
+            why = "is away" if machine in self.away else "is waited for by others"
             if machine in loads:
                 taken = f"{loads[machine]} of {machine.max_jobs} slots taken"
                 why = f"has {taken}, at speed {machine.speed:g}"
@@ -2362,7 +2348,7 @@ class Line:
         passing = {w.split()[0] for _, w, names in ahead if len(names) < len(ours)}
         self.passed_by |= passing
         if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
-            self.who = holder(OVERDUE, self.need.path, self.need.since)
+            self.who = holder(OVERDUE, self.need.path, f"{self.need.since:.3f}")
             if self.lock:
                 self.lock.write(self.text)
         return {name for *_, names in ahead for name in names}
@@ -2433,7 +2419,7 @@ class Line:
         """Raise what to say if it is no use to wait; else say once what we wait for."""
         if self.need.impatient and self.absence():
             raise Away("it failed for another build, too")
-        if self.all_away and (despair := self.outages.despair(self.machines)):
+        if despair := self.outages.despair(self.machines):
             raise despair
         self.tell_of_absence()
 
@@ -2457,8 +2443,7 @@ class Line:
     def absence(self) -> str:
         """Why no machine of the line takes new builds now; "" if one might."""
         whys = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
-        noted = self.outages.noted(self.machines) if self.all_away or whys else {}
-        for m, outage in noted.items():
+        for m, outage in self.away.items():
             paused = f"'{m.name}' is {outage.words}"
             whys[m] = outage.words if outage.failures else paused
         is_all = len(whys) == len(self.machines)
@@ -4880,7 +4865,7 @@ class Retries:
 
     def __init__(self, need: Need) -> None:
         self.need, self.fit = need, need.machines
-        self.avoided: list[Machine] = []  # which have failed since the last pause
+        self.avoided: set[Machine] = set()  # which have failed since the last pause
         self.pause_s = float(PAUSE_S)  # the next one
         self.verdict: Error | None = None  # to end with, if no other machine may try
         self.may_pass = False  # what the avoided machines have failed for
@@ -4897,8 +4882,7 @@ class Retries:
         if isinstance(error, NotHere):
             self.verdict = self.verdict_of(error, machine)
         self.count(failure)
-        if not again:
-            self.avoided.append(machine)
+        self.avoided.add(machine)
         pause_s, machines = 0.0, [m for m in self.fit if m not in self.avoided]
         once_more = isinstance(error, SessionLost) and not again
         once_more = once_more and not isinstance(error, Stuck)
@@ -4918,8 +4902,8 @@ class Retries:
         """What to end with if no other can do it; raises that if none is left.  One other
         may try; if the disk is full, each."""
         is_full = error.meaning == "FULL"
-        tried = self.avoided if is_full else []
-        others = [m for m in self.fit if m != machine and m not in tried]
+        tried = self.avoided if is_full else set()
+        others = {*self.fit} - {machine} - tried
         if not others or (self.verdict and not is_full):
             raise error.verdict
         return error.verdict
@@ -5122,7 +5106,11 @@ class Attempt:
         self.trace("build-remote-done")
         if status:
             self.session.finish()
-            self.tell_what_is_kept()
+            if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
+                # In the words of the stock hook, for which Nix's own tests look.
+                text = "The failed build directory was kept on the remote builder"
+                name = self.machine.name
+                self.talk.say(WARN, f"{text} due to `--keep-failed`: '{name}'.")
             raise self.verdict(status, message)
         infos = dict(self.infos.get()) if self.infos else {}
         return self.find_outputs() if self.derivation.is_floating else infos
@@ -5156,12 +5144,6 @@ class Attempt:
         self.outputs = sorted({*self.paths.values()})
         self.session.write(infos_question(self.outputs))
         return dict(self.session.infos_answer().get())
-
-    def tell_what_is_kept(self) -> None:
-        """In the words of the stock hook, for which Nix's own tests look."""
-        if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
-            text = "The failed build directory was kept on the remote builder due to"
-            self.talk.say(WARN, f"{text} `--keep-failed`: '{self.machine.name}'.")
 
     def verdict(self, status: int, message: str) -> Error:
         """What a build that failed with that status has come to."""
@@ -5596,7 +5578,7 @@ class Hook:
         while True:
             if not line.is_taken(0):
                 slot = line.find()
-                if slot or (line.all_away and line.outages.despair(line.machines)):
+                if slot or line.outages.despair(line.machines):
                     return slot
             stays = request.willing if request.able else line.join()
             if stays or time.monotonic() < self.patient_from:
@@ -5614,10 +5596,7 @@ class Hook:
             seat = site.seat(machine)
             if not seat.connection.proof():
                 heed_signals()
-                text = f"connecting for {short(build.path)} to {machine.name}"
-                self.talk.begin(0, text)
-                self.talk.tally.begin("connecting")
-                self.talk.say(DEBUG, text)
+                Attempt(build, slot).begin("connecting", "connect for", "to")
                 self.warm(build)
                 left = max(1.0, until - time.monotonic())
                 build.session = open_session(site, seat, build.path, left)
@@ -5650,8 +5629,7 @@ class Hook:
         if request.willing:
             self.stayed = time.monotonic() + BEGIN_S, self.builds_here() + 1
             return "decline"
-        all_away = line.outages.away(line.machines) == set(line.machines)
-        if all_away and (despair := line.outages.despair(line.machines)):
+        if despair := line.outages.despair(line.machines):
             if line.slots.remember(str(despair)):
                 self.talk.say(WARN, f"'{request.derivation}': {despair}")
             return "decline"
