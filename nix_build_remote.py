@@ -1519,8 +1519,7 @@ def spare_directory(instead_of: str = "") -> str:
 
 
 def ssh_directory(slot_directory: str) -> str:
-    """The directory for files that ssh reads, which only we can write: beside the slots,
-    or one in /tmp if its name could not be handed on to ssh."""
+    """A directory for what ssh reads, which only we can write, and whose name ssh can take."""
     wanted = f"{slot_directory}/ssh"
     plain = only(wanted, PLAIN) and "%" not in wanted  # ssh would expand that
     if not plain or len(f"{wanted}/0123456789abcdef-15") > SOCKET_LIMIT_BYTES:
@@ -1637,12 +1636,12 @@ class Lock:
             raise Error(f"cannot open {self.path}: {error.strerror}") from None
 
     @classmethod
-    def take(cls, path: str) -> Lock | None:
-        """That lock, if nobody holds it."""
-        lock = cls(path)
-        if lock.hold():
-            return lock
-        lock.release()
+    def take(cls, *paths: str) -> Lock | None:
+        """The first of these locks that nobody holds, now ours."""
+        for lock in map(cls, paths):
+            if lock.hold():
+                return lock
+            lock.release()
         return None
 
     def hold(self, kind: int = fcntl.LOCK_EX) -> bool:
@@ -1653,8 +1652,7 @@ class Lock:
         return False
 
     def is_free(self) -> bool:
-        """Whether nobody holds it.  That shares it for a moment, in which others can ask, too,
-        but nobody can take it."""
+        """Whether nobody holds it.  Meanwhile others may ask the same, but nobody take it."""
         free = self.hold(fcntl.LOCK_SH)
         if free:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
@@ -1667,8 +1665,7 @@ class Lock:
             return None if lock.is_free() else lock.read()
 
     def wait(self, timeout_s: float = math.inf, kind: int = fcntl.LOCK_EX) -> bool:
-        """Wait until we hold it; False if the time is over.  NixGone if Nix ends, for which
-        an alarm looks every two seconds."""
+        """Wait until we hold it; False if the time is over.  NixGone soon after Nix ends."""
         if self.hold(kind):
             return True
         import signal
@@ -1730,8 +1727,7 @@ def calling_process() -> str:
 
 
 def holder(phase: str, derivation: str, since: str) -> str:
-    """What a lock's file says of who holds it: process id, its start time, the Nix that it
-    works for, seconds since 1970, phase, derivation."""
+    """What a lock's file says of us who hold it; since: seconds since 1970."""
     who = f"{os.getpid()} {start_time(os.getpid())} {calling_process()}"
     return f"{who} {since} {phase} {derivation}\n"
 
@@ -1781,8 +1777,9 @@ class Look(NamedTuple):
         each up to a line `end`."""
         parts = text[PROBE_HEAD:].split("\nend\n", 2)
         before, now, *rest = map(facts, [*parts, ""])
-        awaited = {"awaited": now.get("asked", "")}
-        return cls(now if len(rest) > 1 else before | awaited)
+        now.pop("awaited", None)  # that is not for a builder to say
+        awaited = "" if len(rest) > 1 else now.get("asked", "")
+        return cls({**before, "awaited": awaited} if awaited else now)
 
     def number(self, name: str, place: int = 0) -> float:
         """One of the numbers that it has said of that; 0 if it has not."""
@@ -1927,7 +1924,7 @@ class Slots:
 
     def take(self, machine: Machine, load: int) -> Slot | None:
         """Take a free slot of a machine, which is not paused; Error if there is no room."""
-        lock = next(filter(None, map(Lock.take, self.files(machine))), None)
+        lock = Lock.take(*self.files(machine))
         with suppress(OSError):  # a pause there is over
             remove(self.file(machine, "paused"))
         return Slot(machine, lock, load) if lock else None
@@ -2121,26 +2118,23 @@ class Outages:
         if len(outages) < len(machines):
             return None
         last = max(outages, key=lambda outage: outage.since)
-        if all(outage.is_hopeless for outage in outages):
-            error = heard(Error, f"no machine for it can be used: {last.words}")
-            error.remedy = error.remedy or (USELESS if last.lasting else "")
-            return error
-        if last.since > time.time() - AWAY_TIMEOUT_S:
+        is_hopeless = all(outage.is_hopeless for outage in outages)
+        if not is_hopeless and last.since > time.time() - AWAY_TIMEOUT_S:
             return None
-        minutes = AWAY_TIMEOUT_S // 60
-        text = f"no machine for it was there for {minutes} minutes: {last.words}"
-        return heard(Error, text)
+        waited = f"was there for {AWAY_TIMEOUT_S // 60} minutes"
+        why = "can be used" if is_hopeless else waited
+        error = heard(Error, f"no machine for it {why}: {last.words}")
+        error.remedy = error.remedy or (USELESS if is_hopeless and last.lasting else "")
+        return error
 
     def forgive(self, machines: Iterable[Machine]) -> None:
-        """Have this hook try those that seem hopeless, unless another hook of the same Nix
-        has: they may have been put right."""
+        """Have the first hook of each Nix try those that seem hopeless: they may be well again."""
         for machine, outage in self.noted(machines).items():
             if outage.is_hopeless and self.slots.remember(f"tried {machine.slots}"):
                 self.forgiven.add(machine)
 
     def note(self, machine: Machine, before: Outage | None, error: Error) -> None:
-        """Write down that it failed, unless somebody else has since it was as before:
-        builds that fail together are one failure."""
+        """Write down that it failed; builds that fail together there are one failure."""
         self.forgiven.discard(machine)
         self.slots.remember(f"tried {machine.slots}")
         with self.slots.main_lock():
@@ -2157,10 +2151,9 @@ class Outages:
         """See to it that somebody finds out whether those whose time is over are of use
         again, in the background; who comes next hears of it."""
         for machine, outage in self.noted(machines).items():
-            if time.time() < outage.until or not outage.failures:
-                continue
-            with suppress(Error, OSError), self.take(machine, "probe") as lock:
-                self.find_out_of(machine, outage, lock)
+            if outage.failures and time.time() >= outage.until:
+                with suppress(Error, OSError), self.take(machine, "probe") as lock:
+                    self.find_out_of(machine, outage, lock)
 
     def find_out_of(self, machine: Machine, outage: Outage, lock: Lock) -> None:
         """The same for one.  Its file has 99 bytes with `until`, process and start time; then
@@ -2208,8 +2201,7 @@ class Outages:
             lock.write(" " * PROBE_HEAD + text)
         os.lseek(lock.descriptor, 0, os.SEEK_END)
         pid = ask(machine, lock.descriptor)
-        head = f"{since} {pid} {start_time(pid)}"
-        os.pwrite(lock.descriptor, encode(head), 0)
+        os.pwrite(lock.descriptor, encode(f"{since} {pid} {start_time(pid)}"), 0)
 
     def look_again(self, *machines: Machine) -> None:
         """See to it that these say how they are, where a build of ours begins, and those to
@@ -2367,8 +2359,7 @@ class Line:
         return os.path.lexists(self.file(number)) and not is_free(self.file(number))
 
     def join(self) -> bool:
-        """Take the place behind the last that is taken; False if there is none, or no room
-        for its file."""
+        """Take the place behind the last that is taken; False if there is none to be had."""
         with suppress(Error, OSError), self.slots.main_lock():
             self.sweep()
             last = next(filter(self.is_taken, reversed(range(self.size))), -1)
@@ -2381,8 +2372,7 @@ class Line:
         places = (e for e in os.listdir(self.slots.own) if e.startswith("line-"))
         for path in (f"{self.slots.own}/{entry}" for entry in places):
             with suppress(OSError):
-                is_old = os.stat(path).st_mtime < time.time() - LINE_S
-                if is_old and is_free(path):
+                if os.stat(path).st_mtime < time.time() - LINE_S and is_free(path):
                     os.unlink(path)
 
     def stand(self, number: int, lock: Lock) -> None:
@@ -2444,8 +2434,8 @@ class Line:
         """Why no machine of the line takes new builds now; "" if one might."""
         whys = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
         for m, outage in self.away.items():
-            paused = f"'{m.name}' is {outage.words}"
-            whys[m] = outage.words if outage.failures else paused
+            is_paused = not outage.failures
+            whys[m] = f"'{m.name}' is {outage.words}" if is_paused else outage.words
         is_all = len(whys) == len(self.machines)
         return "; ".join(sorted({*whys.values()})) if is_all else ""
 
@@ -3300,7 +3290,7 @@ class Seat:
         if len(empty) <= len(files) - SPARES:
             return
         with suppress(Error, OSError):  # a full disk
-            if lock := next(filter(None, map(Lock.take, empty)), None):
+            if lock := Lock.take(*empty):
                 with lock:
                     Spare.begin(self, lock.path, proof)
 
@@ -4817,8 +4807,7 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
     def run_here(*arguments: str) -> str:
         program = find_program("nix-store", nix_directories(site.nix.environ))
         environ = site.nix.store_environ()
-        command = [program, *arguments]
-        return site.programs.output(command, environ, REPLY_S)[1].strip()
+        return site.programs.output([program, *arguments], environ, REPLY_S)[1].strip()
 
     content = f"{site.slots.own}/{os.urandom(8).hex()}-mark"
     note(content, os.urandom(16).hex())
@@ -4987,10 +4976,9 @@ class Attempt:
 
     def begin(self, phase: str, verb: str, preposition: str) -> None:
         """Tell everybody what we do now."""
-        path, name = self.path, self.machine.name
+        path, name, what = self.path, self.machine.name, phase + verb.lstrip(LETTERS)
         self.doing = f"{verb} '{path}' {preposition} '{name}'"
         self.slot.note(phase, path)
-        what = phase + verb.lstrip(LETTERS)
         text = f"{what} '{path}' {preposition} '{name}'"
         self.talk.begin(0, f"{what} {short(path)} {preposition} {name}")
         self.talk.tally.begin(phase)
@@ -5156,8 +5144,7 @@ class Attempt:
             status = self.status_told(message)
         message = message or "the log says why"
         kinds = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}
-        what = f"build of '{self.path}' on '{self.machine.name}'"
-        text = f"{what} failed: {message}"
+        text = f"build of '{self.path}' on '{self.machine.name}' failed: {message}"
         verdict = kinds.get(status, BuildFailed)(text)
         if means(message, "LACKS"):
             message = " ".join(message.split())
@@ -5211,7 +5198,7 @@ class Attempt:
         slots, machine = self.site.slots, self.machine
         files = (slots.file(machine, f"fetch-{n}") for n in range(machine.max_jobs))
         with suppress(Error):  # no room for a file
-            if lock := next(filter(None, map(Lock.take, files)), None):
+            if lock := Lock.take(*files):
                 self.slot.free()
                 self.slot = Slot(machine, lock)
                 self.slot.note("fetching", self.path)
@@ -5263,8 +5250,7 @@ class Build:
         self.locks = OutputLocks(self.site.nix.store, missing)
 
     def perform(self) -> None:
-        """Have it built on one machine after another, for as long as it is the machine or
-        the way to it that fails."""
+        """Have it built on one machine after another, until it is not a machine that fails."""
         last: Attempt | None = None
         while True:
             attempt: Attempt | None = None
@@ -5308,9 +5294,8 @@ class Build:
         attempt.slot.free()
         machine, now = attempt.machine, time.monotonic()
         progress = attempt.greeted, attempt.begun, attempt.has_built
-        failure = Failure(now, machine, error, *progress)
         try:
-            retry = self.retries.after(failure)
+            retry = self.retries.after(Failure(now, machine, error, *progress))
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
@@ -5340,8 +5325,7 @@ class Build:
         return Error(f"cannot build '{self.path}': {error.told('')}")
 
     def record(self, error: BaseException | None, result: str = "") -> None:
-        """Add a line to the history: how the build has ended, None being success, or that an
-        attempt has, with that result."""
+        """Add to the history how the build has ended, None being success, or an attempt."""
         results = {type(None): "built", BuildFailed: "failed", BuildTimedOut: "timeout"}
         other = "cancelled" if isinstance(error, (Stop, EOFError)) else "error"
         words = {"derivation": self.path, "machine": self.machine, "reason": ""}
@@ -5468,8 +5452,9 @@ class Hook:
                 self.machines = self.prepare()
             return self.consider(request, self.machines)
         except Error as error:
-            is_usual = request.able and isinstance(error, Unsendable)
-            level = TALKATIVE if is_usual else ERROR
+            level = (
+                TALKATIVE if request.able and isinstance(error, Unsendable) else ERROR
+            )
             self.talk.say(level, str(error))
         except Exception:  # noqa: BLE001  (a bug of ours must not cost the reply)
             self.talk.say_bug()
@@ -5489,8 +5474,7 @@ class Hook:
             request = request._replace(willing=has_room)
         derivation = self.site.read_derivation(request.derivation)
         self.talk.tally = Tally()
-        lacks = self.site.slots.lacks
-        fit = [m for m in fit if not lacks(m, request.kind)] or fit
+        fit = [m for m in fit if not self.site.slots.lacks(m, request.kind)] or fit
         build = Build(self.site, request, derivation, fit)
         self.site.outages.forgive(fit)
         self.find_place(build, machines)
@@ -5505,8 +5489,7 @@ class Hook:
         return build
 
     def find_place(self, build: Build, machines: list[Machine]) -> None:
-        """Find a slot on a machine that is of use for it, or else a place in line, if Nix
-        could never build it itself."""
+        """Find it a slot, or else a place in line, if Nix could never build it itself."""
         until = time.monotonic() + REPLY_S
         for _ in build.fit:  # of which all may fail
             slot = self.find_slot(build.line, build.request)
@@ -5589,8 +5572,7 @@ class Hook:
             wait_readable([], WAIT_S)
 
     def reach(self, slot: Slot, build: Build, until: float) -> bool:
-        """Have the build go on in that slot; False if by then we are not sure that its machine
-        is of use, and it is free again."""
+        """Have the build go on in that slot; False, and it is free, if that is of no use."""
         machine, site = slot.machine, build.site
         try:
             seat = site.seat(machine)
@@ -5604,8 +5586,9 @@ class Hook:
         except (Unreachable, SessionLost) as error:
             site.outages.note(machine, slot.outage, error)
             site.retire(machine)
-            told = error.told(machine.destination)
-            text = f"cannot build on '{machine.name}': {told}"
+            text = (
+                f"cannot build on '{machine.name}': {error.told(machine.destination)}"
+            )
             if site.slots.remember(text):
                 self.talk.say(ERROR, text)
         finally:
@@ -5615,8 +5598,7 @@ class Hook:
         return build.slot is not None
 
     def warm(self, build: Build) -> None:
-        """Begin to connect to the likeliest machines all at once, so that a cold start
-        costs one handshake and not one for each machine."""
+        """Connect to the likeliest machines all at once: a cold start costs one handshake."""
         site, away = build.site, build.site.outages.away(build.fit)
         there = [machine for machine in build.fit if machine not in away]
         there.sort(key=lambda machine: rank(machine, 0))

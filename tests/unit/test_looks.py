@@ -104,6 +104,10 @@ def test_of_a_file_that_says_nothing_nothing_follows(text: str) -> None:
     assert (found.closed, found.taken(8)) == (None, 0)
 
 
+def test_a_builder_cannot_say_that_it_is_being_asked() -> None:
+    assert "awaited" not in look("builds 0", "awaited 9999999999").said
+
+
 # -- Choosing -------------------------------------------------------------------------
 
 
