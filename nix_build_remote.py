@@ -4824,14 +4824,12 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
 
 
 class Failure(NamedTuple):
-    """An attempt that failed: when, where and why, and how far it came."""
+    """An attempt that failed: when (monotonic), where and why, and in which of PHASES."""
 
-    when: float  # monotonic
+    when: float
     machine: Machine
     error: Error
-    greeted: bool = False  # the builder's nix-store had answered,
-    begun: bool = False  # it was asked to build, too,
-    built: bool = False  # and it has the outputs
+    phase: str = "connecting"
 
 
 class Retry(NamedTuple):
@@ -4875,12 +4873,12 @@ class Retries:
         pause_s, machines = 0.0, [m for m in self.fit if m not in self.avoided]
         once_more = isinstance(error, SessionLost) and not again
         once_more = once_more and not isinstance(error, Stuck)
-        shunned = machine if failure.greeted and not failure.built else None
+        shunned = machine if failure.phase in ("sending", "building") else None
         if once_more:
             machines = [*machines, machine] if shunned else [machine]
         elif not machines:
             pause_s, machines = self.start_over(error), self.fit
-        unknown = not failure.greeted and not isinstance(error, Away)
+        unknown = failure.phase == "connecting" and not isinstance(error, Away)
         outage = isinstance(error, Unreachable) or (unknown and again)
         impatient = once_more or self.verdict is not None
         renew = unknown and not outage
@@ -4899,13 +4897,13 @@ class Retries:
 
     def count(self, failure: Failure) -> None:
         """Take note of a failure; raises it if there have been too many."""
-        error = failure.error
+        error, begun = failure.error, failure.phase in ("building", "fetching")
         # What is in a log may be anything, so that of a running build says nothing.
-        self.may_pass |= error.lasting is not True or failure.begun
-        blamed = failure.begun or error.lasting is not False
+        self.may_pass |= error.lasting is not True or begun
+        blamed = begun or error.lasting is not False
         lost = isinstance(error, SessionLost) and not isinstance(error, Stuck)
         self.losses += 1 if lost and blamed else 0
-        if self.since is None or failure.begun:
+        if self.since is None or begun:
             self.since = failure.when
         if self.losses > LOSSES or failure.when > self.since + AWAY_TIMEOUT_S:
             raise error
@@ -4937,7 +4935,7 @@ class Attempt:
         self.trusted = True  # whether we may build a bare derivation, as far as we know
         self.built: Answer | None = None  # to the question to build, if it was asked
         self.infos: Answer | None = None  # what the builder says of the outputs
-        self.greeted = self.begun = self.has_built = False  # see Failure
+        self.phase = "connecting"  # one of PHASES
         self.paths: dict[str, str] = {}  # of a floating derivation's outputs, by name
 
     def perform(self, session: Session | None) -> None:
@@ -4951,16 +4949,13 @@ class Attempt:
         self.copier = Copier(self.site, self.session, self.wanted.locks)
         try:
             there = self.ask_for_inputs()
-            self.greeted = True
             self.site.outages.end(self.machine)
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
             self.send_inputs(there)
             self.trace("build-remote-start")
-            self.begun = True
             self.begin("building", "build", "on")
             infos = self.build()
-            self.has_built = True
             self.begin("fetching", "fetch the outputs of", "from")
             self.leave_slot()
             self.fetch(infos)
@@ -4968,7 +4963,7 @@ class Attempt:
         except SessionLost as error:
             if error.meaning != "READONLY" or not self.session.is_silent:
                 raise
-            self.begun = False
+            self.phase = "sending"
             raise error.become(Unreachable) from None
         finally:
             self.copier.end()
@@ -4977,7 +4972,7 @@ class Attempt:
     def begin(self, phase: str, verb: str, preposition: str) -> None:
         """Tell everybody what we do now."""
         path, name, what = self.path, self.machine.name, phase + verb.lstrip(LETTERS)
-        self.doing = f"{verb} '{path}' {preposition} '{name}'"
+        self.phase, self.doing = phase, f"{verb} '{path}' {preposition} '{name}'"
         self.slot.note(phase, path)
         text = f"{what} '{path}' {preposition} '{name}'"
         self.talk.begin(0, f"{what} {short(path)} {preposition} {name}")
@@ -5293,9 +5288,8 @@ class Build:
             raise self.final(attempt, error)
         attempt.slot.free()
         machine, now = attempt.machine, time.monotonic()
-        progress = attempt.greeted, attempt.begun, attempt.has_built
         try:
-            retry = self.retries.after(Failure(now, machine, error, *progress))
+            retry = self.retries.after(Failure(now, machine, error, attempt.phase))
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
