@@ -139,11 +139,10 @@ WAIT_S = 0.02  # between two looks for a free slot
 PATIENCE_S = 1.0  # for a slot, where Nix can ask again later
 IMPATIENCE_S = 4.0  # for which no request waits, after one has waited in vain
 BEGIN_S = 1.0  # for Nix to begin a build itself
-LINE_S = 600  # after which the file of a place goes, if nobody stands there
+LINE_S = 60  # after which the file of a place goes, if nobody stands there
 LINE_LIMIT = 64  # hooks that wait for one set of machines
 PASSES = 3  # so often a hook may be passed by those with fewer machines to wait for;
 OVERDUE = "overdue"  # then the file of its place says this, and it comes before them
-FIRSTS = "firsts-"  # begins the names of such files
 LOCK_LIMIT_BYTES = 8 << 20  # of what a lock's file says
 MAIN_LOCK_TIMEOUT_S = 10  # it is held for milliseconds, unless somebody means harm
 NAME_LIMIT_BYTES = 200  # of a slot file's name without its number
@@ -744,12 +743,14 @@ class Nix:
 
 
 class Request(NamedTuple):
-    """Nix asks: may this be built elsewhere?  willing: it has a slot of its own free."""
+    """Nix asks: may this be built elsewhere?  willing: it has a slot of its own free; able: it
+    could build this itself, perhaps later."""
 
     willing: bool
     system: str
     derivation: str
     features: frozenset[str]
+    able: bool = False
 
     @property
     def kind(self) -> str:
@@ -1517,8 +1518,7 @@ def spare_directory(instead_of: str = "") -> str:
 
 
 def ssh_directory(slot_directory: str) -> str:
-    """The directory for files that ssh reads, which only we can write: beside the slots,
-    or one in /tmp if its name could not be handed on to ssh."""
+    """A directory for what ssh reads, which only we can write, and whose name ssh can take."""
     wanted = f"{slot_directory}/ssh"
     plain = only(wanted, PLAIN) and "%" not in wanted  # ssh would expand that
     if not plain or len(f"{wanted}/0123456789abcdef-15") > SOCKET_LIMIT_BYTES:
@@ -1635,12 +1635,12 @@ class Lock:
             raise Error(f"cannot open {self.path}: {error.strerror}") from None
 
     @classmethod
-    def take(cls, path: str) -> Lock | None:
-        """That lock, if nobody holds it."""
-        lock = cls(path)
-        if lock.hold():
-            return lock
-        lock.release()
+    def take(cls, *paths: str) -> Lock | None:
+        """The first of these locks that nobody holds, now ours."""
+        for lock in map(cls, paths):
+            if lock.hold():
+                return lock
+            lock.release()
         return None
 
     def hold(self, kind: int = fcntl.LOCK_EX) -> bool:
@@ -1651,8 +1651,7 @@ class Lock:
         return False
 
     def is_free(self) -> bool:
-        """Whether nobody holds it.  That shares it for a moment, in which others can ask, too,
-        but nobody can take it."""
+        """Whether nobody holds it.  Meanwhile others may ask the same, but nobody take it."""
         free = self.hold(fcntl.LOCK_SH)
         if free:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
@@ -1665,8 +1664,7 @@ class Lock:
             return None if lock.is_free() else lock.read()
 
     def wait(self, timeout_s: float = math.inf, kind: int = fcntl.LOCK_EX) -> bool:
-        """Wait until we hold it; False if the time is over.  NixGone if Nix ends, for which
-        an alarm looks every two seconds."""
+        """Wait until we hold it; False if the time is over.  NixGone soon after Nix ends."""
         if self.hold(kind):
             return True
         import signal
@@ -1715,8 +1713,10 @@ class Lock:
 
 
 def is_free(path: str) -> bool:
-    """Whether nobody holds that lock."""
-    return Lock.said_by_holder(path) is None
+    """Whether nobody holds that lock, for whose file there may be no room."""
+    with suppress(Error):
+        return Lock.said_by_holder(path) is None
+    return True
 
 
 def calling_process() -> str:
@@ -1725,11 +1725,10 @@ def calling_process() -> str:
     return f"{nix}.{start_time(nix)}"
 
 
-def holder(phase: str, derivation: str, since: float) -> str:
-    """What a lock's file says of who holds it: process id, its start time, the Nix that it
-    works for, seconds since 1970, phase, derivation."""
+def holder(phase: str, derivation: str, since: str) -> str:
+    """What a lock's file says of us who hold it; since: seconds since 1970."""
     who = f"{os.getpid()} {start_time(os.getpid())} {calling_process()}"
-    return f"{who} {since:.0f} {phase} {derivation}\n"
+    return f"{who} {since} {phase} {derivation}\n"
 
 
 class Slot:
@@ -1746,7 +1745,7 @@ class Slot:
 
     def note(self, phase: str, derivation: str) -> None:
         """Say who holds it and why; the lock alone decides."""
-        self.lock.write(holder(phase, derivation, time.time()))
+        self.lock.write(holder(phase, derivation, f"{time.time():.0f}"))
 
     def free(self) -> None:
         """Let go, if it is still ours."""
@@ -1766,19 +1765,20 @@ def facts(said: str) -> dict[str, str]:
 
 
 class Look(NamedTuple):
-    """What a builder said of itself, each thing by its name (see LOOK), and when it was asked
-    for that, in seconds since 1970; awaited: when it was asked anew, 0 if it has answered."""
+    """What a builder said of itself, each thing by its name (see LOOK); and when it was asked
+    for that, and when anew, `awaited`, if it has not answered, in seconds since 1970."""
 
     said: dict[str, str]
-    awaited: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Look:
         """What its file says: behind the head of a probe's the answer before, and that now,
         each up to a line `end`."""
         parts = text[PROBE_HEAD:].split("\nend\n", 2)
-        before, now, *rest = map(cls, map(facts, [*parts, ""]))
-        return now if len(rest) > 1 else before._replace(awaited=now.number("asked"))
+        before, now, *rest = map(facts, [*parts, ""])
+        now.pop("awaited", None)  # that is not for a builder to say
+        awaited = "" if len(rest) > 1 else now.get("asked", "")
+        return cls({**before, "awaited": awaited} if awaited else now)
 
     def number(self, name: str, place: int = 0) -> float:
         """One of the numbers that it has said of that; 0 if it has not."""
@@ -1788,11 +1788,6 @@ class Look(NamedTuple):
     def is_young(self, name: str, limit_s: float) -> bool:
         """Whether a time that is noted there is not longer ago than that."""
         return 0 <= time.time() - self.number(name) < limit_s
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether it is just being asked."""
-        return 0 <= time.time() - self.awaited < LOOK_WAIT_S
 
     @property
     def is_shared(self) -> bool:
@@ -1837,7 +1832,8 @@ class Look(NamedTuple):
         is_known = self.is_young("asked", LOOK_AGE_S)
         is_short = is_known and self.number("memory") >= PRESSURE
         is_open = self.others > 0 and not self.before
-        is_open |= self.is_awaited and (self.is_shared or not is_known)
+        is_asked = self.is_young("awaited", LOOK_WAIT_S)
+        is_open |= is_asked and (self.is_shared or not is_known)
         return slots if is_short or is_open else min(self.others, slots)
 
 
@@ -1886,23 +1882,9 @@ class Slots:
                 self.talk.say(WARN, f"{text} (fuser says who); going on without it")
         return lock
 
-    def survey(self, machine: Machine) -> tuple[int, Lock | None]:
-        """A machine's load, and the lock of a free slot, now ours, if it has one."""
-        load, free = 0, None
-        for number in range(machine.max_jobs):
-            try:
-                lock = Lock.take(f"{self.path}/{machine.slots}-{number}")
-            except Error:  # no room for its file
-                if free:
-                    break
-                raise
-            if not lock:
-                load += 1
-            elif free:
-                lock.release()
-            else:
-                free = lock
-        return load, free
+    def files(self, machine: Machine) -> list[str]:
+        """The locks that are its slots."""
+        return [f"{self.path}/{machine.slots}-{n}" for n in range(machine.max_jobs)]
 
     def choose(
         self, machines: list[Machine], digests: frozenset[str] = frozenset()
@@ -1910,46 +1892,49 @@ class Slots:
         """A free slot of the best of these machines, or None if there is none to be had; and
         the load of each.  Of equals, that which has most of these paths is the best, then
         the first in the list."""
-        loads: dict[Machine, int] = {}
-        best: Slot | None = None
-        failure: Error | None = None
-        self.refused = {}
-
-        def is_best(machine: Machine) -> bool:
-            if not best:
-                return True
-            key, best_key = (rank(m, loads[m]) for m in (machine, best.machine))
-            if key == best_key:
-                return self.known(machine, digests) > self.known(best.machine, digests)
-            return key < best_key
-
+        self.refused, failures = {}, []
         with self.main_lock():
-            for machine in machines:
+            loads = {m: sum(not is_free(f) for f in self.files(m)) for m in machines}
+            for machine in self.best_first(loads, digests):
                 try:
-                    loads[machine], lock = self.survey(machine)
+                    return self.take(machine, loads[machine]), loads
                 except Error as error:  # no room for a file: others may have theirs
-                    failure = failure or error
-                    continue
-                # What was seen there is read only of a machine that would be chosen.
-                admits = lock and is_best(machine) and self.admits(machine, loads)
-                if lock and admits and is_best(machine):
-                    better = Slot(machine, lock, loads[machine])
-                    best, lock = better, best.lock if best else None
-                if lock:
-                    lock.release()
-            if best:  # which is not paused: a pause there is over
-                with suppress(OSError):
-                    remove(self.file(best.machine, "paused"))
-        if failure and not loads:
-            raise failure
-        return best, loads
+                    failures.append(error)
+        if failures and len(failures) == len(machines):
+            raise failures[0]
+        return None, loads
+
+    def best_first(
+        self, loads: dict[Machine, int], digests: frozenset[str]
+    ) -> Iterator[Machine]:
+        """Those of these machines that may have a new build, the best first.  What was seen
+        there is read only of those that would be chosen."""
+        left, admitted = [m for m, load in loads.items() if load < m.max_jobs], set()
+        while left:
+            key = min(rank(m, loads[m]) for m in left)
+            equals = [m for m in left if rank(m, loads[m]) == key]
+            best = max(equals, key=lambda m: self.known(m, digests))
+            if best not in admitted and self.admits(best, loads):
+                admitted.add(best)  # if others build there, it may be the best no more
+                continue
+            left.remove(best)
+            if best in admitted:
+                yield best
+
+    def take(self, machine: Machine, load: int) -> Slot | None:
+        """Take a free slot of a machine, which is not paused; Error if there is no room."""
+        lock = Lock.take(*self.files(machine))
+        with suppress(OSError):  # a pause there is over
+            remove(self.file(machine, "paused"))
+        return Slot(machine, lock, load) if lock else None
 
     def look(self, machine: Machine) -> Look:
         """What it last said of itself."""
         path = self.file(machine, "look")
         look = Look.parse("" if self.is_blind else read_private(path) or "")
-        is_over = look.is_awaited and is_free(path)  # in vain
-        return look._replace(awaited=0.0) if is_over else look
+        if look.is_young("awaited", LOOK_WAIT_S) and is_free(path):  # in vain
+            del look.said["awaited"]
+        return look
 
     def admits(self, machine: Machine, loads: dict[Machine, int]) -> bool:
         """Whether a machine with a free slot may have a new build, or is refused one; counts
@@ -1986,8 +1971,8 @@ class Slots:
 
     def shares(self, machines: list[Machine]) -> list[str]:
         """For each slot of these machines that a hook holds, the Nix that it works for."""
-        slots = [f"{m.slots}-{n}" for m in machines for n in range(m.max_jobs)]
-        said = [(read_private(f"{self.path}/{slot}") or "").split() for slot in slots]
+        files = (file for machine in machines for file in self.files(machine))
+        said = [(read_private(file) or "").split() for file in files]
         return [who[2] for who in said if len(who) > 2 and is_alive(*who[:2])]
 
     def lacks(self, machine: Machine, kind: str) -> bool:
@@ -2120,38 +2105,35 @@ class Outages:
         found = ((m, self.of(m)) for m in machines if m.slots in marked)
         return {machine: outage for machine, outage in found if outage}
 
-    def away(self, machines: Iterable[Machine]) -> set[Machine]:
-        """Those of the machines that are left alone."""
+    def away(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
+        """The outages of those of the machines that are left alone."""
         noted = self.noted(machines).items()
-        return {m for m, o in noted if not o.failures or m not in self.forgiven}
+        return {m: o for m, o in noted if not o.failures or m not in self.forgiven}
 
     def despair(self, machines: list[Machine]) -> Error | None:
         """What to say if all of these have failed and it is no use to wait longer: all are
         hopeless, or the one that was of use last has not been for AWAY_TIMEOUT_S."""
-        outages = [o for o in self.noted(machines).values() if o.failures]
+        outages = [o for o in self.away(machines).values() if o.failures]
         if len(outages) < len(machines):
             return None
         last = max(outages, key=lambda outage: outage.since)
-        if all(outage.is_hopeless for outage in outages):
-            error = heard(Error, f"no machine for it can be used: {last.words}")
-            error.remedy = error.remedy or (USELESS if last.lasting else "")
-            return error
-        if last.since > time.time() - AWAY_TIMEOUT_S:
+        is_hopeless = all(outage.is_hopeless for outage in outages)
+        if not is_hopeless and last.since > time.time() - AWAY_TIMEOUT_S:
             return None
-        minutes = AWAY_TIMEOUT_S // 60
-        text = f"no machine for it was there for {minutes} minutes: {last.words}"
-        return heard(Error, text)
+        waited = f"was there for {AWAY_TIMEOUT_S // 60} minutes"
+        why = "can be used" if is_hopeless else waited
+        error = heard(Error, f"no machine for it {why}: {last.words}")
+        error.remedy = error.remedy or (USELESS if is_hopeless and last.lasting else "")
+        return error
 
     def forgive(self, machines: Iterable[Machine]) -> None:
-        """Have this hook try those that seem hopeless, unless another hook of the same Nix
-        has: they may have been put right."""
+        """Have the first hook of each Nix try those that seem hopeless: they may be well again."""
         for machine, outage in self.noted(machines).items():
             if outage.is_hopeless and self.slots.remember(f"tried {machine.slots}"):
                 self.forgiven.add(machine)
 
     def note(self, machine: Machine, before: Outage | None, error: Error) -> None:
-        """Write down that it failed, unless somebody else has since it was as before:
-        builds that fail together are one failure."""
+        """Write down that it failed; builds that fail together there are one failure."""
         self.forgiven.discard(machine)
         self.slots.remember(f"tried {machine.slots}")
         with self.slots.main_lock():
@@ -2168,10 +2150,9 @@ class Outages:
         """See to it that somebody finds out whether those whose time is over are of use
         again, in the background; who comes next hears of it."""
         for machine, outage in self.noted(machines).items():
-            if time.time() < outage.until or not outage.failures:
-                continue
-            with suppress(Error, OSError), self.take(machine, "probe") as lock:
-                self.find_out_of(machine, outage, lock)
+            if outage.failures and time.time() >= outage.until:
+                with suppress(Error, OSError), self.take(machine, "probe") as lock:
+                    self.find_out_of(machine, outage, lock)
 
     def find_out_of(self, machine: Machine, outage: Outage, lock: Lock) -> None:
         """The same for one.  Its file has 99 bytes with `until`, process and start time; then
@@ -2219,8 +2200,7 @@ class Outages:
             lock.write(" " * PROBE_HEAD + text)
         os.lseek(lock.descriptor, 0, os.SEEK_END)
         pid = ask(machine, lock.descriptor)
-        head = f"{since} {pid} {start_time(pid)}"
-        os.pwrite(lock.descriptor, encode(head), 0)
+        os.pwrite(lock.descriptor, encode(f"{since} {pid} {start_time(pid)}"), 0)
 
     def look_again(self, *machines: Machine) -> None:
         """See to it that these say how they are, where a build of ours begins, and those to
@@ -2237,9 +2217,10 @@ class Outages:
         pause_s = LOOK_S if look.number("builds") == look.before else SETTLE_S / 3
         if begins and look.is_shared:
             pause_s = 0  # what is free there may be taken at any moment
-        elif look.awaited and heard(Error, said).lasting is not False:
+        elif look.number("awaited") and heard(Error, said).lasting is not False:
             pause_s = LACK_S  # that login does not let us ask
-        if not 0 <= float(now) - (look.awaited or look.number("asked")) < pause_s:
+        last = look.number("awaited") or look.number("asked")
+        if not 0 <= float(now) - last < pause_s:
             before = "".join(f"{name} {words}\n" for name, words in look.said.items())
             text = f"{before}\nend\nasked {now}\n{look.carried()}"
             self.begin(ask, machine, lock, now, text)
@@ -2251,16 +2232,16 @@ class Outages:
 class Need(NamedTuple):
     """A build that needs a slot.
 
-    path: its derivation's; kind: its system and features; digests: of what it reads, see
-    Derivation.digests; since: when it began to wait, in seconds since 1970; shunned: the
-    machine that it should go to only if no other has a free slot, or None; impatient: not
-    to wait if all machines are away.
+    path: its derivation's; digests: of what it reads, see Derivation.digests; since: when it
+    began to wait, in seconds since 1970; machines: any of which will do; shunned: the one
+    that it should go to only if no other has a free slot, or None; impatient: not to wait
+    if all are away.
     """
 
     path: str
-    kind: str
     digests: frozenset[str]
     since: float
+    machines: list[Machine]
     shunned: Machine | None = None
     impatient: bool = False
 
@@ -2275,17 +2256,98 @@ def precedence(
     return (0, 0, words) if OVERDUE in words else (len(names), shares.count(nix), [])
 
 
-class Queue:
-    """Places where hooks stand one behind the other: locks, whose files say who does.
+class Line:
+    """Where hooks wait for a slot on one of some machines.
 
-    Whoever has a place waits for the lock of the one before, so that waiting costs nothing
-    and nobody is passed.
+    Those of one Nix stand one behind the other, at places that are locks, whose files say who
+    stands there: whoever has one waits for the lock of the one before, so that waiting costs
+    nothing and nobody is passed.  Who is first looks for a free slot, but not on machines that
+    the first of another line waits for, too, and has a sooner turn, see precedence(); if all
+    their machines are the same, it waits until that one has left.
     """
 
-    def __init__(self, path: str, size: int) -> None:
-        self.path, self.size = path, size
+    def __init__(self, outages: Outages, talk: Talk, need: Need) -> None:
+        self.outages, self.slots, self.talk = outages, outages.slots, talk
+        self.need, self.machines = need, need.machines
+        self.away: dict[Machine, Outage] = {}  # those that were when we last looked
+        self.has_told = False  # whether the first look was told of
+        self.told = ""  # of why no machine takes new builds
+        self.names = sorted(machine.slots for machine in need.machines)
+        self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in need.machines))
+        self.who = holder("waiting", need.path, f"{need.since:.3f}")
+        kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
+        self.path = f"{self.slots.own}/line-{kind}-{nix}"
         self.place = 0  # ours, if we have its lock
         self.lock: Lock | None = None
+        self.sooner = (
+            ""  # the place of one who waits for the same, and has a sooner turn
+        )
+        self.passed_by: set[str] = set()  # processes with fewer machines to wait for
+
+    def find(self) -> Slot | None:
+        """A free slot, if nobody should have it before the first of this line."""
+        self.outages.find_out(self.machines)
+        self.away, reserved = self.outages.away(self.machines), self.reserved()
+        free = [m for m in self.machines if not (m in self.away or m.slots in reserved)]
+        others = [machine for machine in free if machine != self.need.shunned]
+        slot, loads = self.slots.choose(others, self.need.digests)
+        if not slot and others != free:
+            slot, loads = self.slots.choose(free, self.need.digests)
+        if slot or not self.has_told:
+            self.has_told = True
+            self.tell(loads)
+        if slot:
+            slot.outage = self.outages.of(slot.machine)
+        return slot
+
+    def tell(self, loads: dict[Machine, int]) -> None:
+        """Say for NIX_DEBUG_HOOK how things are with each machine."""
+        for machine in self.machines:
+            why = "is away" if machine in self.away else "is waited for by others"
+            if machine in loads:
+                taken = f"{loads[machine]} of {machine.max_jobs} slots taken"
+                why = f"has {taken}, at speed {machine.speed:g}"
+            why = self.slots.refused.get(machine) or why
+            self.talk.say(DEBUG, f"'{machine.name}' {why}")
+
+    def rivals(self) -> Iterator[tuple[str, str, list[str]]]:
+        """Who else stands first in a line, and waits for some of our machines: the file of
+        the place, who that is, and the slots' names of all that it waits for."""
+        for entry in os.listdir(self.slots.own):
+            if entry.startswith("line-") and entry.endswith(".0"):
+                path = f"{self.slots.own}/{entry}"
+                said = Lock.said_by_holder(path) or ""
+                who, *names = said.split("\n")  # no names, if these are not written yet
+                is_other = said != self.text and len(who.split()) == 6
+                if is_other and not set(names).isdisjoint(self.names):
+                    yield path, who, names
+
+    def reserved(self) -> set[str]:
+        """The slots' names of machines whose next free slot is for somebody else.  Takes note
+        of those, and says so if too many came before us."""
+        rivals, ours = [*self.rivals()], self.names
+        shares = self.slots.shares(self.machines) if rivals else []
+
+        def is_sooner(who: str, names: list[str]) -> bool:
+            turns = precedence(who, names, shares), precedence(self.who, ours, shares)
+            if names == ours and turns[0] == turns[1]:  # who waits for longer
+                return who.split()[3:] < self.who.split()[3:]
+            return turns[0] < turns[1]
+
+        ahead = [rival for rival in rivals if is_sooner(*rival[1:])]
+        self.sooner = next((path for path, _, names in ahead if names == ours), "")
+        passing = {w.split()[0] for _, w, names in ahead if len(names) < len(ours)}
+        self.passed_by |= passing
+        if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
+            self.who = holder(OVERDUE, self.need.path, f"{self.need.since:.3f}")
+            if self.lock:
+                self.lock.write(self.text)
+        return {name for *_, names in ahead for name in names}
+
+    @property
+    def text(self) -> str:
+        """What our place's file says: who stands there, and for which machines."""
+        return self.who + "\n".join(self.names)
 
     def file(self, number: int) -> str:
         """The lock's file of that place, the first being 0."""
@@ -2295,26 +2357,28 @@ class Queue:
         """Whether somebody stands there."""
         return os.path.lexists(self.file(number)) and not is_free(self.file(number))
 
-    def join(self, text: str) -> bool:
-        """Take the place behind the last that is taken, with the main lock held; False if
-        all are taken."""
-        last = next(filter(self.is_taken, reversed(range(self.size))), -1)
-        if last + 1 < self.size and (lock := Lock.take(self.file(last + 1))):
-            self.stand(last + 1, lock, text)
+    def join(self) -> bool:
+        """Take the place behind the last that is taken; False if there is none to be had."""
+        with suppress(Error, OSError), self.slots.main_lock():
+            self.sweep()
+            last = next(filter(self.is_taken, reversed(range(self.size))), -1)
+            if last + 1 < self.size and (lock := Lock.take(self.file(last + 1))):
+                self.stand(last + 1, lock)
         return self.lock is not None
 
-    def stand(self, number: int, lock: Lock, text: str) -> None:
+    def sweep(self) -> None:
+        """Remove what each Nix leaves there that has waited."""
+        places = (e for e in os.listdir(self.slots.own) if e.startswith("line-"))
+        for path in (f"{self.slots.own}/{entry}" for entry in places):
+            with suppress(OSError):
+                if os.stat(path).st_mtime < time.time() - LINE_S and is_free(path):
+                    os.unlink(path)
+
+    def stand(self, number: int, lock: Lock) -> None:
         """Have that place, and no other any more."""
         self.leave()
         self.place, self.lock = number, lock
-        lock.write(text)
-
-    def move_up(self, text: str) -> None:
-        """Wait until we stand first, if we stand there at all."""
-        while self.lock and self.place > 0:
-            lock = Lock(self.file(self.place - 1))
-            lock.wait()
-            self.stand(self.place - 1, lock, text)
+        lock.write(self.text)
 
     def leave(self) -> None:
         """Have no place any more."""
@@ -2322,157 +2386,43 @@ class Queue:
             self.lock.release()
             self.lock = None
 
-
-class Line:
-    """Where hooks wait for a slot on one of some machines.
-
-    Those of one Nix stand in a queue of their own.  Whoever is first there stands in another,
-    `firsts`, and looks for a free slot when first there, too, or if that is full, or the disk.
-    Who then finds that another there comes sooner, see precedence(), goes to its end.  Machines
-    that somebody of a sooner turn waits for in another line are left alone.
-    """
-
-    def __init__(
-        self, outages: Outages, talk: Talk, machines: list[Machine], need: Need
-    ) -> None:
-        self.outages, self.slots, self.talk = outages, outages.slots, talk
-        self.machines, self.need = machines, need
-        self.all_away = False  # whether all machines were when we last looked
-        self.has_told = False  # whether the first look was told of
-        self.told = ""  # of why no machine takes new builds
-        self.names = "\n".join(sorted(machine.slots for machine in machines))
-        self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in machines))
-        self.who = holder("waiting", need.path, need.since)
-        own, kind = self.slots.own, checksum(self.names)
-        path = f"{own}/line-{kind}-{checksum(calling_process())}"
-        self.queue = Queue(path, self.size)
-        self.firsts = Queue(f"{own}/{FIRSTS}{kind}", LINE_LIMIT)
-        self.is_late = False  # whether another in `firsts` has a sooner turn
-        self.passed_by: set[str] = set()  # processes with fewer machines to wait for
-
-    def find(self) -> Slot | None:
-        """A free slot, if nobody should have it before the first of this line."""
-        self.outages.find_out(self.machines)
-        away = self.outages.away(self.machines)
-        self.all_away = len(away) == len(self.machines)
-        reserved = self.reserved()
-        free = [m for m in self.machines if m not in away and m.slots not in reserved]
-        others = [machine for machine in free if machine != self.need.shunned]
-        slot, loads = self.slots.choose(others, self.need.digests)
-        if not slot and others != free:
-            slot, loads = self.slots.choose(free, self.need.digests)
-        if slot or not self.has_told:
-            self.has_told = True
-            self.tell(away, loads)
-        if slot:
-            slot.outage = self.outages.of(slot.machine)
-        return slot
-
-    def tell(self, away: set[Machine], loads: dict[Machine, int]) -> None:
-        """Say for NIX_DEBUG_HOOK how things are with each machine."""
-        for machine in self.machines:
-            why = "is away" if machine in away else "is waited for by others"
-            if machine in loads:
-                taken = f"{loads[machine]} of {machine.max_jobs} slots taken"
-                why = f"has {taken}, at speed {machine.speed:g}"
-            why = self.slots.refused.get(machine) or why
-            self.talk.say(DEBUG, f"'{machine.name}' {why}")
-
-    def rivals(self) -> Iterator[tuple[str, list[str]]]:
-        """Who else stands first among the hooks of a Nix and waits for some of our machines,
-        and the slots' names of all that it waits for."""
-        wanted = {*self.names.split("\n")}
-        for entry in os.listdir(self.slots.own):
-            if entry.startswith(FIRSTS):
-                said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
-                who, *names = said.split("\n")  # no names, if these are not written yet
-                ours = f"{who}\n" == self.who or len(who.split()) != 6
-                if not ours and not wanted.isdisjoint(names):
-                    yield who, names
-
-    def reserved(self) -> set[str]:
-        """The slots' names of machines whose next free slot is for somebody else.  Takes note
-        of those, and says so if too many came before us."""
-        rivals, ours = [*self.rivals()], self.names.split("\n")
-        shares = self.slots.shares(self.machines) if rivals else []
-
-        def is_sooner(who: str, names: list[str]) -> bool:
-            turns = precedence(who, names, shares), precedence(self.who, ours, shares)
-            is_newcomer = names == ours and not self.firsts.lock
-            return turns[0] <= turns[1] if is_newcomer else turns[0] < turns[1]
-
-        ahead = [(who, names) for who, names in rivals if is_sooner(who, names)]
-        self.is_late = any(names == ours for _, names in ahead)
-        passing = {w.partition(" ")[0] for w, names in ahead if len(names) < len(ours)}
-        self.passed_by |= passing
-        if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
-            self.who = holder(OVERDUE, self.need.path, self.need.since)
-            if self.firsts.lock:
-                self.firsts.lock.write(self.text)
-        return {name for _, names in ahead for name in names}
-
-    @property
-    def text(self) -> str:
-        """What the files of our places say: who stands there, and for which machines."""
-        return self.who + self.names
-
-    def join(self) -> bool:
-        """Take a place; False if there is none."""
-        is_in = self.enter(self.queue)
-        if is_in and self.queue.place == 0:
-            self.enter(self.firsts)
-        return is_in
-
-    def enter(self, queue: Queue) -> bool:
-        """Take a place there; False also if there is no room for its file."""
-        with suppress(Error, OSError), self.slots.main_lock():
-            self.sweep()
-            return queue.join(self.text)
-        return False
-
-    def sweep(self) -> None:
-        """Remove what each Nix leaves there that has waited."""
-        places = (e for e in os.listdir(self.slots.own) if e.startswith("line-"))
-        for path in (f"{self.slots.own}/{entry}" for entry in places):
-            with suppress(OSError):
-                is_old = os.stat(path).st_mtime < time.time() - LINE_S
-                if is_old and is_free(path):
-                    os.unlink(path)
-
     def wait(self) -> Slot:
         """Wait for a slot; then we have left."""
         try:
-            self.queue.move_up(self.text)
+            while self.lock and self.place > 0:
+                lock = Lock(self.file(self.place - 1))
+                lock.wait()
+                self.stand(self.place - 1, lock)
             while True:
-                if not self.firsts.lock:
-                    self.enter(self.firsts)
-                self.firsts.move_up(self.text)
-                if slot := self.wait_for_slot():
+                self.outages.look_again()
+                start = time.monotonic()
+                if slot := self.find_if_possible():
                     return slot
-                self.firsts.leave()
+                self.end_if_hopeless()
+                # Looking at many slots takes long; it must not be what we do all the time.
+                self.pause(min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
         finally:
-            self.firsts.leave()
-            self.queue.leave()
+            self.leave()
 
-    def wait_for_slot(self) -> Slot | None:
-        """A slot; None if we should go to the end of `firsts`."""
-        while True:
-            self.outages.look_again()
-            start = time.monotonic()
-            if slot := self.find_if_possible():
-                return slot
-            if self.is_late and self.firsts.lock:
-                return None
-            if self.need.impatient and self.absence():
-                raise Away("it failed for another build, too")
-            if self.all_away and (despair := self.outages.despair(self.machines)):
-                raise despair
-            self.tell_of_absence()
-            # Looking at many slots takes long; it must not be what we do all the time.
-            wait_readable([], min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
+    def end_if_hopeless(self) -> None:
+        """Raise what to say if it is no use to wait; else say once what we wait for."""
+        if self.need.impatient and self.absence():
+            raise Away("it failed for another build, too")
+        if despair := self.outages.despair(self.machines):
+            raise despair
+        self.tell_of_absence()
+
+    def pause(self, time_s: float) -> None:
+        """Wait for so long, or for who has a sooner turn to leave its place."""
+        if self.sooner:
+            with suppress(Error), Lock(self.sooner) as lock:
+                lock.wait(1.0, fcntl.LOCK_SH)
+        else:
+            wait_readable([], time_s)
 
     def find_if_possible(self) -> Slot | None:
         """A free slot; None also if the disk is full, or our directory is gone."""
+        self.sooner = ""
         with suppress(Error, OSError):
             return self.find()
         with suppress(Error):
@@ -2482,10 +2432,9 @@ class Line:
     def absence(self) -> str:
         """Why no machine of the line takes new builds now; "" if one might."""
         whys = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
-        noted = self.outages.noted(self.machines) if self.all_away or whys else {}
-        for m, outage in noted.items():
-            paused = f"'{m.name}' is {outage.words}"
-            whys[m] = outage.words if outage.failures else paused
+        for m, outage in self.away.items():
+            is_paused = not outage.failures
+            whys[m] = f"'{m.name}' is {outage.words}" if is_paused else outage.words
         is_all = len(whys) == len(self.machines)
         return "; ".join(sorted({*whys.values()})) if is_all else ""
 
@@ -3329,7 +3278,7 @@ class Seat:
         if len(empty) <= len(files) - SPARES:
             return
         with suppress(Error, OSError):  # a full disk
-            if lock := next(filter(None, map(Lock.take, empty)), None):
+            if lock := Lock.take(*empty):
                 with lock:
                     Spare.begin(self, lock.path, proof)
 
@@ -4744,8 +4693,7 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
     def run_here(*arguments: str) -> str:
         program = find_program("nix-store", nix_directories(site.nix.environ))
         environ = site.nix.store_environ()
-        command = [program, *arguments]
-        return site.programs.output(command, environ, REPLY_S)[1].strip()
+        return site.programs.output([program, *arguments], environ, REPLY_S)[1].strip()
 
     content = f"{site.slots.own}/{os.urandom(8).hex()}-mark"
     note(content, os.urandom(16).hex())
@@ -4762,22 +4710,18 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
 
 
 class Failure(NamedTuple):
-    """An attempt that failed: when, where and why, and how far it came."""
+    """An attempt that failed: when (monotonic), where and why, and in which of PHASES."""
 
-    when: float  # monotonic
+    when: float
     machine: Machine
     error: Error
-    greeted: bool = False  # the builder's nix-store had answered,
-    begun: bool = False  # it was asked to build, too,
-    built: bool = False  # and it has the outputs
+    phase: str = "connecting"
 
 
 class Retry(NamedTuple):
     """Where a build goes on after a failure."""
 
-    machines: list[Machine]  # any of them will do
-    shunned: Machine | None  # see Need
-    impatient: bool  # not to wait if they are away
+    need: Need
     pause_s: float  # to wait before
     outage: bool  # all hooks are to leave the failed machine alone
     renew: bool  # its connection may be the trouble, and should be a new one
@@ -4792,9 +4736,9 @@ class Retries:
     could not do the build, on any other; if all have failed, on any, after a pause.
     """
 
-    def __init__(self, fit: list[Machine]) -> None:
-        self.fit = fit
-        self.avoided: list[Machine] = []  # which have failed since the last pause
+    def __init__(self, need: Need) -> None:
+        self.need, self.fit = need, need.machines
+        self.avoided: set[Machine] = set()  # which have failed since the last pause
         self.pause_s = float(PAUSE_S)  # the next one
         self.verdict: Error | None = None  # to end with, if no other machine may try
         self.may_pass = False  # what the avoided machines have failed for
@@ -4811,41 +4755,41 @@ class Retries:
         if isinstance(error, NotHere):
             self.verdict = self.verdict_of(error, machine)
         self.count(failure)
-        if not again:
-            self.avoided.append(machine)
+        self.avoided.add(machine)
         pause_s, machines = 0.0, [m for m in self.fit if m not in self.avoided]
         once_more = isinstance(error, SessionLost) and not again
         once_more = once_more and not isinstance(error, Stuck)
-        shunned = machine if failure.greeted and not failure.built else None
+        shunned = machine if failure.phase in ("sending", "building") else None
         if once_more:
             machines = [*machines, machine] if shunned else [machine]
         elif not machines:
             pause_s, machines = self.start_over(error), self.fit
-        unknown = not failure.greeted and not isinstance(error, Away)
+        unknown = failure.phase == "connecting" and not isinstance(error, Away)
         outage = isinstance(error, Unreachable) or (unknown and again)
         impatient = once_more or self.verdict is not None
         renew = unknown and not outage
-        return Retry(machines, shunned, impatient, pause_s, outage, renew)
+        need = self.need._replace(machines=machines, shunned=shunned)
+        return Retry(need._replace(impatient=impatient), pause_s, outage, renew)
 
     def verdict_of(self, error: NotHere, machine: Machine) -> Error:
         """What to end with if no other can do it; raises that if none is left.  One other
         may try; if the disk is full, each."""
         is_full = error.meaning == "FULL"
-        tried = self.avoided if is_full else []
-        others = [m for m in self.fit if m != machine and m not in tried]
+        tried = self.avoided if is_full else set()
+        others = {*self.fit} - {machine} - tried
         if not others or (self.verdict and not is_full):
             raise error.verdict
         return error.verdict
 
     def count(self, failure: Failure) -> None:
         """Take note of a failure; raises it if there have been too many."""
-        error = failure.error
+        error, begun = failure.error, failure.phase in ("building", "fetching")
         # What is in a log may be anything, so that of a running build says nothing.
-        self.may_pass |= error.lasting is not True or failure.begun
-        blamed = failure.begun or error.lasting is not False
+        self.may_pass |= error.lasting is not True or begun
+        blamed = begun or error.lasting is not False
         lost = isinstance(error, SessionLost) and not isinstance(error, Stuck)
         self.losses += 1 if lost and blamed else 0
-        if self.since is None or failure.begun:
+        if self.since is None or begun:
             self.since = failure.when
         if self.losses > LOSSES or failure.when > self.since + AWAY_TIMEOUT_S:
             raise error
@@ -4860,57 +4804,44 @@ class Retries:
         return pause_s
 
 
-class Wanted(NamedTuple):
-    """What Nix wants to be built."""
-
-    path: str  # the derivation's
-    derivation: Derivation
-    inputs: list[str]  # the paths that are to be on the builder
-    outputs: list[str]  # those that are to be here
-    has_rivals: bool = False  # whether several machines might do
-
-
 UNTRUSTED_USER = "does not trust its user"  # which check looks for in what a build says
 
 
 class Attempt:
     """One try of a build on the machine of a slot, from connecting to the outputs."""
 
-    def __init__(
-        self, site: Site, wanted: Wanted, locks: OutputLocks, slot: Slot
-    ) -> None:
-        self.site, self.wanted, self.locks, self.slot = site, wanted, locks, slot
-        self.nix, self.talk, self.machine = site.nix, site.talk, slot.machine
+    def __init__(self, build: Build, slot: Slot) -> None:
+        self.wanted, self.site, self.slot = build, build.site, slot
+        self.path, self.derivation = build.path, build.derivation
+        self.inputs, self.outputs = build.inputs, build.outputs
+        self.nix, self.talk = self.site.nix, self.site.talk
+        self.machine = slot.machine
         self.substitute = self.nix.enabled("builders-use-substitutes")
-        self.doing = f"build '{wanted.path}'"  # for messages
+        self.doing = f"build '{self.path}'"  # for messages
         self.trusted = True  # whether we may build a bare derivation, as far as we know
         self.built: Answer | None = None  # to the question to build, if it was asked
         self.infos: Answer | None = None  # what the builder says of the outputs
-        self.greeted = self.begun = self.has_built = False  # see Failure
+        self.phase = "connecting"  # one of PHASES
         self.paths: dict[str, str] = {}  # of a floating derivation's outputs, by name
 
     def perform(self, session: Session | None) -> None:
         """Do all of it; session: one that was opened for it already."""
-        path = self.wanted.path
         self.begin("connecting", "connect for", "to")
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
         seat = self.site.seat(self.machine)
-        seat.has_rivals = self.wanted.has_rivals
-        self.session = session or open_session(self.site, seat, path, patience_s)
+        seat.has_rivals = len(self.wanted.fit) > 1
+        self.session = session or open_session(self.site, seat, self.path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
-        self.copier = Copier(self.site, self.session, self.locks)
+        self.copier = Copier(self.site, self.session, self.wanted.locks)
         try:
             there = self.ask_for_inputs()
-            self.greeted = True
             self.site.outages.end(self.machine)
             self.trace("build-remote")
             self.begin("sending", "send the inputs of", "to")
             self.send_inputs(there)
             self.trace("build-remote-start")
-            self.begun = True
             self.begin("building", "build", "on")
             infos = self.build()
-            self.has_built = True
             self.begin("fetching", "fetch the outputs of", "from")
             self.leave_slot()
             self.fetch(infos)
@@ -4918,7 +4849,7 @@ class Attempt:
         except SessionLost as error:
             if error.meaning != "READONLY" or not self.session.is_silent:
                 raise
-            self.begun = False
+            self.phase = "sending"
             raise error.become(Unreachable) from None
         finally:
             self.copier.end()
@@ -4926,10 +4857,9 @@ class Attempt:
 
     def begin(self, phase: str, verb: str, preposition: str) -> None:
         """Tell everybody what we do now."""
-        path, name = self.wanted.path, self.machine.name
-        self.doing = f"{verb} '{path}' {preposition} '{name}'"
+        path, name, what = self.path, self.machine.name, phase + verb.lstrip(LETTERS)
+        self.phase, self.doing = phase, f"{verb} '{path}' {preposition} '{name}'"
         self.slot.note(phase, path)
-        what = phase + verb.lstrip(LETTERS)
         text = f"{what} '{path}' {preposition} '{name}'"
         self.talk.begin(0, f"{what} {short(path)} {preposition} {name}")
         self.talk.tally.begin(phase)
@@ -4940,7 +4870,7 @@ class Attempt:
     def trace(self, event: str) -> None:
         """A line for the programs that Nix 1.x is to write these for."""
         if self.nix.number("print-build-trace"):
-            self.talk.write(f"@ {event} {self.wanted.path} {self.machine.name}")
+            self.talk.write(f"@ {event} {self.path} {self.machine.name}")
 
     def failed(self, error: Error) -> str:
         """What people are told of that error."""
@@ -4949,9 +4879,9 @@ class Attempt:
     def ask_for_inputs(self) -> set[str]:
         """Ask which inputs are there, which also keeps them there.  If the machine is known
         to have had them all, it is asked to build at once, too."""
-        session, digests = self.session, self.wanted.derivation.digests()
+        session, digests = self.session, self.derivation.digests()
         empty = session.ask_valid([]) if session.version else None  # takes just a turn
-        answer = session.ask_valid(self.wanted.inputs, self.substitute)
+        answer = session.ask_valid(self.inputs, self.substitute)
         if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
         self.site.outages.look_again(self.machine)
@@ -4967,7 +4897,7 @@ class Attempt:
     def send_inputs(self, there: set[str]) -> None:
         """Make the builder have, and keep, all inputs (to ask has locked what is there), and
         ask it to build, if it was not asked already."""
-        lacking = set(self.wanted.inputs) - there
+        lacking = set(self.inputs) - there
         if lacking and self.built:
             note(self.site.slots.file(self.machine, "paths"), "")  # it has lost some
             self.begin("building", "build", "on")  # as it may be able to all the same
@@ -4992,7 +4922,7 @@ class Attempt:
     def send(self, paths: set[str], there: set[str], ask: Callable[[], None]) -> None:
         """Send these paths to the builder, of which it has those, and ask it for what comes
         next, which does not wait for it to say that it has them."""
-        substitute = self.substitute and self.wanted.path not in paths
+        substitute = self.substitute and self.path not in paths
         with UploadLock(self.site.slots, self.machine, paths) as waited:
             if waited:
                 there = there | self.session.ask_valid(paths).get()
@@ -5010,25 +4940,25 @@ class Attempt:
     def ask_to_build(self) -> None:
         """Ask in the way that only trusted users may, but in which nothing else need be
         sent; and for what the fetch will need."""
-        self.built, session, wanted = None, self.session, self.wanted
-        if wanted.derivation.is_floating and session.spoken < 0x206:
+        self.built, session = None, self.session
+        if self.derivation.is_floating and session.spoken < 0x206:
             why = "its Nix is too old for a content-addressed derivation"
             raise NotHere(why, BuildBroken(self.failed(Error(why))))
         if session.spoken >= 0x201 and self.trusted:
-            encoded = wanted.derivation.encode(wanted.inputs)
+            encoded = self.derivation.encode(self.inputs)
             then = self.questions_behind()
-            self.built = session.ask_to_build(wanted.path, encoded, self.nix, then)
+            self.built = session.ask_to_build(self.path, encoded, self.nix, then)
             self.infos = session.infos_answer()
         # Meanwhile, what need not wait for the build:
         session.seat.prepare()
-        self.copier.prepare_to_fetch(wanted.outputs)
-        digests = wanted.derivation.digests() | {digest(wanted.path)}
+        self.copier.prepare_to_fetch(self.outputs)
+        digests = self.derivation.digests() | {digest(self.path)}
         self.site.slots.note_paths(self.machine, digests)
 
     def questions_behind(self) -> bytes:
         """What is asked with the build: what the outputs are, and if there is just one, and so
         just one order for them, its archive, after which nix-store shall end."""
-        session, outputs = self.session, self.wanted.outputs
+        session, outputs = self.session, self.outputs
         questions = infos_question(outputs)
         # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it;
         # and srun says that a job has ended badly.
@@ -5045,10 +4975,14 @@ class Attempt:
         self.trace("build-remote-done")
         if status:
             self.session.finish()
-            self.tell_what_is_kept()
+            if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
+                # In the words of the stock hook, for which Nix's own tests look.
+                text = "The failed build directory was kept on the remote builder"
+                name = self.machine.name
+                self.talk.say(WARN, f"{text} due to `--keep-failed`: '{name}'.")
             raise self.verdict(status, message)
         infos = dict(self.infos.get()) if self.infos else {}
-        return self.find_outputs() if self.wanted.derivation.is_floating else infos
+        return self.find_outputs() if self.derivation.is_floating else infos
 
     def hear_how_it_went(self) -> tuple[int, str]:
         """Status and message of the build, in a way that the builder lets us, or NotHere."""
@@ -5056,7 +4990,7 @@ class Attempt:
             return tuple((self.built or self.ask_by_closure()).get())
         except SessionLost as error:
             tail = decode(self.session.tail)
-            if self.wanted.derivation.is_floating and means(tail, "LACKS"):
+            if self.derivation.is_floating and means(tail, "LACKS"):
                 raise NotHere(str(error), BuildBroken(self.failed(error))) from None
             if not means(tail, "LIMITED"):
                 raise
@@ -5068,24 +5002,17 @@ class Attempt:
         import json
 
         store, self.paths = self.nix.store, {}
-        for output in self.wanted.derivation.outputs:
+        for output in self.derivation.outputs:
             with suppress(ValueError, TypeError, KeyError):
                 last = json.loads(self.session.realised[output.name])["outPath"]
                 if store.owns(path := f"{store.directory}/{last}"):
                     self.paths[output.name] = path
-        if len(self.paths) < len(self.wanted.derivation.outputs):
+        if len(self.paths) < len(self.derivation.outputs):
             text = "it does not say which paths the outputs have"
             raise NotHere(text, BuildBroken(self.failed(Error(text))))
-        outputs = sorted({*self.paths.values()})
-        self.wanted = self.wanted._replace(outputs=outputs)
-        self.session.write(infos_question(outputs))
+        self.outputs = sorted({*self.paths.values()})
+        self.session.write(infos_question(self.outputs))
         return dict(self.session.infos_answer().get())
-
-    def tell_what_is_kept(self) -> None:
-        """In the words of the stock hook, for which Nix's own tests look."""
-        if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
-            text = "The failed build directory was kept on the remote builder due to"
-            self.talk.say(WARN, f"{text} `--keep-failed`: '{self.machine.name}'.")
 
     def verdict(self, status: int, message: str) -> Error:
         """What a build that failed with that status has come to."""
@@ -5098,8 +5025,7 @@ class Attempt:
             status = self.status_told(message)
         message = message or "the log says why"
         kinds = {TIMED_OUT: BuildTimedOut, MISC: BuildBroken}
-        what = f"build of '{self.wanted.path}' on '{self.machine.name}'"
-        text = f"{what} failed: {message}"
+        text = f"build of '{self.path}' on '{self.machine.name}' failed: {message}"
         verdict = kinds.get(status, BuildFailed)(text)
         if means(message, "LACKS"):
             message = " ".join(message.split())
@@ -5112,7 +5038,7 @@ class Attempt:
         are only in the log of that of 2.3."""
         last = decode(self.session.tail).rstrip().rpartition("\n")[2]
         words = message if self.session.spoken >= 0x206 else f"{message} {last}"
-        is_fixed = any(output.hash for output in self.wanted.derivation.outputs)
+        is_fixed = any(output.hash for output in self.derivation.outputs)
         broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
         told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
         return told.get(heard(Error, words, "far").meaning, MISC)
@@ -5129,7 +5055,7 @@ class Attempt:
         self.session.finish()
         self.session.cancel()
         self.session = Session(seat, seat.greeting_s)
-        answer = self.session.ask_valid(self.wanted.inputs, self.substitute)
+        answer = self.session.ask_valid(self.inputs, self.substitute)
         self.session.greet()
         self.copier.end()
         self.copier = Copier(self.site, self.session, self.locks)
@@ -5138,14 +5064,14 @@ class Attempt:
     def ask_by_closure(self) -> Answer:
         """Ask in the way that is open to untrusted users, and the only one on builders before
         1.10; for that the derivation's closure must be there."""
-        path, session = self.wanted.path, self.session
+        session = self.session
 
         def ask() -> None:
             then = self.questions_behind()
-            self.built = session.ask_to_build(path, None, self.nix, then)
+            self.built = session.ask_to_build(self.path, None, self.nix, then)
             self.infos = session.infos_answer()
 
-        self.send({path}, set(), ask)
+        self.send({self.path}, set(), ask)
         assert self.built
         return self.built
 
@@ -5155,31 +5081,37 @@ class Attempt:
         slots, machine = self.site.slots, self.machine
         files = (slots.file(machine, f"fetch-{n}") for n in range(machine.max_jobs))
         with suppress(Error):  # no room for a file
-            if lock := next(filter(None, map(Lock.take, files)), None):
+            if lock := Lock.take(*files):
                 self.slot.free()
                 self.slot = Slot(machine, lock)
-                self.slot.note("fetching", self.wanted.path)
+                self.slot.note("fetching", self.path)
 
     def fetch(self, infos: dict[str, PathInfo]) -> None:
         """Bring the outputs in; NotHere if the builder has spoilt them."""
-        wanted = self.wanted
         try:
-            self.copier.fetch(wanted.outputs, infos, wanted.inputs)
+            self.copier.fetch(self.outputs, infos, self.inputs)
         except Spoilt as error:
             raise NotHere(str(error), BuildBroken(self.failed(error))) from None
-        if wanted.derivation.is_floating:
-            self.copier.register(wanted.path, wanted.derivation, self.paths)
+        if self.derivation.is_floating:
+            self.copier.register(self.path, self.derivation, self.paths)
 
 
 class Build:
     """An accepted build: attempts, one after another, until one succeeds."""
 
     def __init__(
-        self, site: Site, need: Need, derivation: Derivation, fit: list[Machine]
+        self, site: Site, request: Request, derivation: Derivation, fit: list[Machine]
     ) -> None:
-        self.site, self.talk, self.need, self.path = site, site.talk, need, need.path
-        self.derivation, self.fit = derivation, fit
-        self.retries = Retries(fit)
+        self.site, self.talk, self.request = site, site.talk, request
+        self.path, self.derivation, self.fit = request.derivation, derivation, fit
+        need = Need(self.path, derivation.digests(), time.time(), fit)
+        self.retries = Retries(need)
+        # Where it goes on: in that slot, in a session if one is open, or else in that line.
+        self.line = Line(site.outages, site.talk, need)
+        self.slot: Slot | None = None
+        self.session: Session | None = None
+        self.inputs: list[str] = []  # the paths that are to be on the builder
+        self.outputs: list[str] = []  # those that are to be here
         self.said: set[str] = set()  # what is said once for each build
         self.machine, self.attempts = "", 0  # where it is, and how many there were
         self.cause: Error | None = None  # of the error that it ends with
@@ -5197,24 +5129,22 @@ class Build:
             inputs = [p for p in inputs if not p.endswith(".drv") or p in sources]
         if not set(missing) <= set(by_name.values()):
             raise Error(f"'{self.path}' has no output {', '.join(outputs)}")
-        rivals = len(self.fit) > 1
-        self.wanted = Wanted(self.path, self.derivation, inputs, missing, rivals)
+        self.inputs, self.outputs = inputs, missing
         self.locks = OutputLocks(self.site.nix.store, missing)
 
-    def perform(self, place: Slot | Line, session: Session | None) -> None:
-        """Have it built on one machine after another, for as long as it is the machine or
-        the way to it that fails.  session: one with the slot's machine, if there is one."""
+    def perform(self) -> None:
+        """Have it built on one machine after another, until it is not a machine that fails."""
         last: Attempt | None = None
         while True:
             attempt: Attempt | None = None
             try:
-                slot = self.wait(place) if isinstance(place, Line) else place
-                attempt = last = Attempt(self.site, self.wanted, self.locks, slot)
+                slot = self.slot or self.wait()
+                attempt = last = Attempt(self, slot)
                 self.machine, self.attempts = slot.machine.name, self.attempts + 1
-                attempt.perform(session)
+                attempt.perform(self.session)
                 return
             except (Unreachable, SessionLost, NotHere, Away) as error:
-                place, session = self.move(last, error), None
+                self.move(last, error)
             except Error as error:
                 raise self.final(attempt, error) from None
             finally:
@@ -5222,14 +5152,14 @@ class Build:
                     attempt.slot.free()
                 self.talk.end()
 
-    def wait(self, line: Line) -> Slot:
+    def wait(self) -> Slot:
         """Wait for a slot, and say where the build goes, which Nix does not know."""
         self.talk.tally.begin("waiting")
         self.talk.begin(0, f"waiting for a builder for {short(self.path)}")
         if self.site.nix.old:
             self.talk.say(INFO, f"waiting for a builder for '{self.path}'")
         start = time.monotonic()
-        slot = line.wait()
+        slot = self.line.wait()
         waited = "has waited, and " if time.monotonic() > start + PATIENCE_S else ""
         self.say_once(INFO, f"'{self.path}' {waited}goes to '{slot.machine.name}'")
         return slot
@@ -5240,20 +5170,18 @@ class Build:
             self.said.add(text)
             self.talk.say(level, text)
 
-    def move(self, attempt: Attempt | None, error: Error) -> Line:
-        """Where to wait for the next attempt."""
+    def move(self, attempt: Attempt | None, error: Error) -> None:
+        """Stand in line for the next attempt."""
         if not attempt:
             raise self.final(attempt, error)
         attempt.slot.free()
         machine, now = attempt.machine, time.monotonic()
-        progress = attempt.greeted, attempt.begun, attempt.has_built
-        failure = Failure(now, machine, error, *progress)
         try:
-            retry = self.retries.after(failure)
+            retry = self.retries.after(Failure(now, machine, error, attempt.phase))
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
-            note(self.site.slots.file(machine, "lacks"), self.need.kind)
+            note(self.site.slots.file(machine, "lacks"), self.request.kind)
         if not isinstance(error, Away):
             self.record(error, "retried")
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
@@ -5265,10 +5193,9 @@ class Build:
             if despair := self.site.outages.despair(self.fit):
                 raise self.final(attempt, despair)
             wait_readable([], retry.pause_s)
-        need = self.need._replace(shunned=retry.shunned, impatient=retry.impatient)
-        line = Line(self.site.outages, self.talk, retry.machines, need)
-        line.join()
-        return line
+        self.slot = self.session = None
+        self.line = Line(self.site.outages, self.talk, retry.need)
+        self.line.join()
 
     def final(self, attempt: Attempt | None, error: Error) -> Error:
         """The error that the build ends with, which tells what was tried."""
@@ -5280,8 +5207,7 @@ class Build:
         return Error(f"cannot build '{self.path}': {error.told('')}")
 
     def record(self, error: BaseException | None, result: str = "") -> None:
-        """Add a line to the history: how the build has ended, None being success, or that an
-        attempt has, with that result."""
+        """Add to the history how the build has ended, None being success, or an attempt."""
         results = {type(None): "built", BuildFailed: "failed", BuildTimedOut: "timeout"}
         other = "cancelled" if isinstance(error, (Stop, EOFError)) else "error"
         words = {"derivation": self.path, "machine": self.machine, "reason": ""}
@@ -5348,14 +5274,6 @@ def addresses(host: str) -> set[str]:
     return set()
 
 
-class Accepted(NamedTuple):
-    """A build that we have accepted, where it goes on, and a session if one is open."""
-
-    build: Build
-    place: Slot | Line
-    session: Session | None
-
-
 class Hook:
     """Answers Nix's requests until it accepts one, then performs that build."""
 
@@ -5398,31 +5316,34 @@ class Hook:
     def serve(self) -> None:
         """The whole life of a hook."""
         for request in requests(self.nix):
-            if accepted := self.answer(request):
+            if build := self.answer(request):
                 heed_signals()
                 try:
-                    accepted.build.understand(*read_lists(self.nix))
-                    accepted.build.perform(accepted.place, accepted.session)
+                    build.understand(*read_lists(self.nix))
+                    build.perform()
                 finally:
-                    accepted.build.record(sys.exc_info()[1])
+                    build.record(sys.exc_info()[1])
                 return
 
-    def answer(self, request: Request) -> Accepted | None:
+    def answer(self, request: Request) -> Build | None:
         """Reply to one request, whatever happens: else Nix 2.x would give up all builds."""
         try:
+            able = might_build_itself(self.nix, request)
+            request = request._replace(willing=request.willing and able, able=able)
             if self.machines is None:
                 self.machines = self.prepare()
             return self.consider(request, self.machines)
         except Error as error:
-            at_home = might_build_itself(self.nix, request)
-            level = TALKATIVE if at_home and isinstance(error, Unsendable) else ERROR
+            level = (
+                TALKATIVE if request.able and isinstance(error, Unsendable) else ERROR
+            )
             self.talk.say(level, str(error))
         except Exception:  # noqa: BLE001  (a bug of ours must not cost the reply)
             self.talk.say_bug()
         self.talk.reply("decline")
         return None
 
-    def consider(self, request: Request, machines: list[Machine]) -> Accepted | None:
+    def consider(self, request: Request, machines: list[Machine]) -> Build | None:
         """Find a slot or a place in line, and reply; returns the build if we accept it: at
         once where a connection is live, else when a session shows that it is of use."""
         reply = self.without_looking(request, machines)
@@ -5430,38 +5351,39 @@ class Hook:
         if not fit or not self.site:
             self.talk.reply(reply or "decline")
             return None
-        if self.nix.is_terse:
+        if self.nix.is_terse and request.able:
             has_room = self.builds_here() < self.nix.number("max-jobs")
             request = request._replace(willing=has_room)
         derivation = self.site.read_derivation(request.derivation)
-        digests, slots = derivation.digests(), self.site.slots
-        need = Need(request.derivation, request.kind, digests, time.time())
         self.talk.tally = Tally()
-        fit = [m for m in fit if not slots.lacks(m, request.kind)] or fit
-        build = Build(self.site, need, derivation, fit)
-        line = Line(self.site.outages, self.talk, fit, need)
+        fit = [m for m in fit if not self.site.slots.lacks(m, request.kind)] or fit
+        build = Build(self.site, request, derivation, fit)
         self.site.outages.forgive(fit)
-        until = time.monotonic() + REPLY_S
-        for _ in fit:  # of which all may fail
-            slot = self.find_slot(line, request)
-            if not slot:
-                break
-            if self.stays(slot, machines, request):
-                slot.free()
-                break
-            if accepted := self.reach(slot, build, until):
-                self.talk.reply("accept", slot.machine.name)
-                return accepted
-            if time.monotonic() > until:
-                if not might_build_itself(self.nix, request):
-                    line.join()
-                break
-        if line.queue.lock:
+        self.find_place(build, machines)
+        if build.slot:
+            self.talk.reply("accept", build.slot.machine.name)
+        elif build.line.lock:
             self.talk.reply("accept", "waiting for a builder")
-            return Accepted(build, line, None)
-        self.talk.reply(self.turn_down(line, request))
-        self.site.outages.look_again()
-        return None
+        else:
+            self.talk.reply(self.turn_down(build.line, request))
+            self.site.outages.look_again()
+            return None
+        return build
+
+    def find_place(self, build: Build, machines: list[Machine]) -> None:
+        """Find it a slot, or else a place in line, if Nix could never build it itself."""
+        until = time.monotonic() + REPLY_S
+        for _ in build.fit:  # of which all may fail
+            slot = self.find_slot(build.line, build.request)
+            if slot and self.stays(slot, machines, build.request):
+                slot.free()
+                return
+            if not slot or self.reach(slot, build, until):
+                return
+            if time.monotonic() > until:
+                if not build.request.able:
+                    build.line.join()
+                return
 
     def without_looking(self, request: Request, machines: list[Machine]) -> str:
         """The reply if nothing is ever sent away from here, or this is not; or ""."""
@@ -5470,7 +5392,7 @@ class Hook:
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
             return "decline" if self.nix.old else "decline-permanently"
-        if not might_build_itself(self.nix, request):
+        if not request.able:
             return ""
         # A terse Nix takes a slot of its own only for what is declined, and asks again.
         if self.back:
@@ -5482,7 +5404,7 @@ class Hook:
         """Whether a build should not leave for that slot: Nix would begin it now, and by load
         and speed this machine, if it is listed, is no worse."""
         here = next((machine for machine in machines if not machine.ways), None)
-        if not here or not request.willing or not might_build_itself(self.nix, request):
+        if not here or not request.willing:
             return False
         load = self.builds_here()
         text = f"'{here.name}' builds {load} here, at speed {here.speed:g}"
@@ -5507,7 +5429,7 @@ class Hook:
                 reasons.append(f"'{machine.name}' {reason}")
             elif machine not in fit:  # a file may be included twice
                 fit.append(machine)
-        if not fit and self.site and not might_build_itself(self.nix, request):
+        if not fit and self.site and not request.able:
             why = "; ".join(reasons)
             if self.site.slots.remember(why):
                 text = f"no machine can build '{request.derivation}', or others like it"
@@ -5517,14 +5439,13 @@ class Hook:
     def find_slot(self, line: Line, request: Request) -> Slot | None:
         """A slot if one is free and nobody waits; else stand in the line if Nix could
         never build this itself; else wait for a slot, but for no more than a moment."""
-        might = might_build_itself(self.nix, request)
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            if not line.queue.is_taken(0):
+            if not line.is_taken(0):
                 slot = line.find()
-                if slot or (line.all_away and line.outages.despair(line.machines)):
+                if slot or line.outages.despair(line.machines):
                     return slot
-            stays = request.willing if might else line.join()
+            stays = request.willing if request.able else line.join()
             if stays or time.monotonic() < self.patient_from:
                 return None
             if time.monotonic() > deadline:
@@ -5532,39 +5453,34 @@ class Hook:
                 return None
             wait_readable([], WAIT_S)
 
-    def reach(self, slot: Slot, build: Build, until: float) -> Accepted | None:
-        """Be sure of that slot's machine by then; None if it is of no use, the slot free."""
-        machine, site, session = slot.machine, build.site, None
+    def reach(self, slot: Slot, build: Build, until: float) -> bool:
+        """Have the build go on in that slot; False, and it is free, if that is of no use."""
+        machine, site = slot.machine, build.site
         try:
             seat = site.seat(machine)
             if not seat.connection.proof():
                 heed_signals()
-                text = f"connecting for {short(build.path)} to {machine.name}"
-                self.talk.begin(0, text)
-                self.talk.tally.begin("connecting")
-                self.talk.say(DEBUG, text)
+                Attempt(build, slot).begin("connecting", "connect for", "to")
                 self.warm(build)
                 left = max(1.0, until - time.monotonic())
-                session = open_session(site, seat, build.path, left)
-            return Accepted(build, slot, session)
+                build.session = open_session(site, seat, build.path, left)
+            build.slot = slot
         except (Unreachable, SessionLost) as error:
-            slot.free()
             site.outages.note(machine, slot.outage, error)
             site.retire(machine)
-            told = error.told(machine.destination)
-            text = f"cannot build on '{machine.name}': {told}"
+            text = (
+                f"cannot build on '{machine.name}': {error.told(machine.destination)}"
+            )
             if site.slots.remember(text):
                 self.talk.say(ERROR, text)
-            return None
-        except BaseException:
-            slot.free()
-            raise
         finally:
+            if not build.slot:
+                slot.free()
             self.talk.end()
+        return build.slot is not None
 
     def warm(self, build: Build) -> None:
-        """Begin to connect to the likeliest machines all at once, so that a cold start
-        costs one handshake and not one for each machine."""
+        """Connect to the likeliest machines all at once: a cold start costs one handshake."""
         site, away = build.site, build.site.outages.away(build.fit)
         there = [machine for machine in build.fit if machine not in away]
         there.sort(key=lambda machine: rank(machine, 0))
@@ -5574,11 +5490,10 @@ class Hook:
 
     def turn_down(self, line: Line, request: Request) -> str:
         """The reply to what no machine can take now."""
-        if request.willing and might_build_itself(self.nix, request):
+        if request.willing:
             self.stayed = time.monotonic() + BEGIN_S, self.builds_here() + 1
             return "decline"
-        all_away = line.outages.away(line.machines) == set(line.machines)
-        if all_away and (despair := line.outages.despair(line.machines)):
+        if despair := line.outages.despair(line.machines):
             if line.slots.remember(str(despair)):
                 self.talk.say(WARN, f"'{request.derivation}': {despair}")
             return "decline"

@@ -486,12 +486,12 @@ class Taker:
             session.finish()
         if status:
             drv = Derivation.parse(fakes.RECORDED_BUILDS[0].drv)
-            wanted = hook.Wanted(PATH, drv, [], [])
+            request = hook.Request(False, SYSTEM, PATH, frozenset())
+            build = hook.Build(self.sites[1], request, drv, [self.machine])
             slot = self.sites[1].slots.choose([self.machine])[0]
             assert slot
             slot.free()
-            locks = hook.OutputLocks(self.new.store, [])
-            attempt = hook.Attempt(self.sites[1], wanted, locks, slot)
+            attempt = hook.Attempt(build, slot)
             attempt.session = session
             raise attempt.verdict(status, message)
         return 0x200 <= (session.version or 0) <= 0x207

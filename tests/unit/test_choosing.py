@@ -283,7 +283,7 @@ def test_explain_leaves_out_what_could_not_do_such_a_build(tmp_path: Path) -> No
 def test_a_machine_is_well_if_somebody_has_removed_what_was_noted(
     tmp_path: Path,
 ) -> None:
-    assert Outages(Slots(str(tmp_path / "gone"))).away(machines("b1")) == set()
+    assert Outages(Slots(str(tmp_path / "gone"))).away(machines("b1")) == {}
 
 
 # -- Who comes first of those who stand first in lines --------------------------------

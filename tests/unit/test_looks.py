@@ -104,6 +104,10 @@ def test_of_a_file_that_says_nothing_nothing_follows(text: str) -> None:
     assert (found.closed, found.taken(8)) == (None, 0)
 
 
+def test_a_builder_cannot_say_that_it_is_being_asked() -> None:
+    assert "awaited" not in look("builds 0", "awaited 9999999999").said
+
+
 # -- Choosing -------------------------------------------------------------------------
 
 
@@ -240,6 +244,6 @@ def test_a_build_that_may_go_elsewhere_does_not_wait_for_a_closed_machine(
 ) -> None:
     [b1] = machines("b1 - - 4")
     note(slots, b1, answer("closed for repair"))
-    need = Need("/nix/store/x.drv", "", frozenset(), time.time(), impatient=True)
+    need = Need("/nix/store/x.drv", frozenset(), time.time(), [b1], impatient=True)
     with pytest.raises(Away):
-        Line(Outages(slots), Talk(NIX), [b1], need).wait()
+        Line(Outages(slots), Talk(NIX), need).wait()

@@ -18,6 +18,7 @@ from nix_build_remote import (
     Failure,
     Late,
     Machine,
+    Need,
     Nix,
     NotHere,
     Retries,
@@ -47,20 +48,22 @@ class Step(NamedTuple):
     machine: Machine
     error: Error
     goes_to: str
-    greeted: bool = False
-    begun: bool = False
-    built: bool = False
+    phase: str = "connecting"
+
+
+def retries_on(*machines: Machine) -> Retries:
+    return Retries(Need("/nix/store/x.drv", frozenset(), 0, [*machines]))
 
 
 def where(retry: Retry) -> str:
-    return " ".join(machine.host for machine in retry.machines)
+    return " ".join(machine.host for machine in retry.need.machines)
 
 
 def play(retries: Retries, steps: list[Step]) -> list[Retry]:
     """Each failure in turn; all but the last must go where it says."""
     turns = []
     for when, step in enumerate(steps):
-        failure = Failure(when, *step[:2], *step[3:])
+        failure = Failure(when, *step[:2], step.phase)
         turns.append(retries.after(failure))
         assert where(turns[-1]) == step.goes_to, step
     return turns
@@ -70,19 +73,19 @@ def play(retries: Retries, steps: list[Step]) -> list[Retry]:
     "steps",
     [
         [Step(B1, REFUSED, "b2 b3"), Step(B2, REFUSED, "b3")],
-        [Step(B1, LOST, "b2 b3 b1", True), Step(B1, LOST, "b2 b3", True)],
-        [Step(B1, LOST, "b2 b3 b1", True, True), Step(B1, LOST, "b2 b3", True, True)],
-        [Step(B1, LOST, "b1", True, True, True), Step(B1, LOST, "b2 b3", True)],
+        [Step(B1, LOST, "b2 b3 b1", "sending"), Step(B1, LOST, "b2 b3", "sending")],
+        [Step(B1, LOST, "b2 b3 b1", "building"), Step(B1, LOST, "b2 b3", "building")],
+        [Step(B1, LOST, "b1", "fetching"), Step(B1, LOST, "b2 b3", "sending")],
         [Step(B1, Late("no answer"), "b1"), Step(B1, Late("no answer"), "b2 b3")],
-        [Step(B1, NOT_HERE, "b2 b3", True, True)],
-        [Step(B1, FULL, "b2 b3", True), Step(B2, FULL, "b3", True)],
+        [Step(B1, NOT_HERE, "b2 b3", "building")],
+        [Step(B1, FULL, "b2 b3", "sending"), Step(B2, FULL, "b3", "sending")],
         [
             Step(B1, DENIED, "b2 b3"),
             Step(B2, REFUSED, "b3"),
             Step(B3, DENIED, "b1 b2 b3"),
         ],
         [Step(B1, LOST, "b1"), Step(B1, Away("others"), "b2 b3")],
-        [Step(B1, STUCK, "b2 b3", True, True), Step(B2, STUCK, "b3", True, True)],
+        [Step(B1, STUCK, "b2 b3", "building"), Step(B2, STUCK, "b3", "building")],
     ],
     ids=[
         "unreachable: another",
@@ -98,29 +101,33 @@ def play(retries: Retries, steps: list[Step]) -> list[Retry]:
     ],
 )
 def test_a_build_goes_on(steps: list[Step]) -> None:
-    play(Retries([B1, B2, B3]), steps)
+    play(retries_on(B1, B2, B3), steps)
 
 
 @pytest.mark.parametrize(
     "steps, last, end",
     [
         ([Step(B1, DENIED, "b2")], Step(B2, DENIED, ""), DENIED),
-        ([Step(B1, NOT_HERE, "b2", True)], Step(B2, NOT_HERE, "", True), BROKEN),
-        ([Step(B1, FULL, "b2", True)], Step(B2, FULL, "", True), BROKEN),
-        ([Step(B1, NOT_HERE, "b2", True)], Step(B1, Away("others"), ""), BROKEN),
+        (
+            [Step(B1, NOT_HERE, "b2", "sending")],
+            Step(B2, NOT_HERE, "", "sending"),
+            BROKEN,
+        ),
+        ([Step(B1, FULL, "b2", "sending")], Step(B2, FULL, "", "sending"), BROKEN),
+        ([Step(B1, NOT_HERE, "b2", "sending")], Step(B1, Away("others"), ""), BROKEN),
     ],
     ids=["all refuse for good", "two could not", "all disks full", "no other is there"],
 )
 def test_a_build_ends(steps: list[Step], last: Step, end: Error) -> None:
-    retries = Retries([B1, B2])
+    retries = retries_on(B1, B2)
     play(retries, steps)
     with pytest.raises(type(end), match=str(end)[:9]):
-        retries.after(Failure(9, last.machine, last.error, last.greeted, last.begun))
+        retries.after(Failure(9, last.machine, last.error, last.phase))
 
 
 def test_the_only_machine_that_could_not_do_it_ends_the_build() -> None:
     with pytest.raises(BuildBroken):
-        Retries([B1]).after(Failure(0, B1, NOT_HERE, True, True))
+        retries_on(B1).after(Failure(0, B1, NOT_HERE, "building"))
 
 
 def test_a_failed_build_is_no_failure_of_a_machine() -> None:
@@ -132,35 +139,37 @@ def test_a_failed_build_is_no_failure_of_a_machine() -> None:
 def test_a_machine_that_may_hold_locks_for_a_lost_session_is_shunned(
     built: bool,
 ) -> None:
-    retry = Retries([B1, B2]).after(Failure(0, B1, LOST, True, True, built))
-    assert retry.shunned == (None if built else B1)
+    retry = retries_on(B1, B2).after(
+        Failure(0, B1, LOST, "fetching" if built else "building")
+    )
+    assert retry.need.shunned == (None if built else B1)
 
 
 def test_a_build_ends_after_some_losses() -> None:
-    retries, steps = Retries([B1]), [Step(B1, LOST, "b1", True, True)] * LOSSES
+    retries, steps = retries_on(B1), [Step(B1, LOST, "b1", "building")] * LOSSES
     play(retries, steps)
     with pytest.raises(SessionLost):
-        retries.after(Failure(9, B1, LOST, True, True))
+        retries.after(Failure(9, B1, LOST, "building"))
 
 
 def test_losses_that_the_network_is_to_blame_for_do_not_count() -> None:
-    play(Retries([B1]), [Step(B1, LOST, "b1", True)] * (LOSSES + 9))
+    play(retries_on(B1), [Step(B1, LOST, "b1", "sending")] * (LOSSES + 9))
 
 
 def test_a_lock_that_is_held_is_no_loss() -> None:
-    steps = [Step(B1, STUCK, "b2", True, True), Step(B2, STUCK, "b1 b2", True, True)]
-    play(Retries([B1, B2]), steps * LOSSES)
+    steps = [Step(B1, STUCK, "b2", "building"), Step(B2, STUCK, "b1 b2", "building")]
+    play(retries_on(B1, B2), steps * LOSSES)
 
 
 def test_odd_losses_before_a_build_count() -> None:
-    retries = Retries([B1])
-    play(retries, [Step(B1, ODD, "b1", True)] * LOSSES)
+    retries = retries_on(B1)
+    play(retries, [Step(B1, ODD, "b1", "sending")] * LOSSES)
     with pytest.raises(SessionLost):
-        retries.after(Failure(9, B1, ODD, True))
+        retries.after(Failure(9, B1, ODD, "sending"))
 
 
 def test_a_build_waits_for_machines_only_so_long() -> None:
-    retries = Retries([B1])
+    retries = retries_on(B1)
     retries.after(Failure(0, B1, REFUSED))
     retries.after(Failure(AWAY_TIMEOUT_S, B1, REFUSED))
     with pytest.raises(Unreachable):
@@ -168,13 +177,13 @@ def test_a_build_waits_for_machines_only_so_long() -> None:
 
 
 def test_the_time_counts_anew_when_a_build_has_begun() -> None:
-    retries = Retries([B1])
+    retries = retries_on(B1)
     retries.after(Failure(0, B1, REFUSED))
-    retries.after(Failure(AWAY_TIMEOUT_S + 1, B1, LOST, True, True))
+    retries.after(Failure(AWAY_TIMEOUT_S + 1, B1, LOST, "building"))
 
 
 def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
-    retries = Retries([B1, B2])
+    retries = retries_on(B1, B2)
     turns = play(retries, [Step(B1, REFUSED, "b2"), Step(B2, REFUSED, "b1 b2")] * 9)
     assert [retry.pause_s for retry in turns[::2]] == [0] * 9
     pauses = [retry.pause_s for retry in turns[1::2]]
@@ -189,14 +198,18 @@ def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
     [
         ([Step(B1, REFUSED, "b2")], True, False, False),
         ([Step(B1, LOST, "b1")], False, True, True),
-        ([Step(B1, LOST, "b2 b1", True)], False, False, True),
+        ([Step(B1, LOST, "b2 b1", "sending")], False, False, True),
         ([Step(B1, LOST, "b1"), Step(B1, LOST, "b2")], True, False, False),
-        ([Step(B1, NOT_HERE, "b2", True)], False, False, True),
+        ([Step(B1, NOT_HERE, "b2", "sending")], False, False, True),
     ],
     ids=["unreachable", "no greeting", "greeted", "no greeting twice", "could not"],
 )
 def test_what_else_a_failure_means(
     steps: list[Step], outage: bool, renew: bool, impatient: bool
 ) -> None:
-    retry = play(Retries([B1, B2]), steps)[-1]
-    assert (retry.outage, retry.renew, retry.impatient) == (outage, renew, impatient)
+    retry = play(retries_on(B1, B2), steps)[-1]
+    assert (retry.outage, retry.renew, retry.need.impatient) == (
+        outage,
+        renew,
+        impatient,
+    )
