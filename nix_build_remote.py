@@ -295,17 +295,16 @@ class Error(Exception):
         error.meaning = self.meaning
         return error
 
-    def told(self, destination: str) -> str:
-        """Its words with the remedy, for a machine that is reached as [user@]host."""
-        remedy = self.remedy_for(destination)
+    def told(self, names: dict[str, str]) -> str:
+        """Its words with the remedy; names: see Machine.names."""
+        remedy = self.remedy_for(names)
         return f"{self} ({remedy})" if remedy else str(self)
 
-    def remedy_for(self, destination: str) -> str:
-        """The remedy, with that machine's host and user in it."""
-        user, _, host = destination.rpartition("@")
-        if "HOST" in self.remedy and not host:  # it is a store here
-            return ""
-        return self.remedy.replace("HOST", host).replace("USER", user or "USER")
+    def remedy_for(self, names: dict[str, str]) -> str:
+        """The remedy with a machine's names in it; "" if it needs others."""
+        with suppress(KeyError):
+            return self.remedy.format_map(names)
+        return ""
 
 
 class Unreachable(Error):
@@ -315,7 +314,10 @@ class Unreachable(Error):
 class WrongHostKey(Unreachable):
     """The host is not the one whose key the machines file names."""
 
-    lasting, remedy = True, "correct that field if the machine has a new key"
+    lasting = True
+    # From OpenSSH 10 on ssh-keyscan prints comments, too.
+    remedy = "if it has a new key, write into the last field of its line: "
+    remedy += "ssh-keyscan -t ed25519 -p {PORT} {HOST} | grep -v '^#' | cut -d' ' -f2- | base64 -w0"
 
 
 class SameStore(Unreachable):
@@ -394,38 +396,39 @@ class NixGone(Stop):
     """Nobody reads our messages: the Nix that started us has ended."""
 
 
-DAEMON = "if that login allows only nix-daemon, write ssh-ng://HOST in its line"
+DAEMON = "if that login allows only nix-daemon, write ssh-ng://{ADDRESS} in its line"
 
 # All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
 # it lasts; who says it: ssh, or far, a program on the builder (FAR: if that is sure); a name,
-# if the code asks for it; the words, one of which is enough; behind ` = ` a remedy.  The first
-# row that fits counts: an ssh that is refused may add that the connection was closed.
-SIGNS = f"""\
-lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
-lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
-lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
-lasts   ssh -        .pub": = name the private key in the machines file: that is the public one
-lasts   ssh OPEN     bad permissions = chmod 600 the key file
+# if the code asks for it; the words, one of which is enough; behind ` = ` a remedy, with names
+# of the machine (see Machine.names).  The first row that fits counts: an ssh that is refused may
+# add that the connection was closed.
+SIGNS = """\
+lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users {USER}
+lasts   ssh CHANGED  HAS CHANGED = if it was set up anew: ssh-keygen -R '{KNOWN}' && ssh {LOGIN} true
+lasts   ssh NEW      Host key verification failed = compare its host key and say yes: ssh {LOGIN} true
+lasts   ssh -        .pub": = in {WHERE}, name the private key: that is its public half
+lasts   ssh OPEN     bad permissions = chmod 600 {KEY}
 lasts   ssh -        Bad owner or permissions = that file of ssh's configuration must be its owner's, chmod 600
 lasts   ssh -        Bad configuration option = correct that file of ssh's configuration
 lasts   ssh -        no matching = ssh here and sshd there have no cipher or key type in common
 lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
-lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase? nix_build_remote.py check tells more
-lasts   far -        command not found | nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
-lasts   far DAEMON   protocol mismatch | EOF from daemon socket = {DAEMON}
+lasts   ssh DENIED   Permission denied ( = ssh-copy-id {LOGIN} (it asks for a password), or append the public key to ~/.ssh/authorized_keys there; the key must have no passphrase, and {USER} a shell
+lasts   far -        command not found | nix-store: not found = as root there: ln -s /DIR/nix-store /usr/bin/; or in {WHERE}, write ssh://{ADDRESS}?remote-program=/DIR/nix-store
+lasts   far DAEMON   protocol mismatch | EOF from daemon socket = DAEMON
 lasts   any READONLY paths is not allowed = the command of that key there must be: nix-store --serve --write
 lasts   far -        is not in the Nix store = its store is in another directory than the one here: no build of yours can run there
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
-lasts   FAR -        ermission denied | peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
+lasts   FAR -        ermission denied | peration not permitted = {USER} cannot write the store there: have nix-daemon run there, or log in as root
 passes  far -        daemon-socket = as root there: systemctl start nix-daemon.socket
-lasts   FAR -        onnection reset by peer | Broken pipe = allowed-users in nix.conf there must name USER, or its disk is full
+lasts   FAR -        onnection reset by peer | Broken pipe = allowed-users in nix.conf there must name {USER}, or its disk is full
 passes  any UNSHARED Control socket connect(
 passes  ssh SILENT   Connection refused = is sshd running there, on that port?
 passes  ssh SILENT   onnection timed out | peration timed out = is the machine on, and can it be reached from here?
 passes  ssh SLOW     timed out = is the machine on, and can it be reached from here?
 passes  ssh SILENT   No route to host | is down = is the machine on, and can it be reached from here?
-passes  ssh NAMELESS resolve hostname = is the name right, in the machines file and in DNS?
+passes  ssh NAMELESS resolve hostname = correct {WHERE}, or add {HOST} to DNS, /etc/hosts or ~/.ssh/config
 passes  ssh -        kex_exchange_identification | Connection closed by = if logins have just failed, sshd there may refuse this host: wait a minute
 passes  any FULL     disk is full | No space left on device | lack of free disk space = make room there, with nix-collect-garbage
 passes  ssh SLOW     not responding
@@ -443,15 +446,15 @@ unknown any SPOILT   look like something created by
 unknown far OVERTIME timed out after
 unknown far BROKEN   builder for ' | builder failed
 unknown far FAILED   in fixed-output derivation | may not be deterministic | is not allowed to | bytes of log output
-"""
+""".replace("= DAEMON", f"= {DAEMON}")
 LASTING = {"lasts": True, "passes": False, "unknown": None}
 # Whose words a row may be in; "" if that is not known.
 SPEAKERS = {"ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
 SPEAKERS["any"] = ("ssh", "far", "")
 # What to do if a program there ends, or ssh does, and nothing above tells why.
-USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
-CHATTY = "a start-up file there may print nothing; or is USER's shell none?"
-CHATTY += " as root there: chsh -s /bin/sh USER"
+USELESS = "that login does not run nix-store; try: ssh {LOGIN} nix-store --version"
+CHATTY = "a start-up file there may print nothing; or is {USER}'s shell none?"
+CHATTY += " as root there: chsh -s /bin/sh {USER}"
 
 
 def signs_in(words: str, speaker: str = "") -> Iterator[tuple[bool | None, str, str]]:
@@ -1161,6 +1164,26 @@ class Machine(NamedTuple):
     def host(self) -> str:
         """The destination without the user."""
         return self.destination.rpartition("@")[2]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What remedies name, as far as it has that; a store here is reached without ssh.
+        LOGIN is what a person types behind `ssh`, KNOWN its name in known_hosts."""
+        key, port, host = self.key, self.port, self.host
+        user = self.destination.rpartition("@")[0] or "USER"
+        names = {"WHERE": self.where, "KEY": key or "the key file", "USER": user}
+        if host:
+            words = [f"-i {key} " if key else "", f"-p {port} " if port else ""]
+            names["LOGIN"] = "".join(words) + self.destination
+            names["KNOWN"] = f"[{host}]:{port}" if port else host
+            names["ADDRESS"] = called(self.name)
+            names |= {"HOST": host, "PORT": str(port or 22)}
+        return names
+
+
+def called(name: str) -> str:
+    """What people call a machine of that name: without scheme and parameters."""
+    return name.partition("?")[0].rpartition("//")[2] or name or "-"
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -5058,7 +5081,7 @@ class Attempt:
 
     def failed(self, error: Error) -> str:
         """What people are told of that error."""
-        return f"cannot {self.doing}: {error.told(self.machine.destination)}"
+        return f"cannot {self.doing}: {error.told(self.machine.names)}"
 
     def ask_for_inputs(self) -> set[str]:
         """Ask which inputs are there, which also keeps them there.  If the machine is known
@@ -5389,7 +5412,7 @@ class Build:
             return error
         if attempt:
             return Error(attempt.failed(error))
-        return Error(f"cannot build '{self.path}': {error.told('')}")
+        return Error(f"cannot build '{self.path}': {error.told({})}")
 
     def record(self, error: BaseException | None, result: str = "") -> None:
         """Add a line to the history: how the build has ended, None being success, or that an
@@ -5663,7 +5686,7 @@ class Hook:
             slot.free()
             site.outages.note(machine, slot.outage, error)
             site.retire(machine)
-            told = error.told(machine.destination)
+            told = error.told(machine.names)
             text = f"cannot build on '{machine.name}': {told}"
             if site.slots.remember(text):
                 self.talk.say(ERROR, text)
@@ -5922,21 +5945,15 @@ def where_machines_stand(nix: Nix) -> str:
     return f"{where}, which is not there" if missing else where
 
 
-def label(machine: Machine) -> str:
-    """What people call it."""
-    port = f":{machine.port}" if machine.port else ""
-    return f"{machine.destination}{port}" or machine.text.split()[0]
-
-
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
     """The machines that people name, or all of them; and complaints about the file."""
     known, complaints = load_machines(nix)
     chosen = []
     for word in words:
-        names = {m: (m.name, m.host, m.destination, label(m)) for m in known}
+        names = {m: (m.name, m.host, m.destination, called(m.name)) for m in known}
         found = [m for m in known if word in (*names[m], m.text.split()[0])]
         if not found:
-            there = ", ".join(m.host or label(m) for m in known) or "none"
+            there = ", ".join(m.host or called(m.name) for m in known) or "none"
             where = f"is listed in {where_machines_stand(nix)}"
             raise Error(f"no machine {word!r} {where}; there are: {there}")
         chosen += found
@@ -5949,9 +5966,7 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
 ASK = """\
 exec 2> /dev/null
 echo "begin ."
-echo "path $PATH"
 echo "user $(id -un)"
-echo "found $(command -v nix-store)"
 for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
     /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
 do [ -x "$place/nix-store" ] && echo "place $place/nix-store" && PATH=$PATH:$place; done
@@ -5966,33 +5981,16 @@ RARE_FEATURES = "benchmark nixos-test uid-range ca-derivations recursive-nix"
 COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
-class Finding(NamedTuple):
-    """What was found of one thing.
-
-    what: the column; text: for people; brief: for the table; remedy: what to type or to
-    write, if it is wrong.
-    """
-
-    what: str
-    state: str
-    brief: str
-    text: str
-    remedy: str = ""
-
-
 class Inspection:
     """All that there is to find out about one machine."""
 
     def __init__(self, machine: Machine, nix: Nix, folder: str) -> None:
         self.machine, self.nix, self.folder = machine, nix, folder
-        self.key = os.path.expanduser(machine.key)
-        self.port = f"-p {machine.port} " if machine.port else ""
-        identity = f"-i {self.key} " if self.key else ""
-        # What a person types behind `ssh`, to get there.
-        self.login = f"{identity}{self.port}{machine.destination}"
-        self.found: list[Finding] = []
+        self.names = machine.names
+        self.there = f"ssh {self.names.get('LOGIN', '')}"  # begins what is typed there
+        self.found: list[dict[str, str]] = []  # see add
         self.phase = "waiting"  # what is done now, for people
-        self.facts: dict[str, str] = {}  # what LOOK says
+        self.facts: dict[str, str] = {}  # what ASK and LOOK say
         self.done = False
         self.pause = ""  # see Slots.pause
         self.process: subprocess.Popen[bytes] | None = None  # nix-build
@@ -6015,30 +6013,29 @@ class Inspection:
         finally:
             self.done = True
 
-    @property
-    def well(self) -> bool:
-        """Whether nothing is wrong, up to the build."""
-        states = {found.what: found.state for found in self.found}
-        return "build" in states and WRONG not in states.values()
+    def as_dict(self) -> dict[str, Any]:
+        """For programs; it is well if nothing is wrong, up to the build."""
+        states = {found["what"]: found["state"] for found in self.found}
+        well = "build" in states and WRONG not in states.values()
+        value = {
+            "machine": self.machine.name,
+            "where": self.machine.where,
+            "well": well,
+        }
+        return {**value, "paused": self.pause or None, "findings": self.found}
 
-    def as_dict(self) -> dict[str, object]:
-        """For programs."""
-        found, machine = [found._asdict() for found in self.found], self.machine
-        value = {"machine": machine.name, "where": machine.where, "well": self.well}
-        return {**value, "paused": self.pause or None, "findings": found}
-
-    def add(self, what: str, state: str, *words: str) -> bool:
-        """Note a finding; returns whether there is a point in going on."""
-        self.found.append(Finding(what, state, *words))
+    def add(
+        self, what: str, state: str, brief: str, text: str, remedy: str = ""
+    ) -> bool:
+        """Note a finding for that column: briefly for the table, a text for people, and what
+        to type or to write if it is wrong.  Returns whether there is a point in going on."""
+        found = {"what": what, "state": state, "brief": brief, "text": text}
+        self.found.append({**found, "remedy": remedy})
         return state != WRONG
 
     def unknown(self, text: str, *columns: str) -> bool:
         """Note why these cannot be found out, which is no reason to stop."""
         return all(self.add(what, UNKNOWN, "-", text) for what in columns)
-
-    def ssh_line(self, command: str) -> str:
-        """What a person types to do something there."""
-        return f"ssh {self.login} {command}"
 
     def log_in(self) -> bool:
         """By an ssh of its own: a shared one may be older than what has changed."""
@@ -6049,15 +6046,12 @@ class Inspection:
             return not self.add("build", OK, "here", "it is this machine")
         if not self.seat.way.there:
             return self.unknown("it is a store here", "ssh", "login")
-        key = self.key
-        if key and "%" not in key and not os.path.isfile(key):
-            make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key()}"
+        key = os.path.expanduser(self.machine.key)
+        if key and "%" not in key and not os.path.isfile(key):  # ssh goes on without it
+            make = f"ssh-keygen -t ed25519 -N '' -f {key}"
             remedy = f"if {self.machine.where} names the right file: {make}"
+            remedy += f" && ssh-copy-id {self.names['LOGIN']}"
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
-        if key.endswith(".pub"):
-            remedy = f"in {self.machine.where}, name {key[:-4]}, the private one"
-            text = f"{key} is the public half of a key"
-            return self.add("login", WRONG, "NO KEY", text, remedy)
         self.asked = int(time.time())
         process = self.seat.start("sh")
         answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
@@ -6067,73 +6061,42 @@ class Inspection:
         self.answered = int(time.time())
         self.facts = facts(decode(answer))
         refused = process.returncode in (255, -9)  # by ssh; or we have killed it
-        return self.refused(decode(words)) if refused else True
+        return self.refused(decode(words), key) if refused else True
 
-    def refused(self, words: str) -> bool:
-        """Tell of ssh's own words, and what to type, as exactly as they tell it."""
+    def refused(self, words: str, key: str) -> bool:
+        """Tell of ssh's own words, or ours if they are clearer, and what to type."""
         error = self.seat.ssh.refusal(words) or Unreachable("ssh ended without a word")
-        text, remedy = self.explain_refusal(error)
-        brief = "DENIED" if error.meaning == "DENIED" else "FAILED"
-        column = "ssh" if error.meaning in ("NAMELESS", "SILENT") else "login"
-        return self.add(column, WRONG, brief, text.removeprefix("ssh: "), remedy)
-
-    def explain_refusal(self, error: Error) -> tuple[str, str]:
-        """ssh's words, or ours if they are clearer, and the remedy."""
-        machine, host, once = self.machine, self.machine.host, self.ssh_line("true")
-        name = f"[{host}]:{machine.port}" if machine.port else host
-        key, text, places = self.key, str(error), "DNS, /etc/hosts or ~/.ssh/config"
-        if isinstance(error, WrongHostKey):
-            # From OpenSSH 10 on it prints comments, too.
-            scan = f"ssh-keyscan -t ed25519 {self.port}{host} | grep -v '^#'"
-            scan += " | cut -d' ' -f2- | base64 -w0"
-            hint = "if that is right, and the machine has a new key, write this into"
-            return text, f"{hint} the last field of its line: {scan}"
+        text, remedy = str(error).removeprefix("ssh: "), error.remedy_for(self.names)
+        command, brief = ["ssh-keygen", "-y", "-P", "", "-f", key], "FAILED"
+        if error.meaning == "CHANGED":
+            text = "its host key has changed"
         if error.meaning == "DENIED":
-            return self.denied(text)
-        if error.meaning == "OPEN" and key:
-            return f"the key {key} may be read by others", f"chmod 600 {key}"
-        new = f"if it was set up anew: ssh-keygen -R '{name}' && {once}"
-        ours = {
-            "CHANGED": ("its host key has changed", new),
-            "NEW": (text, f"compare its host key and say yes: {once}"),
-            "NAMELESS": (text, f"correct {machine.where}, or add {host} to {places}"),
-        }
-        return ours.get(error.meaning, (text, error.remedy_for(machine.destination)))
-
-    def denied(self, text: str) -> tuple[str, str]:
-        """Why a key does not let us in, as far as it can be seen from here."""
-        key, command = self.key, ["ssh-keygen", "-y", "-P", "", "-f", self.key]
-        if key and self.site.programs.output(command, self.seat.ssh.environ)[0] != 0:
-            text = f"the key {key} has a passphrase, or is none; {text}"
-            return text, f"take the passphrase off: ssh-keygen -p -N '' -f {key}"
-        return text, self.copy_key()
-
-    def copy_key(self) -> str:
-        """How to have its key accepted, or the user's own if none is named."""
-        public = f"{self.key}.pub" if self.key else "your public key"
-        copy = f"ssh-copy-id {self.login} (it asks for a password)"
-        return f"{copy}, or append {public} to ~/.ssh/authorized_keys there"
+            brief, environ = "DENIED", self.seat.ssh.environ
+            if key and self.site.programs.output(command, environ)[0] != 0:
+                text = f"the key {key} has a passphrase, or is none; {text}"
+                remedy = f"take the passphrase off: ssh-keygen -p -N '' -f {key}"
+        column = "ssh" if error.meaning in ("NAMELESS", "SILENT") else "login"
+        return self.add(column, WRONG, brief, text, remedy)
 
     def find_nix(self) -> bool:
         """Talk with nix-store there."""
         from timeit import repeat
 
         self.phase = "asking nix-store"
-        is_usual = self.seat.way.there[:1] == SERVE[:1]
-        if "begin" in self.facts and not self.facts.get("found") and is_usual:
-            return self.no_nix()
         session = Session(self.seat, GREETING_TIMEOUT_S)
         try:
             session.greet()
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
             self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
         except SessionLost as error:
-            may_do = isinstance(error, Refused) and self.seat.other_way()
-            if may_do and self.seat.chosen:
+            refused = isinstance(error, Refused)
+            if refused and self.seat.other_way() and self.seat.chosen:
                 return self.find_nix()
+            place, remedy = self.facts.get("place"), error.remedy_for(self.names)
+            if place and only(place, PLAIN):  # people will paste it
+                remedy = remedy.replace("/DIR/nix-store", place)
             if "begin" in self.facts:
                 self.logged_in()
-            remedy = error.remedy_for(self.machine.destination)
             self.add("nix", WRONG, "FAILED", str(error), remedy)
             if "begin" in self.facts:
                 self.disk()  # if that is full, that is why
@@ -6172,20 +6135,6 @@ class Inspection:
         user = self.facts.get("user")
         self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
 
-    def no_nix(self) -> bool:
-        """Note that a login finds no nix-store, and what to do."""
-        place = self.facts.get("place", "")
-        remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
-        if place and only(place, PLAIN):  # people will paste it
-            base, parameters = split_parameters(self.machine.text.split()[0])
-            base = f"ssh://{base.rpartition('://')[2]}"  # in ssh-ng:// it is nix-daemon
-            uri = with_parameters(base, {**parameters, "remote-program": place})
-            line = f"ln -s {place} /usr/local/bin/"
-            remedy = f"in {self.machine.where}, write {uri}; or as root there: {line}"
-        self.logged_in()
-        text = "no nix-store in the PATH of a login without a terminal"
-        return self.add("nix", WRONG, "NONE", text, remedy)
-
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
         if "begin" in self.facts:
@@ -6200,22 +6149,24 @@ class Inspection:
         if "system" not in self.facts:
             return self.unknown("its Nix does not say for what it builds", "offers")
         told = f"{self.facts['system']} {self.facts.get('extra-platforms', '')}".split()
-        systems = [system for system in told if only(system, PLAIN)]  # for our remedy
-        features = self.facts.get("system-features", "").split()
-        if lacking := sorted({*machine.systems} - {*systems, "builtin"}):
-            text = f"{where} says that it builds {', '.join(lacking)}, "
-            text += f"but its Nix builds {', '.join(systems)}"
-            right = sorted({*machine.systems} & {*systems}) or systems[:1]
-            remedy = f"write into the second field: {','.join(right)}"
-            return self.add("offers", WRONG, "SYSTEM", text, remedy)
-        claimed = machine.supported | machine.mandatory
-        if lacking := sorted(claimed - set(features)):
-            text = f"{where} says that it has {', '.join(lacking)}, "
-            text += f"but its Nix offers {', '.join(features) or 'no features'}"
-            remedy = "take it out there, or write into nix.conf on the builder: "
-            remedy += f"extra-system-features = {' '.join(lacking)}"
-            return self.add("offers", WRONG, "FEATURE", text, remedy)
-        if more := sorted({*features} - claimed - {*RARE_FEATURES.split()}):
+        offered = [system for system in told if only(system, PLAIN)]  # for our remedy
+        lacking = {*machine.systems} - {*offered, "builtin"}
+        right = sorted({*machine.systems} & {*offered}) or offered[:1]
+        brief, remedy = "SYSTEM", f"write into the second field: {','.join(right)}"
+        if not lacking:
+            offered = self.facts.get("system-features", "").split()
+            lacking = {*machine.supported, *machine.mandatory} - {*offered}
+            brief, remedy = (
+                "FEATURE",
+                "take it out there, or write into nix.conf on the builder: ",
+            )
+            remedy += f"extra-system-features = {' '.join(sorted(lacking))}"
+        if lacking:
+            text = f"{where} says that it offers {', '.join(sorted(lacking))}, "
+            text += f"but its Nix offers {', '.join(offered) or 'nothing'}"
+            return self.add("offers", WRONG, brief, text, remedy)
+        known = machine.supported | machine.mandatory | {*RARE_FEATURES.split()}
+        if more := sorted({*offered} - known):
             text = f"it also offers {', '.join(more)}, which {where} does not claim"
             return self.add("offers", NOTE, "ok", text)
         return self.add("offers", OK, "ok", "builds what is claimed")
@@ -6223,14 +6174,16 @@ class Inspection:
     def disk(self) -> bool:
         """How much room its store has."""
         look = Look({"disk": self.facts.get("disk", ""), "asked": str(self.answered)})
+        free = amount(1024 * look.number("disk", 1))
         if not look.number("disk"):
             text = "it does not say how full its disk is (there may be no store yet)"
             return self.unknown(text, "disk")
-        free = amount(1024 * look.number("disk", 1))
         if not look.closed:
             return self.add("disk", OK, free, f"{free} free in its store")
-        remedy, text = self.ssh_line("nix-collect-garbage -d"), f"it {look.closed}"
-        return self.add("disk", WRONG, free, f"{text}: no builds go there", remedy)
+        text = f"it {look.closed}: no builds go there"
+        return self.add(
+            "disk", WRONG, free, text, f"{self.there} nix-collect-garbage -d"
+        )
 
     def clock(self) -> bool:
         """Whether its clock is that of here."""
@@ -6239,32 +6192,31 @@ class Inspection:
         there = int(self.facts["time"])
         off = there - max(self.asked, min(there, self.answered))
         brief = f"{off:+} s" if off else "ok"
-        if abs(off) > CLOCK_S:
-            side = "ahead" if off > 0 else "behind"
-            text = f"its clock is {duration(abs(off))} {side} of the one here"
-            remedy = self.ssh_line("timedatectl set-ntp true")
-            return self.add("clock", WRONG, brief, text, remedy)
-        return self.add("clock", OK, brief, "its clock is right")
+        if abs(off) <= CLOCK_S:
+            return self.add("clock", OK, brief, "its clock is right")
+        side = "ahead" if off > 0 else "behind"
+        text = f"its clock is {duration(abs(off))} {side} of the one here"
+        remedy = f"{self.there} timedatectl set-ntp true"
+        return self.add("clock", WRONG, brief, text, remedy)
 
     def cores(self) -> bool:
         """Whether it has cores for its jobs."""
         cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
         if not cores.isdigit():
             return self.unknown("it does not say how many cores it has", "cores")
-        load = self.facts.get("load") or "unknown"
-        text = f"{cores} cores for {jobs} jobs, load {load}"
-        if jobs <= 2 * int(cores):
-            return self.add("cores", OK, f"{cores}/{jobs}", text)
-        text += ": a lower maxJobs would be quicker"
-        return self.add("cores", NOTE, f"{cores}/{jobs}", text)
+        few = jobs > 2 * int(cores)
+        text = (
+            f"{cores} cores for {jobs} jobs, load {self.facts.get('load') or 'unknown'}"
+        )
+        text += ": a lower maxJobs would be quicker" if few else ""
+        return self.add("cores", NOTE if few else OK, f"{cores}/{jobs}", text)
 
     def build(self) -> bool:
         """A real build, by the Nix here and this very hook."""
         self.phase = "building"
         if "closed" in self.facts:  # its admin lets no builds go there
             text = f"it has {CLOSED}: {self.facts['closed'] or 'no reason given'}"
-            remedy = self.ssh_line(f"rm {CLOSED}")
-            return self.add("build", WRONG, "CLOSED", text, remedy)
+            return self.add("build", WRONG, "CLOSED", text, f"{self.there} rm {CLOSED}")
         if os.geteuid() != 0 and not os.access(self.nix.store.real, os.W_OK):
             text = "not tried: the daemon builds here, so try it as root"
             return self.unknown(text, "build")
@@ -6319,17 +6271,17 @@ class Inspection:
             text = "\n".join(lines[next(bad, -3) :])
             text = text.partition("\nerror:")[0]  # Nix's own comes last
             error = heard(Error, " ".join(text.removeprefix("error: ").split()))
-            remedy = error.remedy_for(self.machine.destination)
-            text = f"a tiny build failed: {error}"
+            text, remedy = f"a tiny build failed: {error}", error.remedy_for(self.names)
             return self.add("build", WRONG, "FAILED", text, remedy)
         if UNTRUSTED_USER in said:
             user = self.facts.get("user", "")
             user = user if is_word(user) else "USER"
-            text = f"its Nix does not trust the user {user}: builds work, but take "
-            text += "longer (the derivation's closure is sent), and unsigned inputs "
-            text += "will be refused"
-            remedy = "on the builder, in /etc/nix/nix.conf: extra-trusted-users = "
-            remedy += f"{user} (in 2.3 and older: trusted-users = root {user}); "
+            text = f"its Nix does not trust the user {user}: builds take longer (the "
+            text += "derivation's closure is sent), and unsigned inputs will be refused"
+            remedy = (
+                f"on the builder, in /etc/nix/nix.conf: extra-trusted-users = {user} "
+            )
+            remedy += f"(in 2.3 and older: trusted-users = root {user}); "
             remedy += "then: systemctl restart nix-daemon"
             return self.add("build", WRONG, "LIMITED", text, remedy)
         brief = f"{took:.1f} s"
@@ -6388,12 +6340,10 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
         make_slots(nix)
     note = unused(nix)
     complaints += wrong_hook(nix)
-    inspections = inspect_all(machines, nix, screen)
-    found = [inspection.as_dict() for inspection in inspections]
+    found = [i.as_dict() for i in inspect_all(machines, nix, screen)]
     value = {"complaints": complaints, "note": note, "machines": found}
-    lines = inspection_lines(inspections, complaints, screen)
-    screen.show(value, lines + screen.wrap("", note))
-    return 0 if all(i.well for i in inspections) and not complaints else 1
+    screen.show(value, check_lines(value, screen) + screen.wrap("", note))
+    return 0 if all(m["well"] for m in found) and not complaints else 1
 
 
 def make_slots(nix: Nix) -> Slots:
@@ -6432,57 +6382,48 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
 
 def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
     """Until all are done, say on standard error how far they are."""
-    busy, terminal = [*inspections], sys.stderr.isatty()
-    while busy:
+    terminal, left, count = sys.stderr.isatty(), len(inspections), len(inspections)
+    while left:
         time.sleep(0.1)
-        for inspection in [i for i in busy if i.done]:
-            busy.remove(inspection)
-            if not terminal:
-                well = "well" if inspection.well else "not well"
-                count = f"{len(inspections) - len(busy)} of {len(inspections)} tried"
-                print(f"{label(inspection.machine)}: {well} ({count})", file=sys.stderr)
+        before, busy = left, [i for i in inspections if not i.done]
+        left = len(busy)
+        names = ", ".join(f"{called(i.machine.name)} {i.phase}" for i in busy)
+        text = f"{count - left} of {count} done" + (f"; {names}" if busy else "")
         if terminal:
-            names = ", ".join(f"{label(i.machine)} {i.phase}" for i in busy)
-            text = f"{len(inspections) - len(busy)} of {len(inspections)} done; {names}"
             text = text[: screen.width - 1] if busy else ""
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif left != before:
+            print(text, file=sys.stderr)
 
 
-def inspection_lines(
-    inspections: list[Inspection], complaints: list[str], screen: Screen
-) -> list[str]:
+def check_lines(value: dict[str, Any], screen: Screen) -> list[str]:
     """A table, and below each line what is wrong."""
+    complaints, machines = value["complaints"], value["machines"]
     lines = [screen.paint(text, WRONG) for text in screen.wrap("", *complaints)]
     rows = [["machine", *COLUMNS]]
-    for inspection in inspections:
-        brief = {found.what: found.brief for found in inspection.found}
+    for machine in machines:
+        brief = {found["what"]: found["brief"] for found in machine["findings"]}
         cells = [brief.get(column, "-") for column in COLUMNS]
-        rows.append([label(inspection.machine), *cells])
+        rows.append([called(machine["machine"]), *cells])
     head, *heads = table(rows)
     if max(map(len, [head, *heads])) > screen.width:  # then each name has its own line
         head, *heads = table([row[1:] for row in rows])
         heads = [f"{row[0]}\n{text}" for row, text in zip(rows[1:], heads)]
-    lines += [head] if inspections else []
-    for text, inspection in zip(heads, inspections):
-        lines.append(screen.paint(text, OK if inspection.well else WRONG))
-        lines += finding_lines(inspection, screen)
-    ill = sum(not inspection.well for inspection in inspections)
+    lines += [head] if machines else []
+    for text, machine in zip(heads, machines):
+        lines.append(screen.paint(text, OK if machine["well"] else WRONG))
+        lines += screen.wrap("    ", machine["paused"] or "")
+        for found in machine["findings"]:
+            if found["state"] in (WRONG, NOTE):
+                lines += screen.wrap("    ", f"{found['what']}: {found['text']}")
+            if found["remedy"]:  # whole, to be pasted
+                lines.append(f"    to do: {printable(found['remedy'])}")
+    ill = sum(not machine["well"] for machine in machines)
     verdict = "Not all is well." if complaints else "All machines are well."
     if ill:
-        are = "machine is" if len(inspections) == 1 else "machines are"
-        verdict = f"{ill} of {len(inspections)} {are} not well."
+        are = "machine is" if len(machines) == 1 else "machines are"
+        verdict = f"{ill} of {len(machines)} {are} not well."
     return [*lines, screen.paint(verdict, WRONG if ill or complaints else OK)]
-
-
-def finding_lines(inspection: Inspection, screen: Screen) -> list[str]:
-    """What is wrong with one machine, and what else to note."""
-    lines = screen.wrap("    ", inspection.pause)
-    for found in inspection.found:
-        if found.state in (WRONG, NOTE):
-            lines += screen.wrap("    ", f"{found.what}: {found.text}")
-        if found.state == WRONG and found.remedy:
-            lines.append(f"    to do: {printable(found.remedy)}")  # whole, to be pasted
-    return lines
 
 
 # ---- status -------------------------------------------------------------------------
@@ -6625,7 +6566,7 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
         text = f"{len(ill)} of {len(loads)} machines left alone, {len(waiters)} waiting"
         quits = " (q: quit)" if screen.terminal else ""
         lines = screen.wrap("", f"{time.strftime('%H:%M:%S')}  {text}{quits}")
-    hosts = {machine.slots: label(machine) for machine in load_machines(nix)[0]}
+    hosts = {machine.slots: called(machine.name) for machine in load_machines(nix)[0]}
     lines += status_lines(loads, waiters, hosts, screen)
     if not machines:
         lines.append(f"no machines are listed ({where_machines_stand(nix)})")
@@ -6636,11 +6577,11 @@ def slots_line(load: Load) -> list[str]:
     """What the machine is called, a character for each slot, or fewer, and the count."""
     machine, taken, slots = load.machine, len(load.building), load.machine.max_jobs
     if not machine.ways:
-        return [label(machine), "", f"this machine, of speed {machine.speed:g}"]
+        return [called(machine.name), "", f"this machine, of speed {machine.speed:g}"]
     others, whole = load.look.others, slots or 1
     more = f", {others} by builds of others" if others else ""
     shares = bar(min(slots, BAR), (taken + others) / whole, taken / whole)
-    return [label(machine), shares, f"{taken} of {slots} slots taken{more}"]
+    return [called(machine.name), shares, f"{taken} of {slots} slots taken{more}"]
 
 
 def bar(width: int, full: float, ours: float = 1) -> str:
@@ -6746,7 +6687,7 @@ def pause_text(length: str, why: str) -> str:
 def slots_of(options: Namespace, nix: Nix) -> tuple[Slots, list[Machine]]:
     """The slots that hooks count, and the named machines."""
     machines, _ = machines_named(options.names, nix)
-    if here := [label(machine) for machine in machines if not machine.ways]:
+    if here := [called(machine.name) for machine in machines if not machine.ways]:
         raise Error(f"{here[0]} is this machine: Nix itself builds here")
     return make_slots(nix), machines
 
@@ -6759,7 +6700,7 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
     with slots.main_lock():
         for machine in machines:
             if before := slots.pause(machine):
-                print(f"{label(machine)} was {before}", file=sys.stderr)
+                print(f"{called(machine.name)} was {before}", file=sys.stderr)
             write_private(slots.file(machine, "paused"), text)
     show_status(options, nix, screen)
     while options.wait and is_busy(slots, machines):
@@ -6772,7 +6713,7 @@ def is_busy(slots: Slots, machines: list[Machine]) -> bool:
     loads, _ = overview(slots, machines)
     for machine in machines:
         if not slots.pause(machine):
-            raise Error(f"{label(machine)} is not paused any more")
+            raise Error(f"{called(machine.name)} is not paused any more")
     return any(load.building or load.fetching for load in loads)
 
 
@@ -6780,7 +6721,9 @@ def resume(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Send a machine builds again."""
     slots, machines = slots_of(options, nix)
     was = {machine: slots.pause(machine) for machine in machines}
-    lines = [f"{label(m)} was {words or 'not paused'}" for m, words in was.items()]
+    lines = [
+        f"{called(m.name)} was {words or 'not paused'}" for m, words in was.items()
+    ]
     for machine in machines:
         remove(slots.file(machine, "paused"))
     screen.show({machine.name: words or None for machine, words in was.items()}, lines)
@@ -6887,14 +6830,16 @@ class Choice(NamedTuple):
         for number, load in enumerate(self.ranked, 1):
             machine, taken = load.machine, load.taken
             slots, share = f"{taken} of {machine.max_jobs}", taken / machine.speed
-            rows.append([f"{number}.", label(machine), slots, f"{machine.speed:g}"])
+            rows.append(
+                [f"{number}.", called(machine.name), slots, f"{machine.speed:g}"]
+            )
             rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
         if self.ranked:
             lines += [*table(rows), *screen.wrap("", RANKING)]
         else:
             lines.append(screen.paint("No machine can take it now.", WRONG))
         lines += ["Left out:"] if self.out else []
-        out = (f"{label(m)} {reason} ({m.where})" for m, reason in self.out)
+        out = (f"{called(m.name)} {reason} ({m.where})" for m, reason in self.out)
         lines += screen.wrap("    ", *out)
         itself = "may build it itself"
         if any(not machine.ways for machine, _ in self.out):
@@ -6954,11 +6899,6 @@ def read_history(slots: Slots, *files: str) -> list[dict[str, Any]]:
     return found
 
 
-def called(machine: str) -> str:
-    """The host of a machine of that name, which need not be listed any more."""
-    return machine.partition("?")[0].rpartition("//")[2].rpartition("@")[2] or "-"
-
-
 def time_bar(builds: list[dict[str, Any]]) -> str:
     """The first letter of each phase, as often as its share of their time is."""
     spent = [sum(build[phase] for build in builds) for phase in PHASES]
@@ -6992,13 +6932,13 @@ def history_lines(builds: list[dict[str, Any]]) -> list[str]:
 
 def history(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show which builds have ended, where, how long they took, and why they failed."""
-    slots, host = Slots.find(nix), called(options.machine)
+    slots, wanted = Slots.find(nix), called(options.machine)
     since = time.time() - seconds_of(options.since) if options.since else 0
     builds = [
         build
         for build in read_history(slots, f"{slots.history}.old", slots.history)
         if build["when"] >= since
-        and (not options.machine or called(build["machine"]) == host)
+        and wanted in ("-", name := called(build["machine"]), name.rpartition("@")[2])
         and not (options.failed and build["result"] in WELL)
     ]
     screen.show(builds, history_lines(builds))

@@ -762,7 +762,7 @@ def outcome(taker: Taker, take: Callable[[Taker, bytes], bool], case: bytes) -> 
         result = "accepted" if take(taker, case) else "refused"
     except hook.Error as error:
         result = type(error).__name__
-        talk.say(hook.ERROR, error.told(taker.machine.destination))
+        talk.say(hook.ERROR, error.told(taker.machine.names))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     *lines, rest = os.pread(2, os.fstat(2).st_size, 0).decode().split("\n")
