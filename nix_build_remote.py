@@ -1183,7 +1183,7 @@ class Machine(NamedTuple):
 
 def called(name: str) -> str:
     """What people call a machine of that name: without scheme and parameters."""
-    return name.partition("?")[0].rpartition("//")[2] or name or "-"
+    return name.partition("?")[0].partition("://")[2] or name or "-"
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -6429,90 +6429,77 @@ def check_lines(value: dict[str, Any], screen: Screen) -> list[str]:
 # ---- status -------------------------------------------------------------------------
 
 
-class Holder(NamedTuple):
-    """Who holds a lock, as its file says; pid 0 if that is not known."""
-
-    pid: int
-    since: float
-    phase: str
-    derivation: str
-
-    @classmethod
-    def parse(cls, text: str) -> Holder:
-        """What is said by another program, or of an ended process, is not believed."""
-        with suppress(ValueError):
-            words = text.partition("\n")[0].split(" ")
-            pid, start, _, since, phase, derivation = words
-            if is_alive(pid, start) and math.isfinite(float(since)):
-                return cls(int(pid), float(since), phase, derivation)
-        return cls(0, 0.0, "", "")
-
-    def text(self, now: float) -> str:
-        """One line for people."""
-        if not self.pid:
-            return "taken by another program, such as Nix's own hook"
-        age = duration(now - self.since)
-        phase = "" if self.phase == "waiting" else f"{self.phase:10} "
-        return printable(f"{phase}{short(self.derivation)} for {age}, pid {self.pid}")
+def holder_of(text: str) -> dict[str, Any]:
+    """Who holds a lock, as its file says, by the name of each thing; pid 0 if that is not
+    known: what another program says, or an ended process, is not believed."""
+    with suppress(ValueError):
+        pid, start, _, since, phase, derivation = text.partition("\n")[0].split(" ")
+        if is_alive(pid, start) and math.isfinite(float(since)):
+            known = {"phase": phase, "derivation": derivation}
+            return {"pid": int(pid), "since": float(since), **known}
+    return {"pid": 0, "since": 0.0, "phase": "", "derivation": ""}
 
 
-class Load(NamedTuple):
-    """How things are with one machine.
-
-    taken: its slots that are, by others, too; closed: why it gets no new builds, "" if its
-    slots are taken; known: how many of a build's inputs it has had.
-    """
-
-    machine: Machine
-    building: list[Holder]
-    fetching: list[Holder]
-    outage: Outage | None
-    look: Look = Look({})
-    taken: int = 0
-    closed: str | None = None
-    known: int = 0
+def holder_line(holder: dict[str, Any]) -> str:
+    """The same for people."""
+    if not holder["pid"]:
+        return "taken by another program, such as Nix's own hook"
+    age, name = duration(time.time() - holder["since"]), short(holder["derivation"])
+    phase = "" if holder["phase"] == "waiting" else f"{holder['phase']:10} "
+    return printable(f"{phase}{name} for {age}, pid {holder['pid']}")
 
 
-class Waiter(NamedTuple):
-    """Who stands at a place in line; names: of the slots that are waited for."""
-
-    place: int
-    holder: Holder
-    names: list[str]
-
-
-def overview(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
+def overview(slots: Slots, machines: list[Machine]) -> dict[str, list[dict[str, Any]]]:
     """How things are with these machines, and who waits; Error if we may not read that.
     Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
         with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
-            return [load_of(slots, machine) for machine in machines], waiters_in(slots)
+            loads = [load_of(slots, machine) for machine in machines]
+            return {"machines": loads, "waiting": waiters_in(slots)}
     except FileNotFoundError:  # no hook has ever run
-        return [Load(machine, [], [], None) for machine in machines], []
+        return {"machines": [*map(idle, machines)], "waiting": []}
     except OSError as error:
         raise Error(f"cannot read {error.filename}; try it as root") from None
 
 
-def load_of(slots: Slots, machine: Machine) -> Load:
+def idle(machine: Machine) -> dict[str, Any]:
+    """How things are with a machine that nobody uses.
+
+    here: whether it is this machine; taken: its slots that are, load: by others, too;
+    away: its outage, closed: why it gets no new builds, else None; look: what it said.
+    """
+    value: dict[str, Any] = {"machine": machine.name, "where": machine.where}
+    value |= {"here": not machine.ways, "speed": machine.speed}
+    value |= {"slots": machine.max_jobs, "taken": 0, "load": 0, "others": 0}
+    value |= {"building": [], "fetching": [], "away": None, "closed": None, "look": {}}
+    return value
+
+
+def load_of(slots: Slots, machine: Machine) -> dict[str, Any]:
     """How things are with one machine."""
     numbers = range(machine.max_jobs)
     places = f"{slots.path}/{machine.slots}-", slots.file(machine, "fetch-")
     said = (held(slots, [f"{place}{n}" for n in numbers]) for place in places)
-    building, fetching = ([*map(Holder.parse, its.values())] for its in said)
-    outage, taken = Outages(slots).of(machine), {machine: len(building)}
-    slots.admits(machine, taken)
-    look, closed = slots.look(machine), None if outage else slots.refused.get(machine)
-    return Load(machine, building, fetching, outage, look, taken[machine], closed)
+    building, fetching = ([*map(holder_of, its.values())] for its in said)
+    outage, loads = Outages(slots).of(machine), {machine: len(building)}
+    slots.admits(machine, loads)
+    look, closed = slots.look(machine), slots.refused.get(machine) or None
+    value = {**idle(machine), "taken": len(building), "load": loads[machine]}
+    value |= {"building": building, "fetching": fetching, "others": look.others}
+    value |= {"away": outage and outage._asdict(), "look": look.said}
+    return {**value, "closed": None if outage else closed}
 
 
-def waiters_in(slots: Slots) -> list[Waiter]:
+def waiters_in(slots: Slots) -> list[dict[str, Any]]:
     """Who stands in the lines, from the first place of each on."""
     own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
     lines = (entry.partition(".") for entry in own if entry.startswith("line-"))
     places = sorted((line, int(n)) for line, _, n in lines if n.isdecimal())
-    files = {f"{slots.own}/{line}.{place}": place for line, place in places}
-    taken = held(slots, [*files]).items()
-    return [Waiter(files[f], Holder.parse(t), t.split("\n")[1:]) for f, t in taken]
+    files = {f"{slots.own}/{line}.{place}": place + 1 for line, place in places}
+    return [
+        {"place": files[file], **holder_of(text), "slot-names": text.split("\n")[1:]}
+        for file, text in held(slots, [*files]).items()
+    ]
 
 
 def held(slots: Slots, paths: list[str]) -> dict[str, str]:
@@ -6556,32 +6543,38 @@ def watch(show: Callable[[], None], terminal: bool) -> None:
 
 def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     """The same, once."""
+    from itertools import groupby
+
     machines, complaints = machines_named(options.names, nix)
-    loads, waiters = overview(Slots.find(nix), machines)
-    lines, value = [], status_json(loads, waiters)
+    value, lines = overview(Slots.find(nix), machines), []
+    loads, waiters = value.values()
     if options.watch:  # what there is no room for is at the end
-        ill = [load for load in loads if load.outage or load.closed]
-        ill.sort(key=lambda load: len(load.building))
-        loads = ill + [load for load in loads if not (load.outage or load.closed)]
+        ill = [load for load in loads if load["away"] or load["closed"]]
+        ill.sort(key=lambda load: len(load["building"]))
         text = f"{len(ill)} of {len(loads)} machines left alone, {len(waiters)} waiting"
+        loads = ill + [load for load in loads if load not in ill]
         quits = " (q: quit)" if screen.terminal else ""
         lines = screen.wrap("", f"{time.strftime('%H:%M:%S')}  {text}{quits}")
+    lines += status_lines(loads, screen)
     hosts = {machine.slots: called(machine.name) for machine in load_machines(nix)[0]}
-    lines += status_lines(loads, waiters, hosts, screen)
+    for names, line in groupby(waiters, key=lambda waiter: waiter["slot-names"]):
+        known = sorted({hosts.get(name, name) for name in names if name})
+        lines += screen.wrap("", f"waiting for {', '.join(known)}:")
+        lines += [f"    {w['place']}. {holder_line(w)}" for w in line]
     if not machines:
         lines.append(f"no machines are listed ({where_machines_stand(nix)})")
     screen.show(value, lines + screen.wrap("", *complaints))
 
 
-def slots_line(load: Load) -> list[str]:
+def slots_line(load: dict[str, Any]) -> list[str]:
     """What the machine is called, a character for each slot, or fewer, and the count."""
-    machine, taken, slots = load.machine, len(load.building), load.machine.max_jobs
-    if not machine.ways:
-        return [called(machine.name), "", f"this machine, of speed {machine.speed:g}"]
-    others, whole = load.look.others, slots or 1
+    name, taken, slots = called(load["machine"]), load["taken"], load["slots"]
+    if load["here"]:
+        return [name, "", f"this machine, of speed {load['speed']:g}"]
+    others, whole = load["others"], slots or 1
     more = f", {others} by builds of others" if others else ""
     shares = bar(min(slots, BAR), (taken + others) / whole, taken / whole)
-    return [called(machine.name), shares, f"{taken} of {slots} slots taken{more}"]
+    return [name, shares, f"{taken} of {slots} slots taken{more}"]
 
 
 def bar(width: int, full: float, ours: float = 1) -> str:
@@ -6606,62 +6599,30 @@ def look_line(look: Look) -> str:
     return f"{'; '.join(bars)}; {age} ago" if bars else ""
 
 
-def left_alone(outage: Outage) -> str:
+def left_alone(
+    failures: int, since: float, until: float, words: str, **more: Any
+) -> str:
     """What people are told of an outage."""
-    if not outage.failures:
-        return outage.words
+    if not failures:
+        return words
     now = time.time()
-    left = outage.until - now
-    until = f"for {duration(left)} more" if left > 0 else "until it answers"
-    times = "once" if outage.failures == 1 else f"{outage.failures} times"
-    age = duration(now - outage.since)
-    return f"left alone {until}, failed {times} in {age}: {outage.words}"
+    end = f"for {duration(until - now)} more" if until > now else "until it answers"
+    times = "once" if failures == 1 else f"{failures} times"
+    return f"left alone {end}, failed {times} in {duration(now - since)}: {words}"
 
 
-def status_lines(
-    loads: list[Load], waiters: list[Waiter], hosts: dict[str, str], screen: Screen
-) -> list[str]:
-    """How things are with the machines, and who waits, for people.  hosts: what they call a
-    machine, by its slots."""
-    from itertools import groupby
-
-    now, lines = time.time(), []
+def status_lines(loads: list[dict[str, Any]], screen: Screen) -> list[str]:
+    """How things are with these machines, for people."""
+    lines = []
     for head, load in zip(table([*map(slots_line, loads)]), loads):
-        lines.append(screen.paint(head, NOTE if load.outage or load.closed else OK))
-        if load.outage:
-            lines += screen.wrap("    ", left_alone(load.outage))
-        if load.closed:
-            lines += screen.wrap("    ", f"gets no new builds: it {load.closed}")
-        lines += screen.wrap("    ", look_line(load.look))
-        lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
-    for names, line in groupby(waiters, key=lambda waiter: waiter.names):
-        known = sorted({hosts.get(name, name) for name in names if name})
-        lines += screen.wrap("", f"waiting for {', '.join(known)}:")
-        lines += [f"    {w.place + 1}. {w.holder.text(now)}" for w in line]
+        away, closed = load["away"], load["closed"]
+        lines.append(screen.paint(head, NOTE if away or closed else OK))
+        why = left_alone(**away) if away else ""
+        why = f"gets no new builds: it {closed}" if closed else why
+        lines += screen.wrap("    ", why, look_line(Look(load["look"])))
+        holders = (*load["building"], *load["fetching"])
+        lines += [f"    {holder_line(holder)}" for holder in holders]
     return lines
-
-
-def status_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]:
-    """The same for programs."""
-    machines = [
-        {
-            "machine": load.machine.name,
-            "slots": load.machine.max_jobs,
-            "taken": len(load.building),
-            "building": [holder._asdict() for holder in load.building],
-            "fetching": [holder._asdict() for holder in load.fetching],
-            "away": load.outage and load.outage._asdict(),
-            "others": load.look.others,
-            "closed": load.closed or None,
-            "look": load.look.said,
-        }
-        for load in loads
-    ]
-    waiting = [
-        {"place": w.place + 1, **w.holder._asdict(), "slot-names": w.names}
-        for w in waiters
-    ]
-    return {"machines": machines, "waiting": waiting}
 
 
 # ---- pause and resume ---------------------------------------------------------------
@@ -6710,11 +6671,11 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 def is_busy(slots: Slots, machines: list[Machine]) -> bool:
     """Whether builds still use one of these paused machines; Error if one is not paused."""
-    loads, _ = overview(slots, machines)
+    loads = overview(slots, machines)["machines"]
     for machine in machines:
         if not slots.pause(machine):
             raise Error(f"{called(machine.name)} is not paused any more")
-    return any(load.building or load.fetching for load in loads)
+    return any(load["building"] or load["fetching"] for load in loads)
 
 
 def resume(options: Namespace, nix: Nix, screen: Screen) -> int:
@@ -6767,102 +6728,84 @@ RANKING = """The first is asked first.  Of equals: the faster, then the less loa
 the one that has had more of the inputs, then the one that is written first."""
 
 
-def why_not(load: Load, request: Request, nix: Nix) -> str:
+def why_not(machine: Machine, load: dict[str, Any], request: Request, nix: Nix) -> str:
     """Why a machine would not get this build now, or "" if it might."""
-    machine, taken = load.machine, len(load.building)
     if reason := unfit(machine, request, nix):
         return reason
-    if load.outage:
-        return f"is {left_alone(load.outage)}"
+    if load["away"]:
+        return f"is {left_alone(**load['away'])}"
     if Slots.find(nix).lacks(machine, request.kind):
         return "could not do such a build within the last hour"
+    taken, others = load["taken"], load["others"]
     if taken >= machine.max_jobs:
         return f"has no free slot: all {taken} are taken"
-    if load.closed is None or load.closed:
-        return load.closed or ""
-    here, short = load.look.others, load.look.number("memory")
-    others = f"{here} builds of other clients run there"
-    memory = f"its memory is short {short:.0f} % of the time"
-    return f"is full: {taken} slots are taken, {others}, {memory}"
+    if load["closed"] or load["load"] < machine.max_jobs:
+        return load["closed"] or ""
+    short = f"{Look(load['look']).number('memory'):.0f} % of the time"
+    others = f"{others} builds of other clients run there"
+    return f"is full: {taken} slots are taken, {others}, its memory is short {short}"
 
 
-class Choice(NamedTuple):
-    """Where a build would go now.
+def choice(
+    loads: dict[Machine, dict[str, Any]], request: Request, nix: Nix
+) -> dict[str, Any]:
+    """Where a build would go now: the machines that could take it, the best first; the
+    others, and why not; and whether Nix here might build it itself."""
+    for machine, load in loads.items():
+        load["reason"] = why_not(machine, load, request, nix)
+        load["rank"] = rank(machine, load["load"])[0]
+    order = lambda m: (*rank(m, loads[m]["load"]), -loads[m]["inputs"])
+    ranked = [m for m in sorted(loads, key=order) if not loads[m]["reason"]]
+    value: dict[str, Any] = {"derivation": request.derivation}
+    value |= {"system": request.system, "features": sorted(request.features)}
+    value |= {"machines": [loads[machine] for machine in ranked]}
+    value |= {"left-out": [load for load in loads.values() if load["reason"]]}
+    return {**value, "here": might_build_itself(nix, request)}
 
-    ranked: the machines that could take it, the best first; out: the others, and why;
-    itself: whether Nix here might build it.
-    """
 
-    request: Request
-    ranked: list[Load]
-    out: list[tuple[Machine, str]]
-    itself: bool
-
-    @classmethod
-    def of(cls, loads: list[Load], request: Request, nix: Nix) -> Choice:
-        """Judge each machine."""
-        reasons = [why_not(load, request, nix) for load in loads]
-        ranked = [load for load, reason in zip(loads, reasons) if not reason]
-        ranked.sort(key=lambda l: (*rank(l.machine, l.taken), -l.known))
-        out = [(load.machine, why) for load, why in zip(loads, reasons) if why]
-        return cls(request, ranked, out, might_build_itself(nix, request))
-
-    def as_dict(self) -> dict[str, object]:
-        """For programs."""
-        request, machines = self.request, []
-        for load in self.ranked:
-            m, place = load.machine, rank(load.machine, load.taken)[0]
-            value = {"machine": m.name, "load": load.taken, "slots": m.max_jobs}
-            value |= {"speed": m.speed, "rank": place, "inputs": load.known}
-            machines.append(value)
-        out = [{"machine": m.name, "where": m.where, "reason": r} for m, r in self.out]
-        value = {"derivation": request.derivation, "system": request.system}
-        value |= {"features": sorted(request.features), "here": self.itself}
-        return {**value, "machines": machines, "left-out": out}
-
-    def lines(self, screen: Screen) -> list[str]:
-        """For people."""
-        request = self.request
-        features = ", ".join(sorted(request.features)) or "no features"
-        what = request.derivation or "A build"
-        lines = screen.wrap("", f"{what} needs {request.system} and {features}.")
-        rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
-        for number, load in enumerate(self.ranked, 1):
-            machine, taken = load.machine, load.taken
-            slots, share = f"{taken} of {machine.max_jobs}", taken / machine.speed
-            rows.append(
-                [f"{number}.", called(machine.name), slots, f"{machine.speed:g}"]
-            )
-            rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
-        if self.ranked:
-            lines += [*table(rows), *screen.wrap("", RANKING)]
-        else:
-            lines.append(screen.paint("No machine can take it now.", WRONG))
-        lines += ["Left out:"] if self.out else []
-        out = (f"{called(m.name)} {reason} ({m.where})" for m, reason in self.out)
-        lines += screen.wrap("    ", *out)
-        itself = "may build it itself"
-        if any(not machine.ways for machine, _ in self.out):
-            itself += ", if it has a job free and no better machine has a free slot"
-        never = "can never build it itself (max-jobs, system or features)"
-        return lines + screen.wrap("", f"Nix here {itself if self.itself else never}.")
+def choice_lines(value: dict[str, Any], screen: Screen) -> list[str]:
+    """The same for people."""
+    features = ", ".join(value["features"]) or "no features"
+    what = f"{value['derivation'] or 'A build'} needs {value['system']} and {features}."
+    rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
+    for number, load in enumerate(value["machines"], 1):
+        taken, speed = load["load"], load["speed"]
+        cells = [f"{number}.", called(load["machine"]), f"{taken} of {load['slots']}"]
+        cells += [f"{speed:g}", f"{taken / speed:.2f}"]
+        rows.append([*cells, str(load["rank"]), str(load["inputs"])])
+    lines = screen.wrap("", what)
+    if value["machines"]:
+        lines += [*table(rows), *screen.wrap("", RANKING)]
+    else:
+        lines.append(screen.paint("No machine can take it now.", WRONG))
+    left_out = value["left-out"]
+    lines += ["Left out:"] if left_out else []
+    out = (f"{called(m['machine'])} {m['reason']} ({m['where']})" for m in left_out)
+    lines += screen.wrap("    ", *out)
+    itself = "may build it itself"
+    if any(machine["here"] for machine in left_out):
+        itself += ", if it has a job free and no better machine has a free slot"
+    never = "can never build it itself (max-jobs, system or features)"
+    return lines + screen.wrap("", f"Nix here {itself if value['here'] else never}.")
 
 
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show where a build would go, and why not elsewhere."""
     request, digests = wanted_build(options, nix)
     machines, complaints = load_machines(nix)
+    slots = Slots.find(nix)
     try:
-        slots = Slots.find(nix)
-        found = overview(slots, machines)[0]
-        loads = [l._replace(known=slots.known(l.machine, digests)) for l in found]
+        found = overview(slots, machines)["machines"]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
-        loads = [Load(machine, [], [], None) for machine in machines]
-    choice = Choice.of(loads, request, nix)
-    lines = choice.lines(screen) + screen.wrap("", *complaints)
-    screen.show({**choice.as_dict(), "complaints": complaints}, lines)
-    return 0 if choice.ranked else 1
+        found = [*map(idle, machines)]
+    for machine, load in zip(machines, found):
+        load["inputs"] = slots.known(machine, digests)
+    loads = dict(zip(machines, found))
+    value = {**choice(loads, request, nix), "complaints": complaints}
+    lines = choice_lines(value, screen) + screen.wrap("", *complaints)
+    screen.show(value, lines)
+    return 0 if value["machines"] else 1
 
 
 # ---- history and metrics ------------------------------------------------------------
@@ -6955,15 +6898,16 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
         more |= {f'seconds_total{head}phase="{p}"}}': build[p] for p in PHASES}
         more |= {f'bytes_total{head}direction="{way}"}}': build[way] for way in WAYS}
         samples |= {key: samples.get(key, 0) + number for key, number in more.items()}
-    machines = [machine for machine in load_machines(nix)[0] if machine.ways]
     # Lines of the same name share their slots.
-    for load in overview(slots, sorted(machines, key=lambda m: m.max_jobs))[0]:
-        which = f"{{machine={quoted(load.machine.name)}}}"
-        samples[f"slots{which}"] = load.machine.max_jobs
-        samples[f"slots_taken{which}"] = len(load.building)
-        is_paused = load.outage is not None and not load.outage.failures
-        samples[f"up{which}"] = int(not load.outage or is_paused)
-        samples[f"closed{which}"] = int(is_paused or bool(load.closed))
+    machines = [machine for machine in load_machines(nix)[0] if machine.ways]
+    machines.sort(key=lambda machine: machine.max_jobs)
+    for load in overview(slots, machines)["machines"]:
+        which, away = f"{{machine={quoted(load['machine'])}}}", load["away"]
+        is_paused = bool(away and not away["failures"])
+        samples[f"slots{which}"] = load["slots"]
+        samples[f"slots_taken{which}"] = load["taken"]
+        samples[f"up{which}"] = int(not away or is_paused)
+        samples[f"closed{which}"] = int(is_paused or bool(load["closed"]))
     lines = []
     for metric, text in METRICS.items():
         name, (kind, _, words) = f"nix_build_remote_{metric}", text.partition(" ")
