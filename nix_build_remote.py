@@ -1980,7 +1980,7 @@ class Slots:
         the builds of other clients into its load.  It keeps a slot for us, so that clients
         that see each other's builds do not wait for each other."""
         look, most = self.look(machine), machine.max_jobs
-        pause, load = self.pause(machine), loads[machine]
+        pause, load = self.pause(machine)[0], loads[machine]
         why = f"is {pause}" if pause else look.closed
         loads[machine] = min(load + look.taken(most), most if load or why else most - 1)
         if why or loads[machine] >= most:
@@ -2022,15 +2022,17 @@ class Slots:
             return is_new and read_private(path) == kind
         return False
 
-    def pause(self, machine: Machine) -> str:
-        """By whom it is paused, in words that go behind `is`; or "".  The file of a pause has
-        its end, in seconds since 1970, and below that these words."""
+    def pause(self, machine: Machine) -> tuple[str, float]:
+        """By whom it is paused, in words that go behind `is`, or ""; and until when, in
+        seconds since 1970, 0 if that is not known.  The file of a pause has that, or `inf`, and
+        below it these words."""
         said = read_private(self.file(machine, "paused")) or ""
         until, _, words = said.partition("\n")
         with suppress(ValueError):
             if time.time() < float(until):
-                return " ".join(printable(words).split())
-        return ""
+                end = float(until) if math.isfinite(float(until)) else 0.0
+                return " ".join(printable(words).split()), end
+        return "", 0.0
 
     def add_to_history(self, line: str) -> None:
         """Add that to the file with a line for each build that has ended; a big one becomes
@@ -2063,8 +2065,8 @@ class Outage(NamedTuple):
     """A machine that failed, as all hooks remember it until it is of use again.
 
     failures: in a row, 0 if it is only paused (see Slots.pause); since: when the first
-    was, until: leave the machine alone, both in seconds since 1970; lasting: as the error
-    knew it; words: what went wrong.
+    was, until: leave the machine alone, both in seconds since 1970, 0 if that is not known;
+    lasting: as the error knew it; words: what went wrong.
     """
 
     failures: int = 0
@@ -2129,8 +2131,9 @@ class Outages:
 
     def of(self, machine: Machine) -> Outage | None:
         """Its outage; what is old says nothing, nor does a failure while it is paused."""
-        if words := self.slots.pause(machine):
-            return Outage(words=words)
+        words, until = self.slots.pause(machine)
+        if words:
+            return Outage(until=until, words=words)
         outage = Outage.parse(read_private(self.slots.file(machine, "down")) or "")
         return None if outage and outage.is_old else outage
 
@@ -5945,6 +5948,12 @@ def where_machines_stand(nix: Nix) -> str:
     return f"{where}, which is not there" if missing else where
 
 
+def pause_of(slots: Slots, machine: Machine) -> dict[str, Any]:
+    """For programs: by whom it is paused, and until when in seconds since 1970, if at all."""
+    words, until = slots.pause(machine)
+    return {"paused": words or None, "until": until or None}
+
+
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
     """The machines that people name, or all of them; and complaints about the file."""
     known, complaints = load_machines(nix)
@@ -5982,7 +5991,8 @@ COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
 class Inspection:
-    """All that there is to find out about one machine."""
+    """All that there is to find out about one machine.  Its tiny build has a directory of slots
+    of its own: it waits for no slot, a paused machine is tried too, and no history is told."""
 
     def __init__(self, machine: Machine, nix: Nix, folder: str) -> None:
         self.machine, self.nix, self.folder = machine, nix, folder
@@ -5992,14 +6002,14 @@ class Inspection:
         self.phase = "waiting"  # what is done now, for people
         self.facts: dict[str, str] = {}  # what ASK and LOOK say
         self.done = False
-        self.pause = ""  # see Slots.pause
+        self.pause: dict[str, Any] = {"paused": None, "until": None}  # see pause_of
         self.process: subprocess.Popen[bytes] | None = None  # nix-build
 
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
             self.site = Site(self.nix, Talk(self.nix), Slots.find(self.nix))
-            self.pause = self.site.slots.pause(self.machine)
+            self.pause = pause_of(self.site.slots, self.machine)
             self.seat = self.site.new_seat(self.machine)
             # What was found out before may have changed.
             self.seat.chosen, self.seat.is_plain = 0, True
@@ -6022,7 +6032,7 @@ class Inspection:
             "where": self.machine.where,
             "well": well,
         }
-        return {**value, "paused": self.pause or None, "findings": self.found}
+        return {**value, **self.pause, "findings": self.found}
 
     def add(
         self, what: str, state: str, brief: str, text: str, remedy: str = ""
@@ -6103,7 +6113,9 @@ class Inspection:
             return False
         finally:
             session.cancel()
-        self.renew()
+        self.retire(self.site.directory)
+        self.seat.keep_way()  # hooks are to find what we have found,
+        self.site.outages.end(self.machine)  # and to leave it alone no longer
         version = self.facts.get("nix", "").rpartition(" ")[2]
         protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
         text = f"nix-store {version}, serve protocol {protocol}"
@@ -6112,19 +6124,17 @@ class Inspection:
             protocol = "daemon"
         return self.add("nix", OK, version or protocol, text)
 
-    def renew(self) -> None:
-        """Have hooks leave it alone no longer, and find what we have found."""
+    def retire(self, directory: str) -> None:
+        """End the connections to it there, and forget what was found out of them."""
         # Those of nix-daemon have another environment, and so another name.
-        folder, name = os.path.split(self.seat.base)
-        for file in (f for f in os.listdir(folder) if f[:8] == name[:8]):
-            path = f"{folder}/{file}"
+        name = os.path.basename(self.seat.base)
+        for file in (f for f in os.listdir(directory) if f[:8] == name[:8]):
+            path = f"{directory}/{file}"
             if file.endswith((".seats", ".tells", ".slow")):
                 with suppress(OSError):
                     remove(path)
             elif "." not in file:
                 Connection(self.seat.ssh, self.site.programs, path).retire()
-        self.seat.keep_way()
-        self.site.outages.end(self.machine)
 
     def logged_in(self, round_trip: str = "") -> None:
         """Note that ssh works, if that is what we use."""
@@ -6235,6 +6245,8 @@ class Inspection:
             end(self.process)
             log.seek(0)
             said = decode(log.read())
+        with suppress(OSError):  # it came to no connection
+            self.retire(f"{self.folder}/ssh")
         return self.judge(status, took, said)
 
     def tiny_build(self, hook: str) -> tuple[list[str], dict[str, str]]:
@@ -6250,20 +6262,17 @@ class Inspection:
         write_private(tiny, text)
         program = find_program("nix-build", nix_directories(self.nix.environ))
         command = [program, tiny, "--no-out-link", "--max-jobs", "0"]
-        # A paused machine is tried all the same: so it has slots of its own for that.
-        more = {"NIX_CURRENT_LOAD": self.folder} if self.pause else {}
+        environ = self.nix.child_environ(NIX_CURRENT_LOAD=self.folder)
         if self.nix.old:
-            more |= {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
-            return command, self.nix.child_environ(**more)
+            environ |= {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
+            return command, environ
         command += ["--option", "build-hook", hook, "--option", "substitute", "false"]
-        command += ["--option", "builders", f"@{machines}"]
-        return command, self.nix.child_environ(**more)
+        return [*command, "--option", "builders", f"@{machines}"], environ
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
         """What has come of the tiny build."""
         if status is None:
             text = f"a tiny build did not end within {CHECK_TIMEOUT_S} s"
-            text += "; all its slots may be taken"
             return self.add("build", WRONG, "NO END", text)
         if status != 0:
             lines = [line for line in said.splitlines() if line.strip()]
@@ -6430,14 +6439,15 @@ def check_lines(value: dict[str, Any], screen: Screen) -> list[str]:
 
 
 def holder_of(text: str) -> dict[str, Any]:
-    """Who holds a lock, as its file says, by the name of each thing; pid 0 if that is not
-    known: what another program says, or an ended process, is not believed."""
+    """Who holds a lock, for which Nix, as its file says; pid 0 if that is not known: what
+    another program says, or an ended process, is not believed."""
     with suppress(ValueError):
-        pid, start, _, since, phase, derivation = text.partition("\n")[0].split(" ")
+        pid, start, nix, since, phase, derivation = text.partition("\n")[0].split(" ")
         if is_alive(pid, start) and math.isfinite(float(since)):
+            found = {"pid": int(pid), "nix": int(nix.partition(".")[0])}
             known = {"phase": phase, "derivation": derivation}
-            return {"pid": int(pid), "since": float(since), **known}
-    return {"pid": 0, "since": 0.0, "phase": "", "derivation": ""}
+            return {**found, "since": float(since), **known}
+    return {"pid": 0, "nix": 0, "since": 0.0, "phase": "", "derivation": ""}
 
 
 def holder_line(holder: dict[str, Any]) -> str:
@@ -6486,8 +6496,9 @@ def load_of(slots: Slots, machine: Machine) -> dict[str, Any]:
     look, closed = slots.look(machine), slots.refused.get(machine) or None
     value = {**idle(machine), "taken": len(building), "load": loads[machine]}
     value |= {"building": building, "fetching": fetching, "others": look.others}
-    value |= {"away": outage and outage._asdict(), "look": look.said}
-    return {**value, "closed": None if outage else closed}
+    away = outage and {**outage._asdict(), "until": outage.until or None}
+    value |= {"away": away, "look": look.said, "closed": None if outage else closed}
+    return value
 
 
 def waiters_in(slots: Slots) -> list[dict[str, Any]]:
@@ -6560,7 +6571,7 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     for names, line in groupby(waiters, key=lambda waiter: waiter["slot-names"]):
         known = sorted({hosts.get(name, name) for name in names if name})
         lines += screen.wrap("", f"waiting for {', '.join(known)}:")
-        lines += [f"    {w['place']}. {holder_line(w)}" for w in line]
+        lines += [f"    {w['place']}. {holder_line(w)} of Nix {w['nix']}" for w in line]
     if not machines:
         lines.append(f"no machines are listed ({where_machines_stand(nix)})")
     screen.show(value, lines + screen.wrap("", *complaints))
@@ -6660,7 +6671,7 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
     # Who has looked before that has a slot then, and nobody takes the file for one that is over.
     with slots.main_lock():
         for machine in machines:
-            if before := slots.pause(machine):
+            if before := slots.pause(machine)[0]:
                 print(f"{called(machine.name)} was {before}", file=sys.stderr)
             write_private(slots.file(machine, "paused"), text)
     show_status(options, nix, screen)
@@ -6673,7 +6684,7 @@ def is_busy(slots: Slots, machines: list[Machine]) -> bool:
     """Whether builds still use one of these paused machines; Error if one is not paused."""
     loads = overview(slots, machines)["machines"]
     for machine in machines:
-        if not slots.pause(machine):
+        if not slots.pause(machine)[0]:
             raise Error(f"{called(machine.name)} is not paused any more")
     return any(load["building"] or load["fetching"] for load in loads)
 
@@ -6681,13 +6692,11 @@ def is_busy(slots: Slots, machines: list[Machine]) -> bool:
 def resume(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Send a machine builds again."""
     slots, machines = slots_of(options, nix)
-    was = {machine: slots.pause(machine) for machine in machines}
-    lines = [
-        f"{called(m.name)} was {words or 'not paused'}" for m, words in was.items()
-    ]
+    was = [{"machine": m.name, **pause_of(slots, m)} for m in machines]
+    lines = [f"{called(m['machine'])} was {m['paused'] or 'not paused'}" for m in was]
     for machine in machines:
         remove(slots.file(machine, "paused"))
-    screen.show({machine.name: words or None for machine, words in was.items()}, lines)
+    screen.show(was, lines)
     return 0
 
 
@@ -6814,8 +6823,9 @@ WAYS = ("sent", "received")
 NUMBERS = ("when", "attempts", *PHASES, *WAYS)  # in a line, see Build.record
 WORDS = ("derivation", "machine", "result", "reason")
 WELL = ("built", "cancelled")  # results that are no failure
-# Of Prometheus, for each machine:
+# Of Prometheus, for each machine but the first:
 METRICS = {
+    "waiting": "gauge Builds that wait in line for a slot.",
     "builds_total": "counter Builds that have ended there, or were tried again.",
     "seconds_total": "counter Where the time of these builds went.",
     "bytes_total": "counter Archives copied for these builds.",
@@ -6901,7 +6911,9 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
     # Lines of the same name share their slots.
     machines = [machine for machine in load_machines(nix)[0] if machine.ways]
     machines.sort(key=lambda machine: machine.max_jobs)
-    for load in overview(slots, machines)["machines"]:
+    found = overview(slots, machines)
+    samples["waiting"] = len(found["waiting"])
+    for load in found["machines"]:
         which, away = f"{{machine={quoted(load['machine'])}}}", load["away"]
         is_paused = bool(away and not away["failures"])
         samples[f"slots{which}"] = load["slots"]

@@ -622,7 +622,8 @@ class Taker:
         slots, outages = self.sites[1].slots, self.sites[1].outages
         file = Path(slots.file(self.machine, "paused"))
         file.write_bytes(case)
-        words = slots.pause(self.machine)
+        words, until = slots.pause(self.machine)
+        assert 0 <= until < float("inf")
         assert "\n" not in words and words == hook.printable(words)
         assert bool(words) == (self.machine in outages.away([self.machine]))
         slot, _ = slots.choose([self.machine])

@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 from lab import Host, keypair, poll, trust
-from scene import HOOK, INSTALLED, Scene, change_hook, other, scene, suitable
+from scene import (
+    HOOK,
+    INSTALLED,
+    Scene,
+    change_hook,
+    masters,
+    other,
+    scene,
+    suitable,
+)
 
 KEY = "/root/.ssh/other"
 GO = "/tmp/go"
@@ -364,18 +373,36 @@ def test_a_check_that_is_interrupted_leaves_nothing(nix: Scene) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_its_build_ends_with_a_check(nix: Scene, how: signal.Signals) -> None:
-    nix.machines("b1 - - 1\n")
-    run = nix.start(f'mk "only-{int(how)}" "{WAITS}" {{}}')
-    poll(lambda: running_on(nix.builder), "a build in the only slot")
+    # Lets check find out its version, and then keeps its build waiting.
+    hangs = 'case "$*" in *--serve*) mkdir /tmp/served || exec sleep 60;; esac'
+    slow = "/usr/local/bin/nix-store"
+    text = f'#!/bin/sh\n{hangs}\nexec /usr/bin/nix-store "$@"\n'
+    nix.builder.write(slow, text, 0o755)
     check_all = nix.client.popen(INSTALLED, "check", stdout=subprocess.DEVNULL)
-    poll(lambda: "tiny.nix" in commands(nix), "its build")
-    check_all.send_signal(how)
-    assert check_all.wait(10) == 130
+    try:
+        poll(lambda: "sleep 60" in str(nix.builder.processes()), "its build")
+        assert "tiny.nix" in commands(nix)
+        check_all.send_signal(how)
+        assert check_all.wait(10) == 130
+    finally:
+        nix.builder.run("rm", "-r", slow, "/tmp/served")
     poll(lambda: "tiny.nix" not in commands(nix), "the end of its build")
     assert not list(nix.client.path("/tmp").glob("check-*"))
+
+
+def test_check_waits_for_no_slot(nix: Scene) -> None:
+    nix.machines("b1 - - 1\n")
+    run = nix.start(f'mk "only" "{WAITS}" {{}}')
+    poll(lambda: running_on(nix.builder), "a build in the only slot")
+    assert well(nix)
     nix.builder.write(GO, "")
     assert run.end().status == 0
     nix.builder.run("sh", "-c", f"rm {GO} /tmp/running-*")
+
+
+def test_check_leaves_no_connection(nix: Scene) -> None:
+    assert well(nix)
+    poll(lambda: not masters(nix), "the end of that of its build")
 
 
 def commands(nix: Scene) -> str:
@@ -519,8 +546,11 @@ def test_status_shows_what_runs_and_who_waits(nix: Scene) -> None:
     everything = {f"s-{n}" for n in range(15)}
     at_work = set.union(*(running_on(builder) for builder in nix.builders))
     assert names(said["waiting"]) == everything - at_work
+    nixes = nix.client.run("pgrep", "-f", "nix-build").stdout.split()
+    assert {str(waiter["nix"]) for waiter in said["waiting"]} <= set(nixes)
     text = nix.client.run(INSTALLED, "status").stdout
     assert "[########]  8 of 8 slots taken" in text and "waiting for b1, b2:" in text
+    assert f" of Nix {said['waiting'][0]['nix']}\n" in text
     for builder in nix.builders:
         builder.write(GO, "")
     assert run.end().status == 0
