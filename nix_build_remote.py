@@ -404,7 +404,7 @@ DAEMON = "if that login allows only nix-daemon, write ssh-ng://{ADDRESS} in its 
 # of the machine (see Machine.names).  The first row that fits counts: an ssh that is refused may
 # add that the connection was closed.
 SIGNS = """\
-lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users {USER}
+lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission | daemon-socket/socket": Permission = as root there, on Debian: usermod -aG nix-users {USER}
 lasts   ssh CHANGED  HAS CHANGED = if it was set up anew: ssh-keygen -R '{KNOWN}' && ssh {LOGIN} true
 lasts   ssh NEW      Host key verification failed = compare its host key and say yes: ssh {LOGIN} true
 lasts   ssh -        .pub": = in {WHERE}, name the private key: that is its public half
@@ -5987,6 +5987,7 @@ export NIX_CONFIG='extra-experimental-features = nix-command'
 
 # What every Nix offers, or so few builds require that it is no loss not to claim it.
 RARE_FEATURES = "benchmark nixos-test uid-range ca-derivations recursive-nix"
+UNSAID = UNKNOWN, "-", "it does not say"
 COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
@@ -6027,20 +6028,14 @@ class Inspection:
         """For programs; it is well if nothing is wrong, up to the build."""
         states = {found["what"]: found["state"] for found in self.found}
         well = "build" in states and WRONG not in states.values()
-        value = {
-            "machine": self.machine.name,
-            "where": self.machine.where,
-            "well": well,
-        }
-        return {**value, **self.pause, "findings": self.found}
+        value = {"machine": self.machine.name, "where": self.machine.where}
+        return {**value, "well": well, **self.pause, "findings": self.found}
 
-    def add(
-        self, what: str, state: str, brief: str, text: str, remedy: str = ""
-    ) -> bool:
-        """Note a finding for that column: briefly for the table, a text for people, and what
-        to type or to write if it is wrong.  Returns whether there is a point in going on."""
-        found = {"what": what, "state": state, "brief": brief, "text": text}
-        self.found.append({**found, "remedy": remedy})
+    def add(self, what: str, state: str, *words: str) -> bool:
+        """Note a finding for that column; returns whether there is a point in going on.  words:
+        brief ones for the table, a text, and what to type or to write if it is wrong."""
+        found = dict(zip(("brief", "text", "remedy"), (*words, "")))
+        self.found.append({"what": what, "state": state, **found})
         return state != WRONG
 
     def unknown(self, text: str, *columns: str) -> bool:
@@ -6070,6 +6065,8 @@ class Inspection:
         end(process)
         self.answered = int(time.time())
         self.facts = facts(decode(answer))
+        if is_word(user := self.facts.get("user", "")):  # people will paste it
+            self.names["USER"] = user
         refused = process.returncode in (255, -9)  # by ssh; or we have killed it
         return self.refused(decode(words), key) if refused else True
 
@@ -6109,7 +6106,7 @@ class Inspection:
                 self.logged_in()
             self.add("nix", WRONG, "FAILED", str(error), remedy)
             if "begin" in self.facts:
-                self.disk()  # if that is full, that is why
+                self.add("disk", *self.disk())  # if that is full, that is why
             return False
         finally:
             session.cancel()
@@ -6127,8 +6124,8 @@ class Inspection:
     def retire(self, directory: str) -> None:
         """End the connections to it there, and forget what was found out of them."""
         # Those of nix-daemon have another environment, and so another name.
-        name = os.path.basename(self.seat.base)
-        for file in (f for f in os.listdir(directory) if f[:8] == name[:8]):
+        begin = os.path.basename(self.seat.base)[:8]
+        for file in (f for f in os.listdir(directory) if f.startswith(begin)):
             path = f"{directory}/{file}"
             if file.endswith((".seats", ".tells", ".slow")):
                 with suppress(OSError):
@@ -6147,79 +6144,73 @@ class Inspection:
 
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
-        if "begin" in self.facts:
-            return all([self.offers(), self.disk(), self.clock(), self.cores()])
-        bare = "that login allows nothing but nix-store"
-        text = bare if self.seat.way.there else "it is a store here"
-        return self.unknown(text, "offers", "disk", "clock", "cores")
+        if "begin" not in self.facts:
+            bare = "that login allows nothing but nix-store"
+            text = bare if self.seat.way.there else "it is a store here"
+            return self.unknown(text, "offers", "disk", "clock", "cores")
+        found = {"offers": self.offers(), "disk": self.disk(), "clock": self.clock()}
+        found["cores"] = self.cores()
+        return not [what for what in found if not self.add(what, *found[what])]
 
-    def offers(self) -> bool:
+    def offers(self) -> tuple[str, ...]:
         """Systems and features; only 2.x tells."""
         machine, where = self.machine, self.machine.where
         if "system" not in self.facts:
-            return self.unknown("its Nix does not say for what it builds", "offers")
+            return UNSAID
         told = f"{self.facts['system']} {self.facts.get('extra-platforms', '')}".split()
         offered = [system for system in told if only(system, PLAIN)]  # for our remedy
         lacking = {*machine.systems} - {*offered, "builtin"}
         right = sorted({*machine.systems} & {*offered}) or offered[:1]
         brief, remedy = "SYSTEM", f"write into the second field: {','.join(right)}"
+        claimed = machine.supported | machine.mandatory
         if not lacking:
             offered = self.facts.get("system-features", "").split()
-            lacking = {*machine.supported, *machine.mandatory} - {*offered}
-            brief, remedy = (
-                "FEATURE",
-                "take it out there, or write into nix.conf on the builder: ",
-            )
+            brief, lacking = "FEATURE", {*claimed} - {*offered}
+            remedy = "take it out there, or write into nix.conf on the builder: "
             remedy += f"extra-system-features = {' '.join(sorted(lacking))}"
         if lacking:
             text = f"{where} says that it offers {', '.join(sorted(lacking))}, "
             text += f"but its Nix offers {', '.join(offered) or 'nothing'}"
-            return self.add("offers", WRONG, brief, text, remedy)
-        known = machine.supported | machine.mandatory | {*RARE_FEATURES.split()}
-        if more := sorted({*offered} - known):
+            return WRONG, brief, text, remedy
+        if more := sorted({*offered} - claimed - {*RARE_FEATURES.split()}):
             text = f"it also offers {', '.join(more)}, which {where} does not claim"
-            return self.add("offers", NOTE, "ok", text)
-        return self.add("offers", OK, "ok", "builds what is claimed")
+            return NOTE, "ok", text
+        return OK, "ok", "builds what is claimed"
 
-    def disk(self) -> bool:
-        """How much room its store has."""
+    def disk(self) -> tuple[str, ...]:
+        """How much room its store has, if there is one yet."""
         look = Look({"disk": self.facts.get("disk", ""), "asked": str(self.answered)})
-        free = amount(1024 * look.number("disk", 1))
-        if not look.number("disk"):
-            text = "it does not say how full its disk is (there may be no store yet)"
-            return self.unknown(text, "disk")
-        if not look.closed:
-            return self.add("disk", OK, free, f"{free} free in its store")
-        text = f"it {look.closed}: no builds go there"
-        return self.add(
-            "disk", WRONG, free, text, f"{self.there} nix-collect-garbage -d"
+        free, remedy = amount(1024 * look.number("disk", 1)), "nix-collect-garbage -d"
+        if look.closed:
+            text = f"it {look.closed}: no builds go there"
+            return WRONG, free, text, f"{self.there} {remedy}"
+        return (
+            (OK, free, f"{free} free in its store") if look.number("disk") else UNSAID
         )
 
-    def clock(self) -> bool:
+    def clock(self) -> tuple[str, ...]:
         """Whether its clock is that of here."""
         if not self.facts.get("time", "").isdigit():
-            return self.unknown("it does not say what time it is", "clock")
+            return UNSAID
         there = int(self.facts["time"])
         off = there - max(self.asked, min(there, self.answered))
-        brief = f"{off:+} s" if off else "ok"
+        brief, side = f"{off:+} s" if off else "ok", "ahead" if off > 0 else "behind"
         if abs(off) <= CLOCK_S:
-            return self.add("clock", OK, brief, "its clock is right")
-        side = "ahead" if off > 0 else "behind"
+            return OK, brief, "its clock is right"
         text = f"its clock is {duration(abs(off))} {side} of the one here"
-        remedy = f"{self.there} timedatectl set-ntp true"
-        return self.add("clock", WRONG, brief, text, remedy)
+        return WRONG, brief, text, f"{self.there} timedatectl set-ntp true"
 
-    def cores(self) -> bool:
+    def cores(self) -> tuple[str, ...]:
         """Whether it has cores for its jobs."""
         cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
         if not cores.isdigit():
-            return self.unknown("it does not say how many cores it has", "cores")
-        few = jobs > 2 * int(cores)
+            return UNSAID
         text = (
-            f"{cores} cores for {jobs} jobs, load {self.facts.get('load') or 'unknown'}"
+            f"{cores} cores for {jobs} jobs, load {self.facts.get('load', 'unknown')}"
         )
-        text += ": a lower maxJobs would be quicker" if few else ""
-        return self.add("cores", NOTE if few else OK, f"{cores}/{jobs}", text)
+        if jobs <= 2 * int(cores):
+            return OK, f"{cores}/{jobs}", text
+        return NOTE, f"{cores}/{jobs}", f"{text}: a lower maxJobs would be quicker"
 
     def build(self) -> bool:
         """A real build, by the Nix here and this very hook."""
@@ -6283,14 +6274,11 @@ class Inspection:
             text, remedy = f"a tiny build failed: {error}", error.remedy_for(self.names)
             return self.add("build", WRONG, "FAILED", text, remedy)
         if UNTRUSTED_USER in said:
-            user = self.facts.get("user", "")
-            user = user if is_word(user) else "USER"
+            user, conf = self.names["USER"], "/etc/nix/nix.conf"
             text = f"its Nix does not trust the user {user}: builds take longer (the "
             text += "derivation's closure is sent), and unsigned inputs will be refused"
-            remedy = (
-                f"on the builder, in /etc/nix/nix.conf: extra-trusted-users = {user} "
-            )
-            remedy += f"(in 2.3 and older: trusted-users = root {user}); "
+            remedy = f"on the builder, in {conf}: extra-trusted-users = {user} (in 2.3 "
+            remedy += f"and older: trusted-users = root {user}); "
             remedy += "then: systemctl restart nix-daemon"
             return self.add("build", WRONG, "LIMITED", text, remedy)
         brief = f"{took:.1f} s"
@@ -6599,13 +6587,13 @@ def look_line(look: Look) -> str:
     """What a builder said of itself, for people; "" if that is nothing."""
     size, free = (1024 * look.number("disk", place) for place in (0, 1))
     load, cores, memory = map(look.number, ("load", "cores", "memory"))
-    shares = {
-        "disk": (1 - free / (size or 1), f"{amount(free)} free"),
-        "load": (load / (cores or 1), f"{load:g} on {cores:g} cores"),
-        "memory": (memory / 100, f"{memory:.0f} % waited for"),
-    }
-    known = [name for name in shares if look.said.get(name)]
-    bars = [f"{name} {bar(10, shares[name][0])} {shares[name][1]}" for name in known]
+    shares = (
+        ("disk", 1 - free / (size or 1), f"{amount(free)} free"),
+        ("load", load / (cores or 1), f"{load:g} on {cores:g} cores"),
+        ("memory", memory / 100, f"{memory:.0f} % waited for"),
+    )
+    told = [share for share in shares if look.said.get(share[0])]
+    bars = [f"{name} {bar(10, share)} {text}" for name, share, text in told]
     age = duration(time.time() - look.number("asked"))
     return f"{'; '.join(bars)}; {age} ago" if bars else ""
 
@@ -6947,28 +6935,26 @@ def parse_options(arguments: list[str]) -> Namespace:
     for run in COMMANDS:
         part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         part.set_defaults(run=run, watch=False)
-        hint = "instead of those that the hook would use"
-        part.add_argument("--machines", default="", metavar="FILE", help=hint)
-        part.add_argument("--json", action="store_true", help="for programs")
+        add = part.add_argument
+        add("--machines", default="", metavar="FILE", help="instead of the hook's")
+        add("--json", action="store_true", help="for programs")
         if run is explain:
-            part.add_argument("derivation", nargs="?", metavar="DERIVATION")
-            part.add_argument("--system", default="", help="such as x86_64-linux")
-            part.add_argument("--features", default="", help="such as kvm,big-parallel")
+            add("derivation", nargs="?", metavar="DERIVATION")
+            add("--system", default="", help="such as x86_64-linux")
+            add("--features", default="", help="such as kvm,big-parallel")
         elif run in (check, status, pause, resume):
             count = "*" if run in (check, status) else "+"
-            part.add_argument("names", nargs=count, metavar="MACHINE")
+            add("names", nargs=count, metavar="MACHINE")
         elif run is history:
-            part.add_argument("--failed", action="store_true", help="only failures")
-            part.add_argument("--machine", default="", help="only what was there")
-            part.add_argument("--since", metavar="2d", help="only the last 2 days")
+            add("--failed", action="store_true", help="only failures")
+            add("--machine", default="", help="only what was there")
+            add("--since", metavar="2d", help="only the last 2 days")
         if run is pause:
-            hint = "such as 90s, 30m, 2h, 1d; else until it is resumed"
-            part.add_argument("--for", default="", dest="time", help=hint)
-            part.add_argument("--why", default="", metavar="TEXT", help="for others")
-            hint = "return when no build is left there"
-            part.add_argument("--wait", action="store_true", help=hint)
+            add("--for", default="", dest="time", help="such as 90s, 30m, 2h or 1d")
+            add("--why", default="", metavar="TEXT", help="for others")
+            add("--wait", action="store_true", help="till no build is left there")
         if run is status:
-            part.add_argument("--watch", action="store_true", help="renew each second")
+            add("--watch", action="store_true", help="renew each second")
     return parser.parse_args(arguments)
 
 

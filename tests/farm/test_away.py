@@ -104,7 +104,7 @@ def test_what_will_not_pass_is_not_waited_for(nix: Scene) -> None:
     )
     assert outcome.status != 0
     assert "Permission denied" in outcome.log
-    assert "can you log in from here with that key" in outcome.log
+    assert "(ssh-copy-id -i /tmp/strange b1 " in outcome.log
 
 
 def test_what_was_put_right_is_used_at_once(nix: Scene) -> None:

@@ -374,18 +374,18 @@ def test_a_check_that_is_interrupted_leaves_nothing(nix: Scene) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_its_build_ends_with_a_check(nix: Scene, how: signal.Signals) -> None:
     # Lets check find out its version, and then keeps its build waiting.
-    hangs = 'case "$*" in *--serve*) mkdir /tmp/served || exec sleep 60;; esac'
+    hang = "mkdir /tmp/served || { touch /tmp/hangs; exec cat > /dev/null; }"
     slow = "/usr/local/bin/nix-store"
-    text = f'#!/bin/sh\n{hangs}\nexec /usr/bin/nix-store "$@"\n'
-    nix.builder.write(slow, text, 0o755)
+    text = f'case "$*" in *--serve*) {hang};; esac\nexec /usr/bin/nix-store "$@"\n'
+    nix.builder.write(slow, f"#!/bin/sh\n{text}", 0o755)
     check_all = nix.client.popen(INSTALLED, "check", stdout=subprocess.DEVNULL)
     try:
-        poll(lambda: "sleep 60" in str(nix.builder.processes()), "its build")
+        poll(nix.builder.path("/tmp/hangs").exists, "its build")
         assert "tiny.nix" in commands(nix)
         check_all.send_signal(how)
         assert check_all.wait(10) == 130
     finally:
-        nix.builder.run("rm", "-r", slow, "/tmp/served")
+        nix.builder.run("rm", "-rf", slow, "/tmp/served", "/tmp/hangs")
     poll(lambda: "tiny.nix" not in commands(nix), "the end of its build")
     assert not list(nix.client.path("/tmp").glob("check-*"))
 
