@@ -6429,13 +6429,12 @@ def check_lines(value: dict[str, Any], screen: Screen) -> list[str]:
 def holder_of(text: str) -> dict[str, Any]:
     """Who holds a lock, for which Nix, as its file says; pid 0 if that is not known: what
     another program says, or an ended process, is not believed."""
+    said = 0, 0, 0.0, "", ""
     with suppress(ValueError):
         pid, start, nix, since, phase, derivation = text.partition("\n")[0].split(" ")
         if is_alive(pid, start) and math.isfinite(float(since)):
-            found = {"pid": int(pid), "nix": int(nix.partition(".")[0])}
-            known = {"phase": phase, "derivation": derivation}
-            return {**found, "since": float(since), **known}
-    return {"pid": 0, "nix": 0, "since": 0.0, "phase": "", "derivation": ""}
+            said = int(pid), int(nix.split(".")[0]), float(since), phase, derivation
+    return dict(zip(("pid", "nix", "since", "phase", "derivation"), said))
 
 
 def holder_line(holder: dict[str, Any]) -> str:
@@ -6755,9 +6754,10 @@ def choice(
     ranked = [m for m in sorted(loads, key=order) if not loads[m]["reason"]]
     value: dict[str, Any] = {"derivation": request.derivation}
     value |= {"system": request.system, "features": sorted(request.features)}
-    value |= {"machines": [loads[machine] for machine in ranked]}
-    value |= {"left-out": [load for load in loads.values() if load["reason"]]}
-    return {**value, "here": might_build_itself(nix, request)}
+    value["here"] = might_build_itself(nix, request)
+    value["machines"] = [loads[machine] for machine in ranked]
+    value["left-out"] = [load for load in loads.values() if load["reason"]]
+    return value
 
 
 def choice_lines(value: dict[str, Any], screen: Screen) -> list[str]:
@@ -6796,9 +6796,9 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
         found = [*map(idle, machines)]
-    for machine, load in zip(machines, found):
-        load["inputs"] = slots.known(machine, digests)
     loads = dict(zip(machines, found))
+    for machine in machines:
+        loads[machine]["inputs"] = slots.known(machine, digests)
     value = {**choice(loads, request, nix), "complaints": complaints}
     lines = choice_lines(value, screen) + screen.wrap("", *complaints)
     screen.show(value, lines)
@@ -6963,8 +6963,8 @@ def run_for_people(arguments: list[str]) -> int:
     import signal
 
     if arguments in (["--version"], ["--help"]):
-        version = f"nix_build_remote.py {VERSION}"
-        print(version if arguments == ["--version"] else str(__doc__).strip())
+        manual, version = str(__doc__).strip(), f"nix_build_remote.py {VERSION}"
+        print(version if arguments == ["--version"] else manual)
         return 0
     options = parse_options(arguments)
     os.dup2(os.open(os.devnull, os.O_RDWR), LOG)  # of a build, for a hook
