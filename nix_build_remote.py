@@ -293,17 +293,16 @@ class Error(Exception):
         error.meaning = self.meaning
         return error
 
-    def told(self, destination: str) -> str:
-        """Its words with the remedy, for a machine that is reached as [user@]host."""
-        remedy = self.remedy_for(destination)
+    def told(self, names: dict[str, str]) -> str:
+        """Its words with the remedy; names: see Machine.names."""
+        remedy = self.remedy_for(names)
         return f"{self} ({remedy})" if remedy else str(self)
 
-    def remedy_for(self, destination: str) -> str:
-        """The remedy, with that machine's host and user in it."""
-        user, _, host = destination.rpartition("@")
-        if "HOST" in self.remedy and not host:  # it is a store here
-            return ""
-        return self.remedy.replace("HOST", host).replace("USER", user or "USER")
+    def remedy_for(self, names: dict[str, str]) -> str:
+        """The remedy with a machine's names in it; "" if it needs others."""
+        with suppress(KeyError):
+            return self.remedy.format_map(names)
+        return ""
 
 
 class Unreachable(Error):
@@ -313,7 +312,10 @@ class Unreachable(Error):
 class WrongHostKey(Unreachable):
     """The host is not the one whose key the machines file names."""
 
-    lasting, remedy = True, "correct that field if the machine has a new key"
+    lasting = True
+    # From OpenSSH 10 on ssh-keyscan prints comments, too.
+    remedy = "if it has a new key, write into the last field of its line: "
+    remedy += "ssh-keyscan -t ed25519 -p {PORT} {HOST} | grep -v '^#' | cut -d' ' -f2- | base64 -w0"
 
 
 class SameStore(Unreachable):
@@ -392,38 +394,39 @@ class NixGone(Stop):
     """Nobody reads our messages: the Nix that started us has ended."""
 
 
-DAEMON = "if that login allows only nix-daemon, write ssh-ng://HOST in its line"
+DAEMON = "if that login allows only nix-daemon, write ssh-ng://{ADDRESS} in its line"
 
 # All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
 # it lasts; who says it: ssh, or far, a program on the builder (FAR: if that is sure); a name,
-# if the code asks for it; the words, one of which is enough; behind ` = ` a remedy.  The first
-# row that fits counts: an ssh that is refused may add that the connection was closed.
-SIGNS = f"""\
-lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
-lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
-lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
-lasts   ssh -        .pub": = name the private key in the machines file: that is the public one
-lasts   ssh OPEN     bad permissions = chmod 600 the key file
+# if the code asks for it; the words, one of which is enough; behind ` = ` a remedy, with names
+# of the machine (see Machine.names).  The first row that fits counts: an ssh that is refused may
+# add that the connection was closed.
+SIGNS = """\
+lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission | daemon-socket/socket": Permission = as root there, on Debian: usermod -aG nix-users {USER}
+lasts   ssh CHANGED  HAS CHANGED = if it was set up anew: ssh-keygen -R '{KNOWN}' && ssh {LOGIN} true
+lasts   ssh NEW      Host key verification failed = compare its host key and say yes: ssh {LOGIN} true
+lasts   ssh -        .pub": = in {WHERE}, name the private key: that is its public half
+lasts   ssh OPEN     bad permissions = chmod 600 {KEY}
 lasts   ssh -        Bad owner or permissions = that file of ssh's configuration must be its owner's, chmod 600
 lasts   ssh -        Bad configuration option = correct that file of ssh's configuration
 lasts   ssh -        no matching = ssh here and sshd there have no cipher or key type in common
 lasts   ssh -        Too many authentication failures = name one key in the machines file, with IdentitiesOnly in ssh's configuration
-lasts   ssh DENIED   Permission denied ( = can you log in from here with that key and no passphrase? nix_build_remote.py check tells more
-lasts   far -        command not found | nix-store: not found = link nix-store into /usr/bin there, or name it in that line: ssh://HOST?remote-program=/DIR/nix-store
-lasts   far DAEMON   protocol mismatch | EOF from daemon socket = {DAEMON}
+lasts   ssh DENIED   Permission denied ( = ssh-copy-id {LOGIN} (it asks for a password), or append the public key to ~/.ssh/authorized_keys there; the key must have no passphrase, and {USER} a shell
+lasts   far -        command not found | nix-store: not found = as root there: ln -s /DIR/nix-store /usr/bin/; or in {WHERE}, write ssh://{ADDRESS}?remote-program=/DIR/nix-store
+lasts   far DAEMON   protocol mismatch | EOF from daemon socket = DAEMON
 lasts   any READONLY paths is not allowed = the command of that key there must be: nix-store --serve --write
 lasts   far -        is not in the Nix store = its store is in another directory than the one here: no build of yours can run there
 lasts   any LIMITED  you are not privileged
 lasts   any -        signature = sign it, or make the user trusted where it was refused
-lasts   FAR -        ermission denied | peration not permitted = USER cannot write the store there: have nix-daemon run there, or log in as root
+lasts   FAR -        ermission denied | peration not permitted = {USER} cannot write the store there: have nix-daemon run there, or log in as root
 passes  far -        daemon-socket = as root there: systemctl start nix-daemon.socket
-lasts   FAR -        onnection reset by peer | Broken pipe = allowed-users in nix.conf there must name USER, or its disk is full
+lasts   FAR -        onnection reset by peer | Broken pipe = allowed-users in nix.conf there must name {USER}, or its disk is full
 passes  any UNSHARED Control socket connect(
 passes  ssh SILENT   Connection refused = is sshd running there, on that port?
 passes  ssh SILENT   onnection timed out | peration timed out = is the machine on, and can it be reached from here?
 passes  ssh SLOW     timed out = is the machine on, and can it be reached from here?
 passes  ssh SILENT   No route to host | is down = is the machine on, and can it be reached from here?
-passes  ssh NAMELESS resolve hostname = is the name right, in the machines file and in DNS?
+passes  ssh NAMELESS resolve hostname = correct {WHERE}, or add {HOST} to DNS, /etc/hosts or ~/.ssh/config
 passes  ssh -        kex_exchange_identification | Connection closed by = if logins have just failed, sshd there may refuse this host: wait a minute
 passes  any FULL     disk is full | No space left on device | lack of free disk space = make room there, with nix-collect-garbage
 passes  ssh SLOW     not responding
@@ -441,15 +444,15 @@ unknown any SPOILT   look like something created by
 unknown far OVERTIME timed out after
 unknown far BROKEN   builder for ' | builder failed
 unknown far FAILED   in fixed-output derivation | may not be deterministic | is not allowed to | bytes of log output
-"""
+""".replace("= DAEMON", f"= {DAEMON}")
 LASTING = {"lasts": True, "passes": False, "unknown": None}
 # Whose words a row may be in; "" if that is not known.
 SPEAKERS = {"ssh": ("ssh", ""), "far": ("far", ""), "FAR": ("far",)}
 SPEAKERS["any"] = ("ssh", "far", "")
 # What to do if a program there ends, or ssh does, and nothing above tells why.
-USELESS = "that login does not run nix-store; try: ssh USER@HOST nix-store --version"
-CHATTY = "a start-up file there may print nothing; or is USER's shell none?"
-CHATTY += " as root there: chsh -s /bin/sh USER"
+USELESS = "that login does not run nix-store; try: ssh {LOGIN} nix-store --version"
+CHATTY = "a start-up file there may print nothing; or is {USER}'s shell none?"
+CHATTY += " as root there: chsh -s /bin/sh {USER}"
 
 
 def signs_in(words: str, speaker: str = "") -> Iterator[tuple[bool | None, str, str]]:
@@ -1161,6 +1164,26 @@ class Machine(NamedTuple):
     def host(self) -> str:
         """The destination without the user."""
         return self.destination.rpartition("@")[2]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What remedies name, as far as it has that; a store here is reached without ssh.
+        LOGIN is what a person types behind `ssh`, KNOWN its name in known_hosts."""
+        key, port, host = self.key, self.port, self.host
+        user = self.destination.rpartition("@")[0] or "USER"
+        names = {"WHERE": self.where, "KEY": key or "the key file", "USER": user}
+        if host:
+            words = [f"-i {key} " if key else "", f"-p {port} " if port else ""]
+            names["LOGIN"] = "".join(words) + self.destination
+            names["KNOWN"] = f"[{host}]:{port}" if port else host
+            names["ADDRESS"] = called(self.name)
+            names |= {"HOST": host, "PORT": str(port or 22)}
+        return names
+
+
+def called(name: str) -> str:
+    """What people call a machine of that name: without scheme and parameters."""
+    return name.partition("?")[0].partition("://")[2] or name or "-"
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -1941,7 +1964,7 @@ class Slots:
         the builds of other clients into its load.  It keeps a slot for us, so that clients
         that see each other's builds do not wait for each other."""
         look, most = self.look(machine), machine.max_jobs
-        pause, load = self.pause(machine), loads[machine]
+        pause, load = self.pause(machine)[0], loads[machine]
         why = f"is {pause}" if pause else look.closed
         loads[machine] = min(load + look.taken(most), most if load or why else most - 1)
         if why or loads[machine] >= most:
@@ -1983,15 +2006,17 @@ class Slots:
             return is_new and read_private(path) == kind
         return False
 
-    def pause(self, machine: Machine) -> str:
-        """By whom it is paused, in words that go behind `is`; or "".  The file of a pause has
-        its end, in seconds since 1970, and below that these words."""
+    def pause(self, machine: Machine) -> tuple[str, float]:
+        """By whom it is paused, in words that go behind `is`, or ""; and until when, in
+        seconds since 1970, 0 if that is not known.  The file of a pause has that, or `inf`, and
+        below it these words."""
         said = read_private(self.file(machine, "paused")) or ""
         until, _, words = said.partition("\n")
         with suppress(ValueError):
             if time.time() < float(until):
-                return " ".join(printable(words).split())
-        return ""
+                end = float(until) if math.isfinite(float(until)) else 0.0
+                return " ".join(printable(words).split()), end
+        return "", 0.0
 
     def add_to_history(self, line: str) -> None:
         """Add that to the file with a line for each build that has ended; a big one becomes
@@ -2024,8 +2049,8 @@ class Outage(NamedTuple):
     """A machine that failed, as all hooks remember it until it is of use again.
 
     failures: in a row, 0 if it is only paused (see Slots.pause); since: when the first
-    was, until: leave the machine alone, both in seconds since 1970; lasting: as the error
-    knew it; words: what went wrong.
+    was, until: leave the machine alone, both in seconds since 1970, 0 if that is not known;
+    lasting: as the error knew it; words: what went wrong.
     """
 
     failures: int = 0
@@ -2090,8 +2115,9 @@ class Outages:
 
     def of(self, machine: Machine) -> Outage | None:
         """Its outage; what is old says nothing, nor does a failure while it is paused."""
-        if words := self.slots.pause(machine):
-            return Outage(words=words)
+        words, until = self.slots.pause(machine)
+        if words:
+            return Outage(until=until, words=words)
         outage = Outage.parse(read_private(self.slots.file(machine, "down")) or "")
         return None if outage and outage.is_old else outage
 
@@ -4874,7 +4900,7 @@ class Attempt:
 
     def failed(self, error: Error) -> str:
         """What people are told of that error."""
-        return f"cannot {self.doing}: {error.told(self.machine.destination)}"
+        return f"cannot {self.doing}: {error.told(self.machine.names)}"
 
     def ask_for_inputs(self) -> set[str]:
         """Ask which inputs are there, which also keeps them there.  If the machine is known
@@ -5058,7 +5084,7 @@ class Attempt:
         answer = self.session.ask_valid(self.inputs, self.substitute)
         self.session.greet()
         self.copier.end()
-        self.copier = Copier(self.site, self.session, self.locks)
+        self.copier = Copier(self.site, self.session, self.wanted.locks)
         self.send_inputs(answer.get())
 
     def ask_by_closure(self) -> Answer:
@@ -5204,7 +5230,7 @@ class Build:
             return error
         if attempt:
             return Error(attempt.failed(error))
-        return Error(f"cannot build '{self.path}': {error.told('')}")
+        return Error(f"cannot build '{self.path}': {error.told({})}")
 
     def record(self, error: BaseException | None, result: str = "") -> None:
         """Add to the history how the build has ended, None being success, or an attempt."""
@@ -5468,9 +5494,8 @@ class Hook:
         except (Unreachable, SessionLost) as error:
             site.outages.note(machine, slot.outage, error)
             site.retire(machine)
-            text = (
-                f"cannot build on '{machine.name}': {error.told(machine.destination)}"
-            )
+            told = error.told(machine.names)
+            text = f"cannot build on '{machine.name}': {told}"
             if site.slots.remember(text):
                 self.talk.say(ERROR, text)
         finally:
@@ -5725,10 +5750,10 @@ def where_machines_stand(nix: Nix) -> str:
     return f"{where}, which is not there" if missing else where
 
 
-def label(machine: Machine) -> str:
-    """What people call it."""
-    port = f":{machine.port}" if machine.port else ""
-    return f"{machine.destination}{port}" or machine.text.split()[0]
+def pause_of(slots: Slots, machine: Machine) -> dict[str, Any]:
+    """For programs: by whom it is paused, and until when in seconds since 1970, if at all."""
+    words, until = slots.pause(machine)
+    return {"paused": words or None, "until": until or None}
 
 
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
@@ -5736,10 +5761,10 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
     known, complaints = load_machines(nix)
     chosen = []
     for word in words:
-        names = {m: (m.name, m.host, m.destination, label(m)) for m in known}
+        names = {m: (m.name, m.host, m.destination, called(m.name)) for m in known}
         found = [m for m in known if word in (*names[m], m.text.split()[0])]
         if not found:
-            there = ", ".join(m.host or label(m) for m in known) or "none"
+            there = ", ".join(m.host or called(m.name) for m in known) or "none"
             where = f"is listed in {where_machines_stand(nix)}"
             raise Error(f"no machine {word!r} {where}; there are: {there}")
         chosen += found
@@ -5752,9 +5777,7 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
 ASK = """\
 exec 2> /dev/null
 echo "begin ."
-echo "path $PATH"
 echo "user $(id -un)"
-echo "found $(command -v nix-store)"
 for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
     /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
 do [ -x "$place/nix-store" ] && echo "place $place/nix-store" && PATH=$PATH:$place; done
@@ -5766,45 +5789,30 @@ export NIX_CONFIG='extra-experimental-features = nix-command'
 
 # What every Nix offers, or so few builds require that it is no loss not to claim it.
 RARE_FEATURES = "benchmark nixos-test uid-range ca-derivations recursive-nix"
+UNSAID = UNKNOWN, "-", "it does not say"
 COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
-class Finding(NamedTuple):
-    """What was found of one thing.
-
-    what: the column; text: for people; brief: for the table; remedy: what to type or to
-    write, if it is wrong.
-    """
-
-    what: str
-    state: str
-    brief: str
-    text: str
-    remedy: str = ""
-
-
 class Inspection:
-    """All that there is to find out about one machine."""
+    """All that there is to find out about one machine.  Its tiny build has a directory of slots
+    of its own: it waits for no slot, a paused machine is tried too, and no history is told."""
 
     def __init__(self, machine: Machine, nix: Nix, folder: str) -> None:
         self.machine, self.nix, self.folder = machine, nix, folder
-        self.key = os.path.expanduser(machine.key)
-        self.port = f"-p {machine.port} " if machine.port else ""
-        identity = f"-i {self.key} " if self.key else ""
-        # What a person types behind `ssh`, to get there.
-        self.login = f"{identity}{self.port}{machine.destination}"
-        self.found: list[Finding] = []
+        self.names = machine.names
+        self.there = f"ssh {self.names.get('LOGIN', '')}"  # begins what is typed there
+        self.found: list[dict[str, str]] = []  # see add
         self.phase = "waiting"  # what is done now, for people
-        self.facts: dict[str, str] = {}  # what LOOK says
+        self.facts: dict[str, str] = {}  # what ASK and LOOK say
         self.done = False
-        self.pause = ""  # see Slots.pause
+        self.pause: dict[str, Any] = {"paused": None, "until": None}  # see pause_of
         self.process: subprocess.Popen[bytes] | None = None  # nix-build
 
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
             self.site = Site(self.nix, Talk(self.nix), Slots.find(self.nix))
-            self.pause = self.site.slots.pause(self.machine)
+            self.pause = pause_of(self.site.slots, self.machine)
             self.seat = self.site.new_seat(self.machine)
             # What was found out before may have changed.
             self.seat.chosen, self.seat.is_plain = 0, True
@@ -5818,30 +5826,23 @@ class Inspection:
         finally:
             self.done = True
 
-    @property
-    def well(self) -> bool:
-        """Whether nothing is wrong, up to the build."""
-        states = {found.what: found.state for found in self.found}
-        return "build" in states and WRONG not in states.values()
-
-    def as_dict(self) -> dict[str, object]:
-        """For programs."""
-        found, machine = [found._asdict() for found in self.found], self.machine
-        value = {"machine": machine.name, "where": machine.where, "well": self.well}
-        return {**value, "paused": self.pause or None, "findings": found}
+    def as_dict(self) -> dict[str, Any]:
+        """For programs; it is well if nothing is wrong, up to the build."""
+        states = {found["what"]: found["state"] for found in self.found}
+        well = "build" in states and WRONG not in states.values()
+        value = {"machine": self.machine.name, "where": self.machine.where}
+        return {**value, "well": well, **self.pause, "findings": self.found}
 
     def add(self, what: str, state: str, *words: str) -> bool:
-        """Note a finding; returns whether there is a point in going on."""
-        self.found.append(Finding(what, state, *words))
+        """Note a finding for that column; returns whether there is a point in going on.  words:
+        brief ones for the table, a text, and what to type or to write if it is wrong."""
+        found = dict(zip(("brief", "text", "remedy"), (*words, "")))
+        self.found.append({"what": what, "state": state, **found})
         return state != WRONG
 
     def unknown(self, text: str, *columns: str) -> bool:
         """Note why these cannot be found out, which is no reason to stop."""
         return all(self.add(what, UNKNOWN, "-", text) for what in columns)
-
-    def ssh_line(self, command: str) -> str:
-        """What a person types to do something there."""
-        return f"ssh {self.login} {command}"
 
     def log_in(self) -> bool:
         """By an ssh of its own: a shared one may be older than what has changed."""
@@ -5852,15 +5853,12 @@ class Inspection:
             return not self.add("build", OK, "here", "it is this machine")
         if not self.seat.way.there:
             return self.unknown("it is a store here", "ssh", "login")
-        key = self.key
-        if key and "%" not in key and not os.path.isfile(key):
-            make = f"ssh-keygen -t ed25519 -N '' -f {key} && {self.copy_key()}"
+        key = os.path.expanduser(self.machine.key)
+        if key and "%" not in key and not os.path.isfile(key):  # ssh goes on without it
+            make = f"ssh-keygen -t ed25519 -N '' -f {key}"
             remedy = f"if {self.machine.where} names the right file: {make}"
+            remedy += f" && ssh-copy-id {self.names['LOGIN']}"
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
-        if key.endswith(".pub"):
-            remedy = f"in {self.machine.where}, name {key[:-4]}, the private one"
-            text = f"{key} is the public half of a key"
-            return self.add("login", WRONG, "NO KEY", text, remedy)
         self.asked = int(time.time())
         process = self.seat.start("sh")
         answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
@@ -5869,81 +5867,54 @@ class Inspection:
         end(process)
         self.answered = int(time.time())
         self.facts = facts(decode(answer))
+        if is_word(user := self.facts.get("user", "")):  # people will paste it
+            self.names["USER"] = user
         refused = process.returncode in (255, -9)  # by ssh; or we have killed it
-        return self.refused(decode(words)) if refused else True
+        return self.refused(decode(words), key) if refused else True
 
-    def refused(self, words: str) -> bool:
-        """Tell of ssh's own words, and what to type, as exactly as they tell it."""
+    def refused(self, words: str, key: str) -> bool:
+        """Tell of ssh's own words, or ours if they are clearer, and what to type."""
         error = self.seat.ssh.refusal(words) or Unreachable("ssh ended without a word")
-        text, remedy = self.explain_refusal(error)
-        brief = "DENIED" if error.meaning == "DENIED" else "FAILED"
-        column = "ssh" if error.meaning in ("NAMELESS", "SILENT") else "login"
-        return self.add(column, WRONG, brief, text.removeprefix("ssh: "), remedy)
-
-    def explain_refusal(self, error: Error) -> tuple[str, str]:
-        """ssh's words, or ours if they are clearer, and the remedy."""
-        machine, host, once = self.machine, self.machine.host, self.ssh_line("true")
-        name = f"[{host}]:{machine.port}" if machine.port else host
-        key, text, places = self.key, str(error), "DNS, /etc/hosts or ~/.ssh/config"
-        if isinstance(error, WrongHostKey):
-            # From OpenSSH 10 on it prints comments, too.
-            scan = f"ssh-keyscan -t ed25519 {self.port}{host} | grep -v '^#'"
-            scan += " | cut -d' ' -f2- | base64 -w0"
-            hint = "if that is right, and the machine has a new key, write this into"
-            return text, f"{hint} the last field of its line: {scan}"
+        text, remedy = str(error).removeprefix("ssh: "), error.remedy_for(self.names)
+        command, brief = ["ssh-keygen", "-y", "-P", "", "-f", key], "FAILED"
+        if error.meaning == "CHANGED":
+            text = "its host key has changed"
         if error.meaning == "DENIED":
-            return self.denied(text)
-        if error.meaning == "OPEN" and key:
-            return f"the key {key} may be read by others", f"chmod 600 {key}"
-        new = f"if it was set up anew: ssh-keygen -R '{name}' && {once}"
-        ours = {
-            "CHANGED": ("its host key has changed", new),
-            "NEW": (text, f"compare its host key and say yes: {once}"),
-            "NAMELESS": (text, f"correct {machine.where}, or add {host} to {places}"),
-        }
-        return ours.get(error.meaning, (text, error.remedy_for(machine.destination)))
-
-    def denied(self, text: str) -> tuple[str, str]:
-        """Why a key does not let us in, as far as it can be seen from here."""
-        key, command = self.key, ["ssh-keygen", "-y", "-P", "", "-f", self.key]
-        if key and self.site.programs.output(command, self.seat.ssh.environ)[0] != 0:
-            text = f"the key {key} has a passphrase, or is none; {text}"
-            return text, f"take the passphrase off: ssh-keygen -p -N '' -f {key}"
-        return text, self.copy_key()
-
-    def copy_key(self) -> str:
-        """How to have its key accepted, or the user's own if none is named."""
-        public = f"{self.key}.pub" if self.key else "your public key"
-        copy = f"ssh-copy-id {self.login} (it asks for a password)"
-        return f"{copy}, or append {public} to ~/.ssh/authorized_keys there"
+            brief, environ = "DENIED", self.seat.ssh.environ
+            if key and self.site.programs.output(command, environ)[0] != 0:
+                text = f"the key {key} has a passphrase, or is none; {text}"
+                remedy = f"take the passphrase off: ssh-keygen -p -N '' -f {key}"
+        column = "ssh" if error.meaning in ("NAMELESS", "SILENT") else "login"
+        return self.add(column, WRONG, brief, text, remedy)
 
     def find_nix(self) -> bool:
         """Talk with nix-store there."""
         from timeit import repeat
 
         self.phase = "asking nix-store"
-        is_usual = self.seat.way.there[:1] == SERVE[:1]
-        if "begin" in self.facts and not self.facts.get("found") and is_usual:
-            return self.no_nix()
         session = Session(self.seat, GREETING_TIMEOUT_S)
         try:
             session.greet()
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
             self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
         except SessionLost as error:
-            may_do = isinstance(error, Refused) and self.seat.other_way()
-            if may_do and self.seat.chosen:
+            refused = isinstance(error, Refused)
+            if refused and self.seat.other_way() and self.seat.chosen:
                 return self.find_nix()
+            place, remedy = self.facts.get("place"), error.remedy_for(self.names)
+            if place and only(place, PLAIN):  # people will paste it
+                remedy = remedy.replace("/DIR/nix-store", place)
             if "begin" in self.facts:
                 self.logged_in()
-            remedy = error.remedy_for(self.machine.destination)
             self.add("nix", WRONG, "FAILED", str(error), remedy)
             if "begin" in self.facts:
-                self.disk()  # if that is full, that is why
+                self.add("disk", *self.disk())  # if that is full, that is why
             return False
         finally:
             session.cancel()
-        self.renew()
+        self.retire(self.site.directory)
+        self.seat.keep_way()  # hooks are to find what we have found,
+        self.site.outages.end(self.machine)  # and to leave it alone no longer
         version = self.facts.get("nix", "").rpartition(" ")[2]
         protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
         text = f"nix-store {version}, serve protocol {protocol}"
@@ -5952,19 +5923,17 @@ class Inspection:
             protocol = "daemon"
         return self.add("nix", OK, version or protocol, text)
 
-    def renew(self) -> None:
-        """Have hooks leave it alone no longer, and find what we have found."""
+    def retire(self, directory: str) -> None:
+        """End the connections to it there, and forget what was found out of them."""
         # Those of nix-daemon have another environment, and so another name.
-        folder, name = os.path.split(self.seat.base)
-        for file in (f for f in os.listdir(folder) if f[:8] == name[:8]):
-            path = f"{folder}/{file}"
+        begin = os.path.basename(self.seat.base)[:8]
+        for file in (f for f in os.listdir(directory) if f.startswith(begin)):
+            path = f"{directory}/{file}"
             if file.endswith((".seats", ".tells", ".slow")):
                 with suppress(OSError):
                     remove(path)
             elif "." not in file:
                 Connection(self.seat.ssh, path).retire()
-        self.seat.keep_way()
-        self.site.outages.end(self.machine)
 
     def logged_in(self, round_trip: str = "") -> None:
         """Note that ssh works, if that is what we use."""
@@ -5975,99 +5944,82 @@ class Inspection:
         user = self.facts.get("user")
         self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
 
-    def no_nix(self) -> bool:
-        """Note that a login finds no nix-store, and what to do."""
-        place = self.facts.get("place", "")
-        remedy = f"install Nix there; its PATH is {self.facts.get('path', '')}"
-        if place and only(place, PLAIN):  # people will paste it
-            base, parameters = split_parameters(self.machine.text.split()[0])
-            base = f"ssh://{base.rpartition('://')[2]}"  # in ssh-ng:// it is nix-daemon
-            uri = with_parameters(base, {**parameters, "remote-program": place})
-            line = f"ln -s {place} /usr/local/bin/"
-            remedy = f"in {self.machine.where}, write {uri}; or as root there: {line}"
-        self.logged_in()
-        text = "no nix-store in the PATH of a login without a terminal"
-        return self.add("nix", WRONG, "NONE", text, remedy)
-
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
-        if "begin" in self.facts:
-            return all([self.offers(), self.disk(), self.clock(), self.cores()])
-        bare = "that login allows nothing but nix-store"
-        text = bare if self.seat.way.there else "it is a store here"
-        return self.unknown(text, "offers", "disk", "clock", "cores")
+        if "begin" not in self.facts:
+            bare = "that login allows nothing but nix-store"
+            text = bare if self.seat.way.there else "it is a store here"
+            return self.unknown(text, "offers", "disk", "clock", "cores")
+        found = {"offers": self.offers(), "disk": self.disk(), "clock": self.clock()}
+        found["cores"] = self.cores()
+        return not [what for what in found if not self.add(what, *found[what])]
 
-    def offers(self) -> bool:
+    def offers(self) -> tuple[str, ...]:
         """Systems and features; only 2.x tells."""
         machine, where = self.machine, self.machine.where
         if "system" not in self.facts:
-            return self.unknown("its Nix does not say for what it builds", "offers")
+            return UNSAID
         told = f"{self.facts['system']} {self.facts.get('extra-platforms', '')}".split()
-        systems = [system for system in told if only(system, PLAIN)]  # for our remedy
-        features = self.facts.get("system-features", "").split()
-        if lacking := sorted({*machine.systems} - {*systems, "builtin"}):
-            text = f"{where} says that it builds {', '.join(lacking)}, "
-            text += f"but its Nix builds {', '.join(systems)}"
-            right = sorted({*machine.systems} & {*systems}) or systems[:1]
-            remedy = f"write into the second field: {','.join(right)}"
-            return self.add("offers", WRONG, "SYSTEM", text, remedy)
+        offered = [system for system in told if only(system, PLAIN)]  # for our remedy
+        lacking = {*machine.systems} - {*offered, "builtin"}
+        right = sorted({*machine.systems} & {*offered}) or offered[:1]
+        brief, remedy = "SYSTEM", f"write into the second field: {','.join(right)}"
         claimed = machine.supported | machine.mandatory
-        if lacking := sorted(claimed - set(features)):
-            text = f"{where} says that it has {', '.join(lacking)}, "
-            text += f"but its Nix offers {', '.join(features) or 'no features'}"
+        if not lacking:
+            offered = self.facts.get("system-features", "").split()
+            brief, lacking = "FEATURE", {*claimed} - {*offered}
             remedy = "take it out there, or write into nix.conf on the builder: "
-            remedy += f"extra-system-features = {' '.join(lacking)}"
-            return self.add("offers", WRONG, "FEATURE", text, remedy)
-        if more := sorted({*features} - claimed - {*RARE_FEATURES.split()}):
+            remedy += f"extra-system-features = {' '.join(sorted(lacking))}"
+        if lacking:
+            text = f"{where} says that it offers {', '.join(sorted(lacking))}, "
+            text += f"but its Nix offers {', '.join(offered) or 'nothing'}"
+            return WRONG, brief, text, remedy
+        if more := sorted({*offered} - claimed - {*RARE_FEATURES.split()}):
             text = f"it also offers {', '.join(more)}, which {where} does not claim"
-            return self.add("offers", NOTE, "ok", text)
-        return self.add("offers", OK, "ok", "builds what is claimed")
+            return NOTE, "ok", text
+        return OK, "ok", "builds what is claimed"
 
-    def disk(self) -> bool:
-        """How much room its store has."""
+    def disk(self) -> tuple[str, ...]:
+        """How much room its store has, if there is one yet."""
         look = Look({"disk": self.facts.get("disk", ""), "asked": str(self.answered)})
-        if not look.number("disk"):
-            text = "it does not say how full its disk is (there may be no store yet)"
-            return self.unknown(text, "disk")
-        free = amount(1024 * look.number("disk", 1))
-        if not look.closed:
-            return self.add("disk", OK, free, f"{free} free in its store")
-        remedy, text = self.ssh_line("nix-collect-garbage -d"), f"it {look.closed}"
-        return self.add("disk", WRONG, free, f"{text}: no builds go there", remedy)
+        free, remedy = amount(1024 * look.number("disk", 1)), "nix-collect-garbage -d"
+        if look.closed:
+            text = f"it {look.closed}: no builds go there"
+            return WRONG, free, text, f"{self.there} {remedy}"
+        return (
+            (OK, free, f"{free} free in its store") if look.number("disk") else UNSAID
+        )
 
-    def clock(self) -> bool:
+    def clock(self) -> tuple[str, ...]:
         """Whether its clock is that of here."""
         if not self.facts.get("time", "").isdigit():
-            return self.unknown("it does not say what time it is", "clock")
+            return UNSAID
         there = int(self.facts["time"])
         off = there - max(self.asked, min(there, self.answered))
-        brief = f"{off:+} s" if off else "ok"
-        if abs(off) > CLOCK_S:
-            side = "ahead" if off > 0 else "behind"
-            text = f"its clock is {duration(abs(off))} {side} of the one here"
-            remedy = self.ssh_line("timedatectl set-ntp true")
-            return self.add("clock", WRONG, brief, text, remedy)
-        return self.add("clock", OK, brief, "its clock is right")
+        brief, side = f"{off:+} s" if off else "ok", "ahead" if off > 0 else "behind"
+        if abs(off) <= CLOCK_S:
+            return OK, brief, "its clock is right"
+        text = f"its clock is {duration(abs(off))} {side} of the one here"
+        return WRONG, brief, text, f"{self.there} timedatectl set-ntp true"
 
-    def cores(self) -> bool:
+    def cores(self) -> tuple[str, ...]:
         """Whether it has cores for its jobs."""
         cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
         if not cores.isdigit():
-            return self.unknown("it does not say how many cores it has", "cores")
-        load = self.facts.get("load") or "unknown"
-        text = f"{cores} cores for {jobs} jobs, load {load}"
+            return UNSAID
+        text = (
+            f"{cores} cores for {jobs} jobs, load {self.facts.get('load', 'unknown')}"
+        )
         if jobs <= 2 * int(cores):
-            return self.add("cores", OK, f"{cores}/{jobs}", text)
-        text += ": a lower maxJobs would be quicker"
-        return self.add("cores", NOTE, f"{cores}/{jobs}", text)
+            return OK, f"{cores}/{jobs}", text
+        return NOTE, f"{cores}/{jobs}", f"{text}: a lower maxJobs would be quicker"
 
     def build(self) -> bool:
         """A real build, by the Nix here and this very hook."""
         self.phase = "building"
         if "closed" in self.facts:  # its admin lets no builds go there
             text = f"it has {CLOSED}: {self.facts['closed'] or 'no reason given'}"
-            remedy = self.ssh_line(f"rm {CLOSED}")
-            return self.add("build", WRONG, "CLOSED", text, remedy)
+            return self.add("build", WRONG, "CLOSED", text, f"{self.there} rm {CLOSED}")
         if os.geteuid() != 0 and not os.access(self.nix.store.real, os.W_OK):
             text = "not tried: the daemon builds here, so try it as root"
             return self.unknown(text, "build")
@@ -6086,6 +6038,8 @@ class Inspection:
             end(self.process)
             log.seek(0)
             said = decode(log.read())
+        with suppress(OSError):  # it came to no connection
+            self.retire(f"{self.folder}/ssh")
         return self.judge(status, took, said)
 
     def tiny_build(self, hook: str) -> tuple[list[str], dict[str, str]]:
@@ -6101,20 +6055,17 @@ class Inspection:
         write_private(tiny, text)
         program = find_program("nix-build", nix_directories(self.nix.environ))
         command = [program, tiny, "--no-out-link", "--max-jobs", "0"]
-        # A paused machine is tried all the same: so it has slots of its own for that.
-        more = {"NIX_CURRENT_LOAD": self.folder} if self.pause else {}
+        environ = self.nix.child_environ(NIX_CURRENT_LOAD=self.folder)
         if self.nix.old:
-            more |= {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
-            return command, self.nix.child_environ(**more)
+            environ |= {"NIX_BUILD_HOOK": hook, "NIX_REMOTE_SYSTEMS": machines}
+            return command, environ
         command += ["--option", "build-hook", hook, "--option", "substitute", "false"]
-        command += ["--option", "builders", f"@{machines}"]
-        return command, self.nix.child_environ(**more)
+        return [*command, "--option", "builders", f"@{machines}"], environ
 
     def judge(self, status: int | None, took: float, said: str) -> bool:
         """What has come of the tiny build."""
         if status is None:
             text = f"a tiny build did not end within {CHECK_TIMEOUT_S} s"
-            text += "; all its slots may be taken"
             return self.add("build", WRONG, "NO END", text)
         if status != 0:
             lines = [line for line in said.splitlines() if line.strip()]
@@ -6122,17 +6073,14 @@ class Inspection:
             text = "\n".join(lines[next(bad, -3) :])
             text = text.partition("\nerror:")[0]  # Nix's own comes last
             error = heard(Error, " ".join(text.removeprefix("error: ").split()))
-            remedy = error.remedy_for(self.machine.destination)
-            text = f"a tiny build failed: {error}"
+            text, remedy = f"a tiny build failed: {error}", error.remedy_for(self.names)
             return self.add("build", WRONG, "FAILED", text, remedy)
         if UNTRUSTED_USER in said:
-            user = self.facts.get("user", "")
-            user = user if is_word(user) else "USER"
-            text = f"its Nix does not trust the user {user}: builds work, but take "
-            text += "longer (the derivation's closure is sent), and unsigned inputs "
-            text += "will be refused"
-            remedy = "on the builder, in /etc/nix/nix.conf: extra-trusted-users = "
-            remedy += f"{user} (in 2.3 and older: trusted-users = root {user}); "
+            user, conf = self.names["USER"], "/etc/nix/nix.conf"
+            text = f"its Nix does not trust the user {user}: builds take longer (the "
+            text += "derivation's closure is sent), and unsigned inputs will be refused"
+            remedy = f"on the builder, in {conf}: extra-trusted-users = {user} (in 2.3 "
+            remedy += f"and older: trusted-users = root {user}); "
             remedy += "then: systemctl restart nix-daemon"
             return self.add("build", WRONG, "LIMITED", text, remedy)
         brief = f"{took:.1f} s"
@@ -6191,12 +6139,10 @@ def check(options: Namespace, nix: Nix, screen: Screen) -> int:
         make_slots(nix)
     note = unused(nix)
     complaints += wrong_hook(nix)
-    inspections = inspect_all(machines, nix, screen)
-    found = [inspection.as_dict() for inspection in inspections]
+    found = [i.as_dict() for i in inspect_all(machines, nix, screen)]
     value = {"complaints": complaints, "note": note, "machines": found}
-    lines = inspection_lines(inspections, complaints, screen)
-    screen.show(value, lines + screen.wrap("", note))
-    return 0 if all(i.well for i in inspections) and not complaints else 1
+    screen.show(value, check_lines(value, screen) + screen.wrap("", note))
+    return 0 if all(m["well"] for m in found) and not complaints else 1
 
 
 def make_slots(nix: Nix) -> Slots:
@@ -6235,146 +6181,125 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
 
 def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
     """Until all are done, say on standard error how far they are."""
-    busy, terminal = [*inspections], sys.stderr.isatty()
-    while busy:
+    terminal, left, count = sys.stderr.isatty(), len(inspections), len(inspections)
+    while left:
         time.sleep(0.1)
-        for inspection in [i for i in busy if i.done]:
-            busy.remove(inspection)
-            if not terminal:
-                well = "well" if inspection.well else "not well"
-                count = f"{len(inspections) - len(busy)} of {len(inspections)} tried"
-                print(f"{label(inspection.machine)}: {well} ({count})", file=sys.stderr)
+        before, busy = left, [i for i in inspections if not i.done]
+        left = len(busy)
+        names = ", ".join(f"{called(i.machine.name)} {i.phase}" for i in busy)
+        text = f"{count - left} of {count} done" + (f"; {names}" if busy else "")
         if terminal:
-            names = ", ".join(f"{label(i.machine)} {i.phase}" for i in busy)
-            text = f"{len(inspections) - len(busy)} of {len(inspections)} done; {names}"
             text = text[: screen.width - 1] if busy else ""
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif left != before:
+            print(text, file=sys.stderr)
 
 
-def inspection_lines(
-    inspections: list[Inspection], complaints: list[str], screen: Screen
-) -> list[str]:
+def check_lines(value: dict[str, Any], screen: Screen) -> list[str]:
     """A table, and below each line what is wrong."""
+    complaints, machines = value["complaints"], value["machines"]
     lines = [screen.paint(text, WRONG) for text in screen.wrap("", *complaints)]
     rows = [["machine", *COLUMNS]]
-    for inspection in inspections:
-        brief = {found.what: found.brief for found in inspection.found}
+    for machine in machines:
+        brief = {found["what"]: found["brief"] for found in machine["findings"]}
         cells = [brief.get(column, "-") for column in COLUMNS]
-        rows.append([label(inspection.machine), *cells])
+        rows.append([called(machine["machine"]), *cells])
     head, *heads = table(rows)
     if max(map(len, [head, *heads])) > screen.width:  # then each name has its own line
         head, *heads = table([row[1:] for row in rows])
         heads = [f"{row[0]}\n{text}" for row, text in zip(rows[1:], heads)]
-    lines += [head] if inspections else []
-    for text, inspection in zip(heads, inspections):
-        lines.append(screen.paint(text, OK if inspection.well else WRONG))
-        lines += finding_lines(inspection, screen)
-    ill = sum(not inspection.well for inspection in inspections)
+    lines += [head] if machines else []
+    for text, machine in zip(heads, machines):
+        lines.append(screen.paint(text, OK if machine["well"] else WRONG))
+        lines += screen.wrap("    ", machine["paused"] or "")
+        for found in machine["findings"]:
+            if found["state"] in (WRONG, NOTE):
+                lines += screen.wrap("    ", f"{found['what']}: {found['text']}")
+            if found["remedy"]:  # whole, to be pasted
+                lines.append(f"    to do: {printable(found['remedy'])}")
+    ill = sum(not machine["well"] for machine in machines)
     verdict = "Not all is well." if complaints else "All machines are well."
     if ill:
-        are = "machine is" if len(inspections) == 1 else "machines are"
-        verdict = f"{ill} of {len(inspections)} {are} not well."
+        are = "machine is" if len(machines) == 1 else "machines are"
+        verdict = f"{ill} of {len(machines)} {are} not well."
     return [*lines, screen.paint(verdict, WRONG if ill or complaints else OK)]
-
-
-def finding_lines(inspection: Inspection, screen: Screen) -> list[str]:
-    """What is wrong with one machine, and what else to note."""
-    lines = screen.wrap("    ", inspection.pause)
-    for found in inspection.found:
-        if found.state in (WRONG, NOTE):
-            lines += screen.wrap("    ", f"{found.what}: {found.text}")
-        if found.state == WRONG and found.remedy:
-            lines.append(f"    to do: {printable(found.remedy)}")  # whole, to be pasted
-    return lines
 
 
 # ---- status -------------------------------------------------------------------------
 
 
-class Holder(NamedTuple):
-    """Who holds a lock, as its file says; pid 0 if that is not known."""
-
-    pid: int
-    since: float
-    phase: str
-    derivation: str
-
-    @classmethod
-    def parse(cls, text: str) -> Holder:
-        """What is said by another program, or of an ended process, is not believed."""
-        with suppress(ValueError):
-            words = text.partition("\n")[0].split(" ")
-            pid, start, _, since, phase, derivation = words
-            if is_alive(pid, start) and math.isfinite(float(since)):
-                return cls(int(pid), float(since), phase, derivation)
-        return cls(0, 0.0, "", "")
-
-    def text(self, now: float) -> str:
-        """One line for people."""
-        if not self.pid:
-            return "taken by another program, such as Nix's own hook"
-        age = duration(now - self.since)
-        phase = "" if self.phase == "waiting" else f"{self.phase:10} "
-        return printable(f"{phase}{short(self.derivation)} for {age}, pid {self.pid}")
+def holder_of(text: str) -> dict[str, Any]:
+    """Who holds a lock, for which Nix, as its file says; pid 0 if that is not known: what
+    another program says, or an ended process, is not believed."""
+    said = 0, 0, 0.0, "", ""
+    with suppress(ValueError):
+        pid, start, nix, since, phase, derivation = text.partition("\n")[0].split(" ")
+        if is_alive(pid, start) and math.isfinite(float(since)):
+            said = int(pid), int(nix.split(".")[0]), float(since), phase, derivation
+    return dict(zip(("pid", "nix", "since", "phase", "derivation"), said))
 
 
-class Load(NamedTuple):
-    """How things are with one machine.
-
-    taken: its slots that are, by others, too; closed: why it gets no new builds, "" if its
-    slots are taken; known: how many of a build's inputs it has had.
-    """
-
-    machine: Machine
-    building: list[Holder]
-    fetching: list[Holder]
-    outage: Outage | None
-    look: Look = Look({})
-    taken: int = 0
-    closed: str | None = None
-    known: int = 0
+def holder_line(holder: dict[str, Any]) -> str:
+    """The same for people."""
+    if not holder["pid"]:
+        return "taken by another program, such as Nix's own hook"
+    age, name = duration(time.time() - holder["since"]), short(holder["derivation"])
+    phase = "" if holder["phase"] == "waiting" else f"{holder['phase']:10} "
+    return printable(f"{phase}{name} for {age}, pid {holder['pid']}")
 
 
-class Waiter(NamedTuple):
-    """Who stands at a place in line; names: of the slots that are waited for."""
-
-    place: int
-    holder: Holder
-    names: list[str]
-
-
-def overview(slots: Slots, machines: list[Machine]) -> tuple[list[Load], list[Waiter]]:
+def overview(slots: Slots, machines: list[Machine]) -> dict[str, list[dict[str, Any]]]:
     """How things are with these machines, and who waits; Error if we may not read that.
     Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
         with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
-            return [load_of(slots, machine) for machine in machines], waiters_in(slots)
+            loads = [load_of(slots, machine) for machine in machines]
+            return {"machines": loads, "waiting": waiters_in(slots)}
     except FileNotFoundError:  # no hook has ever run
-        return [Load(machine, [], [], None) for machine in machines], []
+        return {"machines": [*map(idle, machines)], "waiting": []}
     except OSError as error:
         raise Error(f"cannot read {error.filename}; try it as root") from None
 
 
-def load_of(slots: Slots, machine: Machine) -> Load:
+def idle(machine: Machine) -> dict[str, Any]:
+    """How things are with a machine that nobody uses.
+
+    here: whether it is this machine; taken: its slots that are, load: by others, too;
+    away: its outage, closed: why it gets no new builds, else None; look: what it said.
+    """
+    value: dict[str, Any] = {"machine": machine.name, "where": machine.where}
+    value |= {"here": not machine.ways, "speed": machine.speed}
+    value |= {"slots": machine.max_jobs, "taken": 0, "load": 0, "others": 0}
+    value |= {"building": [], "fetching": [], "away": None, "closed": None, "look": {}}
+    return value
+
+
+def load_of(slots: Slots, machine: Machine) -> dict[str, Any]:
     """How things are with one machine."""
     numbers = range(machine.max_jobs)
     places = f"{slots.path}/{machine.slots}-", slots.file(machine, "fetch-")
     said = (held(slots, [f"{place}{n}" for n in numbers]) for place in places)
-    building, fetching = ([*map(Holder.parse, its.values())] for its in said)
-    outage, taken = Outages(slots).of(machine), {machine: len(building)}
-    slots.admits(machine, taken)
-    look, closed = slots.look(machine), None if outage else slots.refused.get(machine)
-    return Load(machine, building, fetching, outage, look, taken[machine], closed)
+    building, fetching = ([*map(holder_of, its.values())] for its in said)
+    outage, loads = Outages(slots).of(machine), {machine: len(building)}
+    slots.admits(machine, loads)
+    look, closed = slots.look(machine), slots.refused.get(machine) or None
+    value = {**idle(machine), "taken": len(building), "load": loads[machine]}
+    value |= {"building": building, "fetching": fetching, "others": look.others}
+    away = outage and {**outage._asdict(), "until": outage.until or None}
+    value |= {"away": away, "look": look.said, "closed": None if outage else closed}
+    return value
 
 
-def waiters_in(slots: Slots) -> list[Waiter]:
+def waiters_in(slots: Slots) -> list[dict[str, Any]]:
     """Who stands in the lines, from the first place of each on."""
     own = os.listdir(slots.own) if os.path.isdir(slots.own) else []
     lines = (entry.partition(".") for entry in own if entry.startswith("line-"))
     places = sorted((line, int(n)) for line, _, n in lines if n.isdecimal())
-    files = {f"{slots.own}/{line}.{place}": place for line, place in places}
-    taken = held(slots, [*files]).items()
-    return [Waiter(files[f], Holder.parse(t), t.split("\n")[1:]) for f, t in taken]
+    files = {f"{slots.own}/{line}.{place}": place + 1 for line, place in places}
+    return [
+        {"place": files[file], **holder_of(text), "slot-names": text.split("\n")[1:]}
+        for file, text in held(slots, [*files]).items()
+    ]
 
 
 def held(slots: Slots, paths: list[str]) -> dict[str, str]:
@@ -6418,32 +6343,38 @@ def watch(show: Callable[[], None], terminal: bool) -> None:
 
 def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     """The same, once."""
+    from itertools import groupby
+
     machines, complaints = machines_named(options.names, nix)
-    loads, waiters = overview(Slots.find(nix), machines)
-    lines, value = [], status_json(loads, waiters)
+    value, lines = overview(Slots.find(nix), machines), []
+    loads, waiters = value.values()
     if options.watch:  # what there is no room for is at the end
-        ill = [load for load in loads if load.outage or load.closed]
-        ill.sort(key=lambda load: len(load.building))
-        loads = ill + [load for load in loads if not (load.outage or load.closed)]
+        ill = [load for load in loads if load["away"] or load["closed"]]
+        ill.sort(key=lambda load: len(load["building"]))
         text = f"{len(ill)} of {len(loads)} machines left alone, {len(waiters)} waiting"
+        loads = ill + [load for load in loads if load not in ill]
         quits = " (q: quit)" if screen.terminal else ""
         lines = screen.wrap("", f"{time.strftime('%H:%M:%S')}  {text}{quits}")
-    hosts = {machine.slots: label(machine) for machine in load_machines(nix)[0]}
-    lines += status_lines(loads, waiters, hosts, screen)
+    lines += status_lines(loads, screen)
+    hosts = {machine.slots: called(machine.name) for machine in load_machines(nix)[0]}
+    for names, line in groupby(waiters, key=lambda waiter: waiter["slot-names"]):
+        known = sorted({hosts.get(name, name) for name in names if name})
+        lines += screen.wrap("", f"waiting for {', '.join(known)}:")
+        lines += [f"    {w['place']}. {holder_line(w)} of Nix {w['nix']}" for w in line]
     if not machines:
         lines.append(f"no machines are listed ({where_machines_stand(nix)})")
     screen.show(value, lines + screen.wrap("", *complaints))
 
 
-def slots_line(load: Load) -> list[str]:
+def slots_line(load: dict[str, Any]) -> list[str]:
     """What the machine is called, a character for each slot, or fewer, and the count."""
-    machine, taken, slots = load.machine, len(load.building), load.machine.max_jobs
-    if not machine.ways:
-        return [label(machine), "", f"this machine, of speed {machine.speed:g}"]
-    others, whole = load.look.others, slots or 1
+    name, taken, slots = called(load["machine"]), load["taken"], load["slots"]
+    if load["here"]:
+        return [name, "", f"this machine, of speed {load['speed']:g}"]
+    others, whole = load["others"], slots or 1
     more = f", {others} by builds of others" if others else ""
     shares = bar(min(slots, BAR), (taken + others) / whole, taken / whole)
-    return [label(machine), shares, f"{taken} of {slots} slots taken{more}"]
+    return [name, shares, f"{taken} of {slots} slots taken{more}"]
 
 
 def bar(width: int, full: float, ours: float = 1) -> str:
@@ -6457,73 +6388,41 @@ def look_line(look: Look) -> str:
     """What a builder said of itself, for people; "" if that is nothing."""
     size, free = (1024 * look.number("disk", place) for place in (0, 1))
     load, cores, memory = map(look.number, ("load", "cores", "memory"))
-    shares = {
-        "disk": (1 - free / (size or 1), f"{amount(free)} free"),
-        "load": (load / (cores or 1), f"{load:g} on {cores:g} cores"),
-        "memory": (memory / 100, f"{memory:.0f} % waited for"),
-    }
-    known = [name for name in shares if look.said.get(name)]
-    bars = [f"{name} {bar(10, shares[name][0])} {shares[name][1]}" for name in known]
+    shares = (
+        ("disk", 1 - free / (size or 1), f"{amount(free)} free"),
+        ("load", load / (cores or 1), f"{load:g} on {cores:g} cores"),
+        ("memory", memory / 100, f"{memory:.0f} % waited for"),
+    )
+    told = [share for share in shares if look.said.get(share[0])]
+    bars = [f"{name} {bar(10, share)} {text}" for name, share, text in told]
     age = duration(time.time() - look.number("asked"))
     return f"{'; '.join(bars)}; {age} ago" if bars else ""
 
 
-def left_alone(outage: Outage) -> str:
+def left_alone(
+    failures: int, since: float, until: float, words: str, **more: Any
+) -> str:
     """What people are told of an outage."""
-    if not outage.failures:
-        return outage.words
+    if not failures:
+        return words
     now = time.time()
-    left = outage.until - now
-    until = f"for {duration(left)} more" if left > 0 else "until it answers"
-    times = "once" if outage.failures == 1 else f"{outage.failures} times"
-    age = duration(now - outage.since)
-    return f"left alone {until}, failed {times} in {age}: {outage.words}"
+    end = f"for {duration(until - now)} more" if until > now else "until it answers"
+    times = "once" if failures == 1 else f"{failures} times"
+    return f"left alone {end}, failed {times} in {duration(now - since)}: {words}"
 
 
-def status_lines(
-    loads: list[Load], waiters: list[Waiter], hosts: dict[str, str], screen: Screen
-) -> list[str]:
-    """How things are with the machines, and who waits, for people.  hosts: what they call a
-    machine, by its slots."""
-    from itertools import groupby
-
-    now, lines = time.time(), []
+def status_lines(loads: list[dict[str, Any]], screen: Screen) -> list[str]:
+    """How things are with these machines, for people."""
+    lines = []
     for head, load in zip(table([*map(slots_line, loads)]), loads):
-        lines.append(screen.paint(head, NOTE if load.outage or load.closed else OK))
-        if load.outage:
-            lines += screen.wrap("    ", left_alone(load.outage))
-        if load.closed:
-            lines += screen.wrap("    ", f"gets no new builds: it {load.closed}")
-        lines += screen.wrap("    ", look_line(load.look))
-        lines += [f"    {h.text(now)}" for h in (*load.building, *load.fetching)]
-    for names, line in groupby(waiters, key=lambda waiter: waiter.names):
-        known = sorted({hosts.get(name, name) for name in names if name})
-        lines += screen.wrap("", f"waiting for {', '.join(known)}:")
-        lines += [f"    {w.place + 1}. {w.holder.text(now)}" for w in line]
+        away, closed = load["away"], load["closed"]
+        lines.append(screen.paint(head, NOTE if away or closed else OK))
+        why = left_alone(**away) if away else ""
+        why = f"gets no new builds: it {closed}" if closed else why
+        lines += screen.wrap("    ", why, look_line(Look(load["look"])))
+        holders = (*load["building"], *load["fetching"])
+        lines += [f"    {holder_line(holder)}" for holder in holders]
     return lines
-
-
-def status_json(loads: list[Load], waiters: list[Waiter]) -> dict[str, object]:
-    """The same for programs."""
-    machines = [
-        {
-            "machine": load.machine.name,
-            "slots": load.machine.max_jobs,
-            "taken": len(load.building),
-            "building": [holder._asdict() for holder in load.building],
-            "fetching": [holder._asdict() for holder in load.fetching],
-            "away": load.outage and load.outage._asdict(),
-            "others": load.look.others,
-            "closed": load.closed or None,
-            "look": load.look.said,
-        }
-        for load in loads
-    ]
-    waiting = [
-        {"place": w.place + 1, **w.holder._asdict(), "slot-names": w.names}
-        for w in waiters
-    ]
-    return {"machines": machines, "waiting": waiting}
 
 
 # ---- pause and resume ---------------------------------------------------------------
@@ -6549,7 +6448,7 @@ def pause_text(length: str, why: str) -> str:
 def slots_of(options: Namespace, nix: Nix) -> tuple[Slots, list[Machine]]:
     """The slots that hooks count, and the named machines."""
     machines, _ = machines_named(options.names, nix)
-    if here := [label(machine) for machine in machines if not machine.ways]:
+    if here := [called(machine.name) for machine in machines if not machine.ways]:
         raise Error(f"{here[0]} is this machine: Nix itself builds here")
     return make_slots(nix), machines
 
@@ -6561,8 +6460,8 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
     # Who has looked before that has a slot then, and nobody takes the file for one that is over.
     with slots.main_lock():
         for machine in machines:
-            if before := slots.pause(machine):
-                print(f"{label(machine)} was {before}", file=sys.stderr)
+            if before := slots.pause(machine)[0]:
+                print(f"{called(machine.name)} was {before}", file=sys.stderr)
             write_private(slots.file(machine, "paused"), text)
     show_status(options, nix, screen)
     while options.wait and is_busy(slots, machines):
@@ -6572,21 +6471,21 @@ def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 def is_busy(slots: Slots, machines: list[Machine]) -> bool:
     """Whether builds still use one of these paused machines; Error if one is not paused."""
-    loads, _ = overview(slots, machines)
+    loads = overview(slots, machines)["machines"]
     for machine in machines:
-        if not slots.pause(machine):
-            raise Error(f"{label(machine)} is not paused any more")
-    return any(load.building or load.fetching for load in loads)
+        if not slots.pause(machine)[0]:
+            raise Error(f"{called(machine.name)} is not paused any more")
+    return any(load["building"] or load["fetching"] for load in loads)
 
 
 def resume(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Send a machine builds again."""
     slots, machines = slots_of(options, nix)
-    was = {machine: slots.pause(machine) for machine in machines}
-    lines = [f"{label(m)} was {words or 'not paused'}" for m, words in was.items()]
+    was = [{"machine": m.name, **pause_of(slots, m)} for m in machines]
+    lines = [f"{called(m['machine'])} was {m['paused'] or 'not paused'}" for m in was]
     for machine in machines:
         remove(slots.file(machine, "paused"))
-    screen.show({machine.name: words or None for machine, words in was.items()}, lines)
+    screen.show(was, lines)
     return 0
 
 
@@ -6627,100 +6526,85 @@ RANKING = """The first is asked first.  Of equals: the faster, then the less loa
 the one that has had more of the inputs, then the one that is written first."""
 
 
-def why_not(load: Load, request: Request, nix: Nix) -> str:
+def why_not(machine: Machine, load: dict[str, Any], request: Request, nix: Nix) -> str:
     """Why a machine would not get this build now, or "" if it might."""
-    machine, taken = load.machine, len(load.building)
     if reason := unfit(machine, request, nix):
         return reason
-    if load.outage:
-        return f"is {left_alone(load.outage)}"
+    if load["away"]:
+        return f"is {left_alone(**load['away'])}"
     if Slots.find(nix).lacks(machine, request.kind):
         return "could not do such a build within the last hour"
+    taken, others = load["taken"], load["others"]
     if taken >= machine.max_jobs:
         return f"has no free slot: all {taken} are taken"
-    if load.closed is None or load.closed:
-        return load.closed or ""
-    here, short = load.look.others, load.look.number("memory")
-    others = f"{here} builds of other clients run there"
-    memory = f"its memory is short {short:.0f} % of the time"
-    return f"is full: {taken} slots are taken, {others}, {memory}"
+    if load["closed"] or load["load"] < machine.max_jobs:
+        return load["closed"] or ""
+    short = f"{Look(load['look']).number('memory'):.0f} % of the time"
+    others = f"{others} builds of other clients run there"
+    return f"is full: {taken} slots are taken, {others}, its memory is short {short}"
 
 
-class Choice(NamedTuple):
-    """Where a build would go now.
+def choice(
+    loads: dict[Machine, dict[str, Any]], request: Request, nix: Nix
+) -> dict[str, Any]:
+    """Where a build would go now: the machines that could take it, the best first; the
+    others, and why not; and whether Nix here might build it itself."""
+    for machine, load in loads.items():
+        load["reason"] = why_not(machine, load, request, nix)
+        load["rank"] = rank(machine, load["load"])[0]
+    order = lambda m: (*rank(m, loads[m]["load"]), -loads[m]["inputs"])
+    ranked = [m for m in sorted(loads, key=order) if not loads[m]["reason"]]
+    value: dict[str, Any] = {"derivation": request.derivation}
+    value |= {"system": request.system, "features": sorted(request.features)}
+    value["here"] = might_build_itself(nix, request)
+    value["machines"] = [loads[machine] for machine in ranked]
+    value["left-out"] = [load for load in loads.values() if load["reason"]]
+    return value
 
-    ranked: the machines that could take it, the best first; out: the others, and why;
-    itself: whether Nix here might build it.
-    """
 
-    request: Request
-    ranked: list[Load]
-    out: list[tuple[Machine, str]]
-    itself: bool
-
-    @classmethod
-    def of(cls, loads: list[Load], request: Request, nix: Nix) -> Choice:
-        """Judge each machine."""
-        reasons = [why_not(load, request, nix) for load in loads]
-        ranked = [load for load, reason in zip(loads, reasons) if not reason]
-        ranked.sort(key=lambda l: (*rank(l.machine, l.taken), -l.known))
-        out = [(load.machine, why) for load, why in zip(loads, reasons) if why]
-        return cls(request, ranked, out, might_build_itself(nix, request))
-
-    def as_dict(self) -> dict[str, object]:
-        """For programs."""
-        request, machines = self.request, []
-        for load in self.ranked:
-            m, place = load.machine, rank(load.machine, load.taken)[0]
-            value = {"machine": m.name, "load": load.taken, "slots": m.max_jobs}
-            value |= {"speed": m.speed, "rank": place, "inputs": load.known}
-            machines.append(value)
-        out = [{"machine": m.name, "where": m.where, "reason": r} for m, r in self.out]
-        value = {"derivation": request.derivation, "system": request.system}
-        value |= {"features": sorted(request.features), "here": self.itself}
-        return {**value, "machines": machines, "left-out": out}
-
-    def lines(self, screen: Screen) -> list[str]:
-        """For people."""
-        request = self.request
-        features = ", ".join(sorted(request.features)) or "no features"
-        what = request.derivation or "A build"
-        lines = screen.wrap("", f"{what} needs {request.system} and {features}.")
-        rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
-        for number, load in enumerate(self.ranked, 1):
-            machine, taken = load.machine, load.taken
-            slots, share = f"{taken} of {machine.max_jobs}", taken / machine.speed
-            rows.append([f"{number}.", label(machine), slots, f"{machine.speed:g}"])
-            rows[-1] += [f"{share:.2f}", str(rank(machine, taken)[0]), str(load.known)]
-        if self.ranked:
-            lines += [*table(rows), *screen.wrap("", RANKING)]
-        else:
-            lines.append(screen.paint("No machine can take it now.", WRONG))
-        lines += ["Left out:"] if self.out else []
-        out = (f"{label(m)} {reason} ({m.where})" for m, reason in self.out)
-        lines += screen.wrap("    ", *out)
-        itself = "may build it itself"
-        if any(not machine.ways for machine, _ in self.out):
-            itself += ", if it has a job free and no better machine has a free slot"
-        never = "can never build it itself (max-jobs, system or features)"
-        return lines + screen.wrap("", f"Nix here {itself if self.itself else never}.")
+def choice_lines(value: dict[str, Any], screen: Screen) -> list[str]:
+    """The same for people."""
+    features = ", ".join(value["features"]) or "no features"
+    what = f"{value['derivation'] or 'A build'} needs {value['system']} and {features}."
+    rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
+    for number, load in enumerate(value["machines"], 1):
+        taken, speed = load["load"], load["speed"]
+        cells = [f"{number}.", called(load["machine"]), f"{taken} of {load['slots']}"]
+        cells += [f"{speed:g}", f"{taken / speed:.2f}"]
+        rows.append([*cells, str(load["rank"]), str(load["inputs"])])
+    lines = screen.wrap("", what)
+    if value["machines"]:
+        lines += [*table(rows), *screen.wrap("", RANKING)]
+    else:
+        lines.append(screen.paint("No machine can take it now.", WRONG))
+    left_out = value["left-out"]
+    lines += ["Left out:"] if left_out else []
+    out = (f"{called(m['machine'])} {m['reason']} ({m['where']})" for m in left_out)
+    lines += screen.wrap("    ", *out)
+    itself = "may build it itself"
+    if any(machine["here"] for machine in left_out):
+        itself += ", if it has a job free and no better machine has a free slot"
+    never = "can never build it itself (max-jobs, system or features)"
+    return lines + screen.wrap("", f"Nix here {itself if value['here'] else never}.")
 
 
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show where a build would go, and why not elsewhere."""
     request, digests = wanted_build(options, nix)
     machines, complaints = load_machines(nix)
+    slots = Slots.find(nix)
     try:
-        slots = Slots.find(nix)
-        found = overview(slots, machines)[0]
-        loads = [l._replace(known=slots.known(l.machine, digests)) for l in found]
+        found = overview(slots, machines)["machines"]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
-        loads = [Load(machine, [], [], None) for machine in machines]
-    choice = Choice.of(loads, request, nix)
-    lines = choice.lines(screen) + screen.wrap("", *complaints)
-    screen.show({**choice.as_dict(), "complaints": complaints}, lines)
-    return 0 if choice.ranked else 1
+        found = [*map(idle, machines)]
+    loads = dict(zip(machines, found))
+    for machine in machines:
+        loads[machine]["inputs"] = slots.known(machine, digests)
+    value = {**choice(loads, request, nix), "complaints": complaints}
+    lines = choice_lines(value, screen) + screen.wrap("", *complaints)
+    screen.show(value, lines)
+    return 0 if value["machines"] else 1
 
 
 # ---- history and metrics ------------------------------------------------------------
@@ -6729,8 +6613,9 @@ WAYS = ("sent", "received")
 NUMBERS = ("when", "attempts", *PHASES, *WAYS)  # in a line, see Build.record
 WORDS = ("derivation", "machine", "result", "reason")
 WELL = ("built", "cancelled")  # results that are no failure
-# Of Prometheus, for each machine:
+# Of Prometheus, for each machine but the first:
 METRICS = {
+    "waiting": "gauge Builds that wait in line for a slot.",
     "builds_total": "counter Builds that have ended there, or were tried again.",
     "seconds_total": "counter Where the time of these builds went.",
     "bytes_total": "counter Archives copied for these builds.",
@@ -6755,11 +6640,6 @@ def read_history(slots: Slots, *files: str) -> list[dict[str, Any]]:
             if all(0 <= said[name] < 1e15 for name in NUMBERS):
                 found.append({**{name: said[name] for name in NUMBERS}, **words})
     return found
-
-
-def called(machine: str) -> str:
-    """The host of a machine of that name, which need not be listed any more."""
-    return machine.partition("?")[0].rpartition("//")[2].rpartition("@")[2] or "-"
 
 
 def time_bar(builds: list[dict[str, Any]]) -> str:
@@ -6795,13 +6675,13 @@ def history_lines(builds: list[dict[str, Any]]) -> list[str]:
 
 def history(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show which builds have ended, where, how long they took, and why they failed."""
-    slots, host = Slots.find(nix), called(options.machine)
+    slots, wanted = Slots.find(nix), called(options.machine)
     since = time.time() - seconds_of(options.since) if options.since else 0
     builds = [
         build
         for build in read_history(slots, f"{slots.history}.old", slots.history)
         if build["when"] >= since
-        and (not options.machine or called(build["machine"]) == host)
+        and wanted in ("-", name := called(build["machine"]), name.rpartition("@")[2])
         and not (options.failed and build["result"] in WELL)
     ]
     screen.show(builds, history_lines(builds))
@@ -6818,15 +6698,18 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
         more |= {f'seconds_total{head}phase="{p}"}}': build[p] for p in PHASES}
         more |= {f'bytes_total{head}direction="{way}"}}': build[way] for way in WAYS}
         samples |= {key: samples.get(key, 0) + number for key, number in more.items()}
-    machines = [machine for machine in load_machines(nix)[0] if machine.ways]
     # Lines of the same name share their slots.
-    for load in overview(slots, sorted(machines, key=lambda m: m.max_jobs))[0]:
-        which = f"{{machine={quoted(load.machine.name)}}}"
-        samples[f"slots{which}"] = load.machine.max_jobs
-        samples[f"slots_taken{which}"] = len(load.building)
-        is_paused = load.outage is not None and not load.outage.failures
-        samples[f"up{which}"] = int(not load.outage or is_paused)
-        samples[f"closed{which}"] = int(is_paused or bool(load.closed))
+    machines = [machine for machine in load_machines(nix)[0] if machine.ways]
+    machines.sort(key=lambda machine: machine.max_jobs)
+    found = overview(slots, machines)
+    samples["waiting"] = len(found["waiting"])
+    for load in found["machines"]:
+        which, away = f"{{machine={quoted(load['machine'])}}}", load["away"]
+        is_paused = bool(away and not away["failures"])
+        samples[f"slots{which}"] = load["slots"]
+        samples[f"slots_taken{which}"] = load["taken"]
+        samples[f"up{which}"] = int(not away or is_paused)
+        samples[f"closed{which}"] = int(is_paused or bool(load["closed"]))
     lines = []
     for metric, text in METRICS.items():
         name, (kind, _, words) = f"nix_build_remote_{metric}", text.partition(" ")
@@ -6854,28 +6737,26 @@ def parse_options(arguments: list[str]) -> Namespace:
     for run in COMMANDS:
         part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         part.set_defaults(run=run, watch=False)
-        hint = "instead of those that the hook would use"
-        part.add_argument("--machines", default="", metavar="FILE", help=hint)
-        part.add_argument("--json", action="store_true", help="for programs")
+        add = part.add_argument
+        add("--machines", default="", metavar="FILE", help="instead of the hook's")
+        add("--json", action="store_true", help="for programs")
         if run is explain:
-            part.add_argument("derivation", nargs="?", metavar="DERIVATION")
-            part.add_argument("--system", default="", help="such as x86_64-linux")
-            part.add_argument("--features", default="", help="such as kvm,big-parallel")
+            add("derivation", nargs="?", metavar="DERIVATION")
+            add("--system", default="", help="such as x86_64-linux")
+            add("--features", default="", help="such as kvm,big-parallel")
         elif run in (check, status, pause, resume):
             count = "*" if run in (check, status) else "+"
-            part.add_argument("names", nargs=count, metavar="MACHINE")
+            add("names", nargs=count, metavar="MACHINE")
         elif run is history:
-            part.add_argument("--failed", action="store_true", help="only failures")
-            part.add_argument("--machine", default="", help="only what was there")
-            part.add_argument("--since", metavar="2d", help="only the last 2 days")
+            add("--failed", action="store_true", help="only failures")
+            add("--machine", default="", help="only what was there")
+            add("--since", metavar="2d", help="only the last 2 days")
         if run is pause:
-            hint = "such as 90s, 30m, 2h, 1d; else until it is resumed"
-            part.add_argument("--for", default="", dest="time", help=hint)
-            part.add_argument("--why", default="", metavar="TEXT", help="for others")
-            hint = "return when no build is left there"
-            part.add_argument("--wait", action="store_true", help=hint)
+            add("--for", default="", dest="time", help="such as 90s, 30m, 2h or 1d")
+            add("--why", default="", metavar="TEXT", help="for others")
+            add("--wait", action="store_true", help="till no build is left there")
         if run is status:
-            part.add_argument("--watch", action="store_true", help="renew each second")
+            add("--watch", action="store_true", help="renew each second")
     return parser.parse_args(arguments)
 
 
@@ -6884,8 +6765,8 @@ def run_for_people(arguments: list[str]) -> int:
     import signal
 
     if arguments in (["--version"], ["--help"]):
-        version = f"nix_build_remote.py {VERSION}"
-        print(version if arguments == ["--version"] else str(__doc__).strip())
+        manual, version = str(__doc__).strip(), f"nix_build_remote.py {VERSION}"
+        print(version if arguments == ["--version"] else manual)
         return 0
     options = parse_options(arguments)
     os.dup2(os.open(os.devnull, os.O_RDWR), LOG)  # of a build, for a hook

@@ -616,7 +616,8 @@ class Taker:
         slots, outages = self.sites[1].slots, self.sites[1].outages
         file = Path(slots.file(self.machine, "paused"))
         file.write_bytes(case)
-        words = slots.pause(self.machine)
+        words, until = slots.pause(self.machine)
+        assert 0 <= until < float("inf")
         assert "\n" not in words and words == hook.printable(words)
         assert bool(words) == (self.machine in outages.away([self.machine]))
         slot, _ = slots.choose([self.machine])
@@ -756,7 +757,7 @@ def outcome(taker: Taker, take: Callable[[Taker, bytes], bool], case: bytes) -> 
         result = "accepted" if take(taker, case) else "refused"
     except hook.Error as error:
         result = type(error).__name__
-        talk.say(hook.ERROR, error.told(taker.machine.destination))
+        talk.say(hook.ERROR, error.told(taker.machine.names))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     *lines, rest = os.pread(2, os.fstat(2).st_size, 0).decode().split("\n")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from held import BEGUN, HELD, afresh, at_work, let_go, two_builders
 from lab import poll
 from launcher import assigned
 from scene import (
@@ -21,7 +22,6 @@ from scene import (
     change_hook,
     come_back,
     distrustful,
-    forget,
     go_away,
     other,
     outage,
@@ -40,9 +40,6 @@ def some(count: int, script: str = "hostname > $out") -> str:
     return f'builtins.genList (n: mk {name} "{script}" {{}}) {count}'
 
 
-HELD = "touch /tmp/held; while ! [ -e /tmp/go ]; do sleep 0.02; done; hostname > $out"
-
-
 def built_on(nix: Scene, expression: str, *options: str) -> set[str]:
     outcome = nix.build(expression, *options, timeout=LONG_S)
     return {nix.client.read(path).strip() for path in outcome.outputs}
@@ -50,23 +47,14 @@ def built_on(nix: Scene, expression: str, *options: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
-    builder = other(pytestconfig, client_engine)
-    with scene(client_engine, builder, builder) as running:
+    with two_builders(pytestconfig, client_engine) as running:
         yield running
 
 
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
-    forget(hosts)
-    change_hook(hosts, CONNECT_TIMEOUT_S=3)
-    hosts.machines("b1 - - 4 8\nb2 - - 4\n")
-    for builder in hosts.builders:
-        builder.run("rm", "-f", "/tmp/go", "/tmp/held")
-    yield hosts
-    for builder in hosts.builders:
-        builder.write("/tmp/go", "")
-        come_back(builder)
-    hosts.clear()
+    with afresh(hosts, slots=4, CONNECT_TIMEOUT_S=3) as nix:
+        yield nix
 
 
 @pytest.fixture(params=["silent", "refusing"])
@@ -116,7 +104,7 @@ def test_what_will_not_pass_is_not_waited_for(nix: Scene) -> None:
     )
     assert outcome.status != 0
     assert "Permission denied" in outcome.log
-    assert "can you log in from here with that key" in outcome.log
+    assert "(ssh-copy-id -i /tmp/strange b1 " in outcome.log
 
 
 def test_what_was_put_right_is_used_at_once(nix: Scene) -> None:
@@ -173,9 +161,9 @@ def test_a_hook_that_wants_to_go_back_does_not_wait_for_itself(nix: Scene) -> No
     """Its session is lost just when another hook has found that the machine fails."""
     nix.machines("b1 - - 4\n")
     run = nix.start(some(1, HELD))
-    poll(nix.builder.path("/tmp/held").exists, "the build")
+    at_work(run, nix.builder)
     leave_alone(nix, "b1", "Connection refused")
-    nix.builder.write("/tmp/go", "")
+    let_go(nix.builder)
     nix.builder.restart_sshd(sessions=True)
     assert run.end(LONG_S).status == 0
 
@@ -189,12 +177,12 @@ def test_an_outage_of_long_ago_ends_no_build(nix: Scene) -> None:
     nix.client.write(f"{SLOTS}/own/ssh:__b1.down", note, 0o600)
     run = nix.start(some(1, HELD))
     for _ in range(2):
-        poll(nix.builder.path("/tmp/held").exists, "the build")
-        nix.builder.run("rm", "/tmp/held")
+        at_work(run, nix.builder)
+        nix.builder.run("rm", BEGUN)
         found = nix.builder.processes()
         stores = [p.pid for p in found if "nix-store --serve" in p.cmdline]
         nix.builder.signal(signal.SIGKILL, *stores)
-    nix.builder.write("/tmp/go", "")
+    let_go(nix.builder)
     assert run.end(LONG_S).status == 0, run.log
 
 

@@ -8,33 +8,21 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from held import HELD, afresh, at_work, let_go, two_builders
 from lab import poll
-from scene import INSTALLED, SLOTS, Outcome, Scene, forget, other, scene
-
-GO = "/tmp/go"
-HELD = (
-    f"touch /tmp/held-$name; while ! [ -e {GO} ]; do sleep 0.05; done; hostname > $out"
-)
+from scene import INSTALLED, SLOTS, Outcome, Scene
 
 
 @pytest.fixture(scope="module")
 def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
-    builder = other(pytestconfig, client_engine)
-    with scene(client_engine, builder, builder) as running:
+    with two_builders(pytestconfig, client_engine) as running:
         yield running
 
 
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
-    """b1 is the likelier of two machines."""
-    forget(hosts)
-    hosts.machines("b1 - - 2 8\nb2 - - 2\n")
-    yield hosts
-    for builder in hosts.builders:
-        builder.write(GO, "")
-    hosts.clear()
-    for builder in hosts.builders:
-        builder.run("sh", "-c", f"rm -f {GO} /tmp/held-*")
+    with afresh(hosts, slots=2) as nix:
+        yield nix
 
 
 def say(nix: Scene, *words: str, status: int = 0) -> str:
@@ -56,12 +44,6 @@ def built_on(nix: Scene, outcome: Outcome) -> set[str]:
     return {nix.client.read(path).strip() for path in outcome.outputs}
 
 
-def hold(nix: Scene, name: str, where: int = 0) -> None:
-    """Wait until that build runs on that builder."""
-    there = nix.builders[where].path(f"/tmp/held-{name}")
-    poll(there.exists, f"{name} on that builder")
-
-
 @pytest.mark.engines
 def test_a_paused_machine_gets_no_new_builds_until_it_is_resumed(nix: Scene) -> None:
     say(nix, "pause", "b1")
@@ -72,9 +54,9 @@ def test_a_paused_machine_gets_no_new_builds_until_it_is_resumed(nix: Scene) -> 
 
 def test_a_build_that_runs_there_comes_to_its_end(nix: Scene) -> None:
     run = nix.start(f'mk "runs" "{HELD}" {{}}')
-    hold(nix, "runs")
+    at_work(run, nix.builder)
     assert "building   runs" in say(nix, "pause", "b1")
-    nix.builder.write(GO, "")
+    let_go(nix.builder)
     assert built_on(nix, run.end()) == {"b1"}
 
 
@@ -104,7 +86,7 @@ def test_who_waits_for_its_slot_does_not_take_it(nix: Scene) -> None:
     run = nix.start(f'[ (mk "one" "{HELD}" {{}}) (mk "two" "{HELD}" {{}}) ]')
     poll(lambda: len(status(nix)["waiting"]) == 1, "one that waits")
     say(nix, "pause", "b1")
-    nix.builder.write(GO, "")
+    let_go(nix.builder)
     run.says("is paused by")
     assert status(nix)["machines"][0]["taken"] == 0
     say(nix, "resume", "b1")
@@ -120,18 +102,18 @@ def test_nix_builds_it_itself_if_it_can(nix: Scene) -> None:
 
 def test_wait_returns_when_nothing_is_built_there_any_more(nix: Scene) -> None:
     run = nix.start(f'mk "last" "{HELD}" {{}}')
-    hold(nix, "last")
+    at_work(run, nix.builder)
     waits = nix.launch(INSTALLED, "pause", "b1", "--wait")
     poll(lambda: status(nix)["machines"][0]["away"], "the pause")
     assert not waits.ended
-    nix.builder.write(GO, "")
+    let_go(nix.builder)
     assert waits.end().status == 0
     assert run.end().status == 0
 
 
 def test_wait_ends_if_somebody_resumes_the_machine(nix: Scene) -> None:
     run = nix.start(f'mk "on" "{HELD}" {{}}')
-    hold(nix, "on")
+    at_work(run, nix.builder)
     waits = nix.launch(INSTALLED, "pause", "b1", "--wait")
     poll(lambda: status(nix)["machines"][0]["away"], "the pause")
     say(nix, "resume", "b1")
@@ -145,6 +127,10 @@ def test_check_tries_a_paused_machine_and_says_that_it_is_paused(nix: Scene) -> 
     say(nix, "pause", "b1", "--why", "new disk")
     said = say(nix, "check")
     assert re.search(r"paused by \S+.* \(new disk\)", said) and "are well" in said
+    say(nix, "pause", "b1", "--for", "2h")
+    said = nix.client.run(INSTALLED, "check", "--json", "b1").stdout
+    [machine] = json.loads(said)["machines"]
+    assert time.time() + 7000 < machine["until"] <= time.time() + 7200
 
 
 def test_an_outage_of_a_paused_machine_is_no_reason_to_give_up(nix: Scene) -> None:

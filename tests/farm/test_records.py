@@ -11,46 +11,32 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from held import HELD, afresh, at_work, let_go, two_builders
 from lab import poll
 from scene import (
     INSTALLED,
     SLOTS,
     Scene,
     change_hook,
-    come_back,
     end_masters,
-    forget,
     go_away,
-    other,
-    scene,
 )
 
 pytestmark = pytest.mark.engines
 
-GO, HELD = "/tmp/go", "/tmp/held"
-WAITS = f"touch {HELD}; while ! [ -e {GO} ]; do sleep 0.02; done; echo > $out"
 numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
 def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
-    builder = other(pytestconfig, client_engine)
-    with scene(client_engine, builder, builder) as running:
+    with two_builders(pytestconfig, client_engine) as running:
         yield running
 
 
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
-    forget(hosts)
-    change_hook(hosts)
-    hosts.machines("b1 - - 1 8\nb2 - - 1\n")
-    for builder in hosts.builders:
-        builder.run("rm", "-f", GO, HELD)
-    yield hosts
-    for builder in hosts.builders:
-        come_back(builder)
-        builder.write(GO, "")
-    hosts.settle()
+    with afresh(hosts, slots=1) as nix:
+        yield nix
 
 
 def mk(script: str = "echo > $out", attributes: str = "") -> str:
@@ -74,11 +60,6 @@ def metrics(nix: Scene) -> dict[str, float]:
     return {key.removeprefix("nix_build_remote_"): float(n) for key, _, n in pairs}
 
 
-def held(nix: Scene) -> None:
-    """Wait until something is built on b1 that ends only when it is told to."""
-    poll(nix.builder.path(HELD).exists, "a build")
-
-
 def test_history_tells_where_time_and_bytes_went(nix: Scene) -> None:
     zeros = 'zeros = builtins.toFile "zeros" (builtins.concatStringsSep "" (builtins.genList (n: "0") 300000));'
     before = time.time()
@@ -94,12 +75,12 @@ def test_history_tells_where_time_and_bytes_went(nix: Scene) -> None:
 
 def test_history_tells_how_long_a_build_has_waited_in_line(nix: Scene) -> None:
     nix.machines("b1 - - 1\n")
-    run = nix.start(f"[ ({mk(WAITS)}) ({mk(WAITS)}) ]")
-    held(nix)
+    run = nix.start(f"[ ({mk(HELD)}) ({mk(HELD)}) ]")
+    at_work(run, nix.builder)
     line = nix.client.path(f"{SLOTS}/own")
     poll(lambda: any("waiting" in p.read_text() for p in line.glob("line-*")), "a line")
     time.sleep(1)
-    nix.builder.write(GO, "")
+    let_go(nix.builder)
     assert run.end().status == 0
     first, second = history(nix)
     assert first["waiting"] < 1 <= second["waiting"]
@@ -120,9 +101,9 @@ def test_history_tells_why_builds_have_failed(nix: Scene) -> None:
 
 
 def test_history_tells_which_machine_was_lost(nix: Scene) -> None:
-    run = nix.start(mk(WAITS))
-    held(nix)
-    nix.builders[1].write(GO, "")
+    run = nix.start(mk(HELD))
+    at_work(run, nix.builder)
+    let_go(nix.builders[1])
     go_away(nix.builder)
     assert run.end().status == 0
     lost, built = history(nix)
@@ -142,8 +123,8 @@ def test_history_tells_which_machine_was_lost(nix: Scene) -> None:
 @pytest.mark.parametrize("how", ["hook terminated", "hook killed", "Nix killed"])
 def test_who_is_cancelled_says_so_unless_it_is_killed(nix: Scene, how: str) -> None:
     """As it is with a Nix that is killed (PR_SET_PDEATHSIG)."""
-    run = nix.start(mk(WAITS))
-    held(nix)
+    run = nix.start(mk(HELD))
+    at_work(run, nix.builder)
     if how == "Nix killed":
         run.process.kill()
     else:
@@ -204,19 +185,35 @@ def test_a_full_disk_costs_no_build_and_spoils_no_later_line(nix: Scene) -> None
 
 def test_metrics_tell_what_runs_and_who_is_away(nix: Scene) -> None:
     nix.build(mk())
-    run = nix.start(mk(WAITS))
-    held(nix)
+    run = nix.start(mk(HELD))
+    at_work(run, nix.builder)
     found = metrics(nix)
     assert found['builds_total{machine="ssh://b1",result="built"}'] == 1
     assert found['slots{machine="ssh://b1"}'] == 1
     assert found['slots_taken{machine="ssh://b1"}'] == 1
     assert found['slots_taken{machine="ssh://b2"}'] == 0
     assert found['up{machine="ssh://b1"}'] == found['up{machine="ssh://b2"}'] == 1
-    nix.builder.write(GO, "")
+    let_go(nix.builder)
     assert run.end().status == 0
     go_away(nix.builder)
     nix.build(mk())
     assert metrics(nix)['up{machine="ssh://b1"}'] == 0
+
+
+def test_metrics_count_the_builds_that_wait_in_line(nix: Scene) -> None:
+    nix.machines("b1 - - 1\n")
+    run = nix.start(f"[ ({mk(HELD)}) ({mk(HELD)}) ]")
+    poll(lambda: metrics(nix)["waiting"] == 1, "one that waits")
+    let_go(nix.builder)
+    assert run.end().status == 0
+    assert metrics(nix)["waiting"] == 0
+
+
+def test_the_tiny_builds_of_check_are_no_history(nix: Scene) -> None:
+    checked = json.loads(nix.client.run(INSTALLED, "check", "--json").stdout)
+    builds = [machine["findings"][-1] for machine in checked["machines"]]
+    assert [build["state"] for build in builds] == ["ok", "ok"]
+    assert history(nix) == []
 
 
 def test_other_users_may_not_read_it(nix: Scene) -> None:

@@ -92,7 +92,7 @@ def test_a_store_in_another_directory_is_told_at_once(nix: Scene) -> None:
         ("/usr/sbin/nologin", "This account is currently not available", "chsh -s"),
         ("/usr/local/bin/greets", "Welcome to the builder!", "chsh -s"),
         ("/bin/false", "exit status 1", "nix-store --version"),
-        ("/bin/missing", "", "log in from here"),
+        ("/bin/missing", "", "a shell"),
     ],
 )
 def test_a_login_without_a_usual_shell_is_told_at_once(

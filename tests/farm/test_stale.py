@@ -10,19 +10,13 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from lab import Inside, poll
-from scene import Run, Scene, change_hook, end_masters, forget, other, scene, valid
+from held import NOISY, afresh, at_work, let_go, two_builders
+from lab import Inside
+from scene import Scene, change_hook, end_masters, valid
 
 LONG_S = 120
 
 numbers = itertools.count()
-
-# Says something all the time, and says where it was built when it is told to go on.
-NOISY = """
-  touch /tmp/held
-  while ! [ -e /tmp/go ]; do echo noise; sleep 0.05; done
-  hostname > $out
-"""
 
 
 def noisy() -> str:
@@ -31,22 +25,14 @@ def noisy() -> str:
 
 @pytest.fixture(scope="module")
 def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
-    builder = other(pytestconfig, client_engine)
-    with scene(client_engine, builder, builder) as running:
+    with two_builders(pytestconfig, client_engine) as running:
         yield running
 
 
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
-    forget(hosts)
-    change_hook(hosts)
-    hosts.machines("b1 - - 1 8\nb2 - - 1\n")
-    for builder in hosts.builders:
-        builder.run("rm", "-f", "/tmp/go", "/tmp/held")
-    yield hosts
-    for builder in hosts.builders:
-        builder.write("/tmp/go", "")
-    hosts.clear()
+    with afresh(hosts, slots=1) as nix:
+        yield nix
 
 
 @contextlib.contextmanager
@@ -61,12 +47,6 @@ def hold(nix: Scene, output: str) -> Iterator[Inside]:
         nix.builder.run("rm", "-f", f"{output}.lock")
 
 
-def at_work(nix: Scene, run: Run, number: int) -> None:
-    there = nix.builders[number - 1].path("/tmp/held")
-    poll(lambda: there.exists() or run.ended, f"a build on b{number}")
-    assert not run.ended, run.log
-
-
 @pytest.mark.engines
 def test_after_a_lost_session_a_build_goes_to_another_machine_that_is_free(
     nix: Scene,
@@ -74,11 +54,11 @@ def test_after_a_lost_session_a_build_goes_to_another_machine_that_is_free(
     expression = noisy()
     output = nix.output(expression)
     run = nix.start(expression)
-    at_work(nix, run, 1)
+    at_work(run, nix.builder)
     with hold(nix, output):
         end_masters(nix)
-        at_work(nix, run, 2)
-        nix.builders[1].write("/tmp/go", "")
+        at_work(run, nix.builders[1])
+        let_go(nix.builders[1])
         outcome = run.end()
     assert nix.client.read(outcome.output) == "b2\n"
     assert valid(nix.client, outcome.output)
@@ -99,8 +79,8 @@ def test_a_lock_on_the_only_machine_is_told_of_and_waited_for(nix: Scene) -> Non
         run = nix.start(expression, "--max-silent-time", "1")
         run.says("is waiting for lock on")
         nix.builder.run("sleep", "2")
-    at_work(nix, run, 1)
-    nix.builder.write("/tmp/go", "")
+    at_work(run, nix.builder)
+    let_go(nix.builder)
     assert run.end().status == 0
     assert "cannot build" not in run.log
 
@@ -114,8 +94,8 @@ def test_a_lock_on_the_builder_is_told_of_and_waited_for_only_so_long(
     with hold(nix, nix.output(expression)):
         run = nix.start(expression)
         run.says("is waiting for lock on")
-        at_work(nix, run, 2)
-        nix.builders[1].write("/tmp/go", "")
+        at_work(run, nix.builders[1])
+        let_go(nix.builders[1])
         outcome = run.end()
     assert nix.client.read(outcome.output) == "b2\n"
     assert "cannot build" in outcome.log

@@ -263,7 +263,7 @@ def test_a_line_without_ng_is_told_of_it(limited: Scene) -> None:
     allow(nix, "nix-daemon --stdio")
     nix.machines("nix@b1 - - 4\n")
     outcome = nix.build(fresh(), check=False, timeout=TIMEOUT_S)
-    assert outcome.status != 0 and "write ssh-ng://b1" in outcome.log, outcome.log
+    assert outcome.status != 0 and "write ssh-ng://nix@b1" in outcome.log, outcome.log
     assert "trying again" not in outcome.log, outcome.log
 
 
@@ -277,7 +277,7 @@ def pair(client_engine: str, builder_engine: str) -> Iterator[Scene]:
     "command, scheme, remedy",
     [
         ("nix-daemon --stdio", "ssh-ng", ""),
-        ("nix-daemon --stdio", "ssh", "write ssh-ng://b1"),
+        ("nix-daemon --stdio", "ssh", "write ssh-ng://root@b1"),
         ("nix-store --serve", "ssh-ng", "there must be: nix-store --serve --write"),
     ],
 )

@@ -86,6 +86,16 @@ def test_a_program_learns_of_a_pause_too(people: People) -> None:
     people.run("pause", "b1")
     one, two = json.loads(people.run("status", "--json"))["machines"]
     assert one["away"]["words"] == "paused by alice" and two["away"] is None
+    assert one["away"]["until"] is None
+
+
+@pytest.mark.parametrize("verb", ["status", "resume"])
+def test_a_program_learns_when_a_pause_ends(people: People, verb: str) -> None:
+    before = time.time()
+    people.run("pause", "b1", "--for", "2h")
+    said = json.loads(people.run(verb, "b1", "--json"))
+    [value] = said if verb == "resume" else [said["machines"][0]["away"]]
+    assert before + 7200 <= value["until"] <= time.time() + 7200
 
 
 def test_a_machine_that_is_not_listed_is_refused_with_those_that_are(

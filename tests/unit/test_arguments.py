@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,20 @@ import pytest
 
 from nix_build_remote import (
     ALONE,
+    CHATTY,
     COPY_BATCH_BYTES,
+    SIGNS,
+    USELESS,
     Error,
     Machine,
     Nix,
     Programs,
+    SameStore,
     Seat,
     Ssh,
     Store,
     Talk,
+    WrongHostKey,
     batches,
     find_program,
     heard,
@@ -498,7 +504,7 @@ def test_a_start_imports_little() -> None:
     assert dear.isdisjoint(done.stdout.split())
 
 
-@pytest.mark.parametrize("quote", ["", "'"], ids=["2.8", "2.26"])
+@pytest.mark.parametrize("quote", ["", "'", '"'], ids=["2.8", "2.26", "2.34"])
 def test_a_daemon_that_may_not_be_reached_is_no_wrong_key(quote: str) -> None:
     socket = f"{quote}/nix/var/nix/daemon-socket/socket{quote}"
     denied = (
@@ -511,6 +517,33 @@ def test_a_daemon_that_may_not_be_reached_is_no_wrong_key(quote: str) -> None:
         error.lasting is False and "systemctl start nix-daemon.socket" in error.remedy
     )
     assert "key" in heard(Error, "Permission denied (publickey).").remedy
+
+
+def test_a_remedy_names_how_that_machine_is_reached() -> None:
+    b1 = machine("ssh://nix@b1:2222?compress=true - /root/.ssh/id 8")
+    new = heard(Error, "Host key verification failed.", "ssh").remedy_for(b1.names)
+    assert new.endswith(": ssh -i /root/.ssh/id -p 2222 nix@b1 true")
+    changed = heard(Error, "HAS CHANGED", "ssh").remedy_for(b1.names)
+    assert (
+        "ssh-keygen -R '[b1]:2222' && ssh -i /root/.ssh/id -p 2222 nix@b1 " in changed
+    )
+    daemon = heard(Error, "protocol mismatch", "far").remedy_for(b1.names)
+    assert "write ssh-ng://nix@b1:2222 in its line" in daemon
+    unknown = heard(Error, "resolve hostname b1", "ssh").remedy_for(b1.names)
+    assert unknown.startswith("correct machines:1, or add b1 to DNS")
+
+
+def test_no_remedy_tells_to_log_in_on_a_store_here() -> None:
+    here = machine("/srv/store").names
+    assert heard(Error, "Host key verification failed.", "ssh").remedy_for(here) == ""
+    assert "make room" in heard(Error, "disk is full").remedy_for(here)
+
+
+def test_each_remedy_names_only_what_a_machine_has() -> None:
+    names = machine("b1").names
+    rows = [row.partition(" = ")[2] for row in SIGNS.splitlines()]
+    for remedy in (*rows, USELESS, CHATTY, WrongHostKey.remedy, SameStore.remedy):
+        assert set(re.findall("{(.*?)}", remedy)) <= names.keys()
 
 
 DRV = "/nix/store/g8kcl4454zr4fc4isbkn2b3cdwj12qdj-a.drv"

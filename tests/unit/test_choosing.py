@@ -9,14 +9,14 @@ import pytest
 
 from nix_build_remote import (
     DIGEST_LIMIT,
-    Choice,
-    Load,
     Machine,
     Nix,
     Outages,
     Request,
     Slot,
     Slots,
+    choice,
+    idle,
     note,
     precedence,
     rank,
@@ -274,10 +274,11 @@ def test_explain_leaves_out_what_could_not_do_such_a_build(tmp_path: Path) -> No
     slots.make()
     request = ask(system="x86_64-linux")
     note(slots.file(b1, "lacks"), request.kind)
-    loads = [Load(machine, [], [], None) for machine in (b1, b2)]
-    choice = Choice.of(loads, request, nix)
-    assert [load.machine for load in choice.ranked] == [b2]
-    assert choice.out == [(b1, "could not do such a build within the last hour")]
+    found = choice({m: {**idle(m), "inputs": 0} for m in (b1, b2)}, request, nix)
+    assert [load["machine"] for load in found["machines"]] == ["ssh://b2"]
+    [out] = found["left-out"]
+    assert out["machine"] == "ssh://b1"
+    assert out["reason"] == "could not do such a build within the last hour"
 
 
 def test_a_machine_is_well_if_somebody_has_removed_what_was_noted(

@@ -284,13 +284,13 @@ def test_history_shows_a_line_for_each_build_and_one_for_each_machine(
     lines = [re.sub(" +", " ", line) for line in table(slots, capsys)]
     assert lines[0] == "ended took time sent received machine build result"
     assert [line.partition(" ")[2].partition(" ")[2] for line in lines[1:4]] == [
-        "10.0 s wcssbbbbbf 4 KiB 100 B itchy part built",
+        "10.0 s wcssbbbbbf 4 KiB 100 B nix@itchy part built",
         "10.0 s wcssbbbbbf 4 KiB 100 B scratchy part retried: sessionlost",
-        "1 min 40 s bbbbbbbbbb 4 KiB 100 B itchy part failed",
+        "1 min 40 s bbbbbbbbbb 4 KiB 100 B nix@itchy part failed",
     ]
     assert lines[4:] == [
         "machine builds failures waited time",
-        "itchy 2 1 2 s sbbbbbbbbb",
+        "nix@itchy 2 1 2 s sbbbbbbbbb",
         "scratchy 1 1 1 s wcssbbbbbf",
         "time: w waiting, c connecting, s sending, b building, f fetching",
     ]

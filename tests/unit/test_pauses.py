@@ -62,7 +62,9 @@ def test_a_pause_says_by_whom_until_when_and_why(
     monkeypatch.setenv("SUDO_USER", "alice")
     write(slots, "paused", pause_text("3d", "a new\n disk"))
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + 3 * 86400))
-    assert slots.pause(B1) == f"paused by alice until {day} (a new disk)"
+    words, until = slots.pause(B1)
+    assert words == f"paused by alice until {day} (a new disk)"
+    assert until == pytest.approx(time.time() + 3 * 86400, abs=600)
 
 
 def test_a_pause_without_an_end_names_none(
@@ -70,12 +72,12 @@ def test_a_pause_without_an_end_names_none(
 ) -> None:
     monkeypatch.setenv("SUDO_USER", "alice")
     write(slots, "paused", pause_text("", ""))
-    assert slots.pause(B1) == "paused by alice"
+    assert slots.pause(B1) == ("paused by alice", 0)
 
 
 def test_a_reason_may_be_as_long_as_one_likes(slots: Slots) -> None:
     write(slots, "paused", pause_text("", "\N{SNOWMAN}" * 100_000))
-    assert slots.pause(B1).endswith("\N{SNOWMAN}")
+    assert slots.pause(B1)[0].endswith("\N{SNOWMAN}")
 
 
 # -- What counts as one ---------------------------------------------------------------
@@ -98,13 +100,13 @@ def test_a_reason_may_be_as_long_as_one_likes(slots: Slots) -> None:
 def test_what_is_over_or_junk_is_no_pause(slots: Slots, text: str) -> None:
     write(slots, "paused", text)
     slot, _ = slots.choose([B1])
-    assert not slots.pause(B1) and slot
+    assert slots.pause(B1) == ("", 0) and slot
 
 
 def test_a_directory_in_its_place_is_no_pause(slots: Slots) -> None:
     Path(slots.file(B1, "paused")).mkdir()
     slot, _ = slots.choose([B1])
-    assert not slots.pause(B1) and slot
+    assert slots.pause(B1) == ("", 0) and slot
 
 
 def test_the_file_of_a_pause_that_is_over_goes_away_with_the_next_build(
