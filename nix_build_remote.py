@@ -140,6 +140,7 @@ PATIENCE_S = 1.0  # for a slot, where Nix can ask again later
 IMPATIENCE_S = 4.0  # for which no request waits, after one has waited in vain
 BEGIN_S = 1.0  # for Nix to begin a build itself
 LINE_S = 60  # after which the file of a place goes, if nobody stands there
+LEAVE_S = 2.0  # for which a free slot is left to who should have it
 LINE_LIMIT = 64  # hooks that wait for one set of machines
 PASSES = 3  # so often a hook may be passed by those with fewer machines to wait for;
 OVERDUE = "overdue"  # then the file of its place says this, and it comes before them
@@ -1992,17 +1993,17 @@ class Slots:
         Outages."""
         return f"{self.own}/{machine.slots}.{what}"
 
-    def shares(self, machines: list[Machine]) -> list[str]:
-        """For each slot of these machines that a hook holds, the Nix that it works for."""
-        files = (file for machine in machines for file in self.files(machine))
+    def shares(self) -> list[str]:
+        """For each slot that a hook holds, the Nix that it works for."""
+        files = (f"{self.path}/{name}" for name in os.listdir(self.path))
         said = [(read_private(file) or "").split() for file in files]
-        return [who[2] for who in said if len(who) > 2 and is_alive(*who[:2])]
+        return [who[2] for who in said if len(who) == 6 and is_alive(*who[:2])]
 
     def lacks(self, machine: Machine, kind: str) -> bool:
         """Whether it was noted within the last hour that it cannot do builds of that kind."""
         path = self.file(machine, "lacks")
         with suppress(OSError):
-            is_new = time.time() < os.stat(path).st_mtime + LACK_S
+            is_new = 0 <= time.time() - os.stat(path).st_mtime < LACK_S
             return is_new and read_private(path) == kind
         return False
 
@@ -2288,8 +2289,8 @@ class Line:
     Those of one Nix stand one behind the other, at places that are locks, whose files say who
     stands there: whoever has one waits for the lock of the one before, so that waiting costs
     nothing and nobody is passed.  Who is first looks for a free slot, but not on machines that
-    the first of another line waits for, too, and has a sooner turn, see precedence(); if all
-    their machines are the same, it waits until that one has left.
+    the first of another line waits for, too, and has a sooner turn, see precedence(): unless
+    that one, which may stand still or wait for us, does not take what is free there.
     """
 
     def __init__(self, outages: Outages, talk: Talk, need: Need) -> None:
@@ -2305,9 +2306,9 @@ class Line:
         self.path = f"{self.slots.own}/line-{kind}-{nix}"
         self.place = 0  # ours, if we have its lock
         self.lock: Lock | None = None
-        self.sooner = (
-            ""  # the place of one who waits for the same, and has a sooner turn
-        )
+        self.ahead = 0  # how many wait for the same machines, and have a sooner turn
+        # Since when there is a slot that we leave to somebody (monotonic), if there is.
+        self.left_since: float | None = None
         self.passed_by: set[str] = set()  # processes with fewer machines to wait for
 
     def find(self) -> Slot | None:
@@ -2319,11 +2320,24 @@ class Line:
         slot, loads = self.slots.choose(others, self.need.digests)
         if not slot and others != free:
             slot, loads = self.slots.choose(free, self.need.digests)
+        slot = slot or self.left_over(reserved)
         if slot or not self.has_told:
             self.has_told = True
             self.tell(loads)
         if slot:
             slot.outage = self.outages.of(slot.machine)
+        return slot
+
+    def left_over(self, reserved: set[str]) -> Slot | None:
+        """A slot that is for somebody else, who has not taken it for a while."""
+        there = (m for m in self.machines if m not in self.away)
+        left = [machine for machine in there if machine.slots in reserved]
+        slot = self.slots.choose(left)[0] if left else None
+        now = time.monotonic()
+        self.left_since = (self.left_since or now) if slot else None
+        if slot and self.left_since and now < self.left_since + LEAVE_S:
+            slot.free()
+            return None
         return slot
 
     def tell(self, loads: dict[Machine, int]) -> None:
@@ -2336,23 +2350,22 @@ class Line:
             why = self.slots.refused.get(machine) or why
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
-    def rivals(self) -> Iterator[tuple[str, str, list[str]]]:
-        """Who else stands first in a line, and waits for some of our machines: the file of
-        the place, who that is, and the slots' names of all that it waits for."""
+    def rivals(self) -> Iterator[tuple[str, list[str]]]:
+        """Who else stands first in a line, and waits for some of our machines; and the slots'
+        names of all that it waits for."""
         for entry in os.listdir(self.slots.own):
             if entry.startswith("line-") and entry.endswith(".0"):
-                path = f"{self.slots.own}/{entry}"
-                said = Lock.said_by_holder(path) or ""
+                said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
                 who, *names = said.split("\n")  # no names, if these are not written yet
                 is_other = said != self.text and len(who.split()) == 6
                 if is_other and not set(names).isdisjoint(self.names):
-                    yield path, who, names
+                    yield who, names
 
     def reserved(self) -> set[str]:
         """The slots' names of machines whose next free slot is for somebody else.  Takes note
         of those, and says so if too many came before us."""
         rivals, ours = [*self.rivals()], self.names
-        shares = self.slots.shares(self.machines) if rivals else []
+        shares = self.slots.shares() if rivals else []
 
         def is_sooner(who: str, names: list[str]) -> bool:
             turns = precedence(who, names, shares), precedence(self.who, ours, shares)
@@ -2360,15 +2373,15 @@ class Line:
                 return who.split()[3:] < self.who.split()[3:]
             return turns[0] < turns[1]
 
-        ahead = [rival for rival in rivals if is_sooner(*rival[1:])]
-        self.sooner = next((path for path, _, names in ahead if names == ours), "")
-        passing = {w.split()[0] for _, w, names in ahead if len(names) < len(ours)}
+        ahead = [rival for rival in rivals if is_sooner(*rival)]
+        self.ahead = sum(names == ours for _, names in ahead)
+        passing = {w.split()[0] for w, names in ahead if len(names) < len(ours)}
         self.passed_by |= passing
         if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
             self.who = holder(OVERDUE, self.need.path, f"{self.need.since:.3f}")
             if self.lock:
                 self.lock.write(self.text)
-        return {name for *_, names in ahead for name in names}
+        return {name for _, names in ahead for name in names}
 
     @property
     def text(self) -> str:
@@ -2425,8 +2438,10 @@ class Line:
                 if slot := self.find_if_possible():
                     return slot
                 self.end_if_hopeless()
-                # Looking at many slots takes long; it must not be what we do all the time.
-                self.pause(min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
+                # Looking at many slots takes long; it must not be what we do all the time, and
+                # those who come later need not look so often.
+                pause_s = max(WAIT_S, 100 * (time.monotonic() - start))
+                wait_readable([], min((1 + self.ahead) * min(1.0, pause_s), 10.0))
         finally:
             self.leave()
 
@@ -2438,17 +2453,8 @@ class Line:
             raise despair
         self.tell_of_absence()
 
-    def pause(self, time_s: float) -> None:
-        """Wait for so long, or for who has a sooner turn to leave its place."""
-        if self.sooner:
-            with suppress(Error), Lock(self.sooner) as lock:
-                lock.wait(1.0, fcntl.LOCK_SH)
-        else:
-            wait_readable([], time_s)
-
     def find_if_possible(self) -> Slot | None:
         """A free slot; None also if the disk is full, or our directory is gone."""
-        self.sooner = ""
         with suppress(Error, OSError):
             return self.find()
         with suppress(Error):
@@ -4736,9 +4742,9 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
 
 
 class Failure(NamedTuple):
-    """An attempt that failed: when (monotonic), where and why, and in which of PHASES."""
+    """An attempt that failed: after how many seconds, where and why, and in which of PHASES."""
 
-    when: float
+    took: float
     machine: Machine
     error: Error
     phase: str = "connecting"
@@ -4769,8 +4775,9 @@ class Retries:
         self.verdict: Error | None = None  # to end with, if no other machine may try
         self.may_pass = False  # what the avoided machines have failed for
         self.losses = 0  # of sessions: in a build, or not for the network's sake
-        # When the first attempt failed, of those since a build last began.
-        self.since: float | None = None
+        # How long we have tried and paused since the first failure, or since a build last
+        # began; to wait for a slot while others are well is not counted.
+        self.tried_s: float | None = None
 
     def after(self, failure: Failure) -> Retry:
         """The next turn; raises the error to end with if there is none."""
@@ -4815,9 +4822,9 @@ class Retries:
         blamed = begun or error.lasting is not False
         lost = isinstance(error, SessionLost) and not isinstance(error, Stuck)
         self.losses += 1 if lost and blamed else 0
-        if self.since is None or begun:
-            self.since = failure.when
-        if self.losses > LOSSES or failure.when > self.since + AWAY_TIMEOUT_S:
+        is_first = self.tried_s is None or begun
+        self.tried_s = 0.0 if is_first else (self.tried_s or 0.0) + failure.took
+        if self.losses > LOSSES or self.tried_s > AWAY_TIMEOUT_S:
             raise error
 
     def start_over(self, error: Error) -> float:
@@ -4827,6 +4834,7 @@ class Retries:
         self.may_pass = False
         self.avoided.clear()
         pause_s, self.pause_s = self.pause_s, min(2 * self.pause_s, PAUSE_LIMIT_S)
+        self.tried_s = (self.tried_s or 0.0) + pause_s
         return pause_s
 
 
@@ -4838,6 +4846,7 @@ class Attempt:
 
     def __init__(self, build: Build, slot: Slot) -> None:
         self.wanted, self.site, self.slot = build, build.site, slot
+        self.start = time.monotonic()
         self.path, self.derivation = build.path, build.derivation
         self.inputs, self.outputs = build.inputs, build.outputs
         self.nix, self.talk = self.site.nix, self.site.talk
@@ -5201,9 +5210,10 @@ class Build:
         if not attempt:
             raise self.final(attempt, error)
         attempt.slot.free()
-        machine, now = attempt.machine, time.monotonic()
+        machine, took = attempt.machine, time.monotonic() - attempt.start
+        took = 0.0 if isinstance(error, Away) else took
         try:
-            retry = self.retries.after(Failure(now, machine, error, attempt.phase))
+            retry = self.retries.after(Failure(took, machine, error, attempt.phase))
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":

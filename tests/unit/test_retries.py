@@ -62,8 +62,8 @@ def where(retry: Retry) -> str:
 def play(retries: Retries, steps: list[Step]) -> list[Retry]:
     """Each failure in turn; all but the last must go where it says."""
     turns = []
-    for when, step in enumerate(steps):
-        failure = Failure(when, *step[:2], step.phase)
+    for step in steps:
+        failure = Failure(1, *step[:2], step.phase)
         turns.append(retries.after(failure))
         assert where(turns[-1]) == step.goes_to, step
     return turns
@@ -168,18 +168,27 @@ def test_odd_losses_before_a_build_count() -> None:
         retries.after(Failure(9, B1, ODD, "sending"))
 
 
-def test_a_build_waits_for_machines_only_so_long() -> None:
+def test_a_build_is_tried_only_so_long() -> None:
     retries = retries_on(B1)
-    retries.after(Failure(0, B1, REFUSED))
-    retries.after(Failure(AWAY_TIMEOUT_S, B1, REFUSED))
+    for _ in range(2):  # what the first took does not count
+        retries.after(Failure(AWAY_TIMEOUT_S - 100, B1, REFUSED))
     with pytest.raises(Unreachable):
-        retries.after(Failure(AWAY_TIMEOUT_S + 1, B1, REFUSED))
+        retries.after(Failure(101, B1, REFUSED))
+
+
+def test_the_pauses_count_as_time_in_which_it_is_tried() -> None:
+    retries, paused = retries_on(B1), 0.0
+    with pytest.raises(Unreachable):
+        while True:
+            paused += retries.after(Failure(0, B1, REFUSED)).pause_s
+    assert AWAY_TIMEOUT_S < paused < 2 * AWAY_TIMEOUT_S
 
 
 def test_the_time_counts_anew_when_a_build_has_begun() -> None:
     retries = retries_on(B1)
     retries.after(Failure(0, B1, REFUSED))
-    retries.after(Failure(AWAY_TIMEOUT_S + 1, B1, LOST, "building"))
+    for _ in range(2):
+        retries.after(Failure(AWAY_TIMEOUT_S + 1, B1, LOST, "building"))
 
 
 def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
