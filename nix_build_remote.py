@@ -2262,9 +2262,9 @@ class Line:
 
     Those of one Nix stand one behind the other, at places that are locks, whose files say who
     stands there: whoever has one waits for the lock of the one before, so that waiting costs
-    nothing and nobody is passed.  Who is first looks for a free slot, but not on machines that
-    the first of another line waits for, too, and has a sooner turn, see precedence(); if all
-    their machines are the same, it waits until that one has left.
+    nothing and nobody is passed.  Of all who are first and wait for the same machines, one at
+    a time looks for a free slot; if another has a sooner turn, see precedence(), it lets go of
+    that.  Machines that somebody of a sooner turn waits for in another line are left alone.
     """
 
     def __init__(self, outages: Outages, talk: Talk, need: Need) -> None:
@@ -2276,13 +2276,11 @@ class Line:
         self.names = sorted(machine.slots for machine in need.machines)
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in need.machines))
         self.who = holder("waiting", need.path, f"{need.since:.3f}")
-        kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
-        self.path = f"{self.slots.own}/line-{kind}-{nix}"
+        self.kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
+        self.path = f"{self.slots.own}/line-{self.kind}-{nix}"
         self.place = 0  # ours, if we have its lock
         self.lock: Lock | None = None
-        self.sooner = (
-            ""  # the place of one who waits for the same, and has a sooner turn
-        )
+        self.is_late = False  # whether one who waits for the same has a sooner turn
         self.passed_by: set[str] = set()  # processes with fewer machines to wait for
 
     def find(self) -> Slot | None:
@@ -2311,17 +2309,16 @@ class Line:
             why = self.slots.refused.get(machine) or why
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
-    def rivals(self) -> Iterator[tuple[str, str, list[str]]]:
-        """Who else stands first in a line, and waits for some of our machines: the file of
-        the place, who that is, and the slots' names of all that it waits for."""
+    def rivals(self) -> Iterator[tuple[str, list[str]]]:
+        """Who else stands first in a line, and waits for some of our machines, and the slots'
+        names of all that it waits for."""
         for entry in os.listdir(self.slots.own):
             if entry.startswith("line-") and entry.endswith(".0"):
-                path = f"{self.slots.own}/{entry}"
-                said = Lock.said_by_holder(path) or ""
+                said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
                 who, *names = said.split("\n")  # no names, if these are not written yet
                 is_other = said != self.text and len(who.split()) == 6
                 if is_other and not set(names).isdisjoint(self.names):
-                    yield path, who, names
+                    yield who, names
 
     def reserved(self) -> set[str]:
         """The slots' names of machines whose next free slot is for somebody else.  Takes note
@@ -2335,15 +2332,15 @@ class Line:
                 return who.split()[3:] < self.who.split()[3:]
             return turns[0] < turns[1]
 
-        ahead = [rival for rival in rivals if is_sooner(*rival[1:])]
-        self.sooner = next((path for path, _, names in ahead if names == ours), "")
-        passing = {w.split()[0] for _, w, names in ahead if len(names) < len(ours)}
+        ahead = [rival for rival in rivals if is_sooner(*rival)]
+        self.is_late = any(names == ours for _, names in ahead)
+        passing = {who.split()[0] for who, names in ahead if len(names) < len(ours)}
         self.passed_by |= passing
         if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
             self.who = holder(OVERDUE, self.need.path, f"{self.need.since:.3f}")
             if self.lock:
                 self.lock.write(self.text)
-        return {name for *_, names in ahead for name in names}
+        return {name for _, names in ahead for name in names}
 
     @property
     def text(self) -> str:
@@ -2395,35 +2392,42 @@ class Line:
                 lock.wait()
                 self.stand(self.place - 1, lock)
             while True:
-                self.outages.look_again()
-                start = time.monotonic()
-                if slot := self.find_if_possible():
+                with self.take_turn():
+                    slot = self.look_for_slot()
+                if slot:
                     return slot
-                self.end_if_hopeless()
-                # Looking at many slots takes long; it must not be what we do all the time.
-                self.pause(min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
+                wait_readable([], WAIT_S)  # for another to take it
         finally:
             self.leave()
 
-    def end_if_hopeless(self) -> None:
-        """Raise what to say if it is no use to wait; else say once what we wait for."""
-        if self.need.impatient and self.absence():
-            raise Away("it failed for another build, too")
-        if despair := self.outages.despair(self.machines):
-            raise despair
-        self.tell_of_absence()
+    def take_turn(self) -> Lock:
+        """Wait for the lock of the one who looks for a slot; without, if there is no room."""
+        try:
+            lock = Lock(f"{self.slots.own}/turn-{self.kind}")
+        except Error:
+            return Lock("/dev/null")
+        lock.wait()
+        return lock
 
-    def pause(self, time_s: float) -> None:
-        """Wait for so long, or for who has a sooner turn to leave its place."""
-        if self.sooner:
-            with suppress(Error), Lock(self.sooner) as lock:
-                lock.wait(1.0, fcntl.LOCK_SH)
-        else:
-            wait_readable([], time_s)
+    def look_for_slot(self) -> Slot | None:
+        """Wait for a slot; None if somebody who waits for the same should have it first."""
+        while True:
+            self.outages.look_again()
+            start = time.monotonic()
+            if slot := self.find_if_possible():
+                return slot
+            if self.is_late:
+                return None
+            if self.need.impatient and self.absence():
+                raise Away("it failed for another build, too")
+            if despair := self.outages.despair(self.machines):
+                raise despair
+            self.tell_of_absence()
+            # Looking at many slots takes long; it must not be what we do all the time.
+            wait_readable([], min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
 
     def find_if_possible(self) -> Slot | None:
         """A free slot; None also if the disk is full, or our directory is gone."""
-        self.sooner = ""
         with suppress(Error, OSError):
             return self.find()
         with suppress(Error):
@@ -5446,10 +5450,8 @@ class Hook:
                 self.machines = self.prepare()
             return self.consider(request, self.machines)
         except Error as error:
-            level = (
-                TALKATIVE if request.able and isinstance(error, Unsendable) else ERROR
-            )
-            self.talk.say(level, str(error))
+            is_usual = request.able and isinstance(error, Unsendable)
+            self.talk.say(TALKATIVE if is_usual else ERROR, str(error))
         except Exception:  # noqa: BLE001  (a bug of ours must not cost the reply)
             self.talk.say_bug()
         self.talk.reply("decline")
