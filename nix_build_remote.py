@@ -5370,10 +5370,8 @@ class Hook:
                 self.machines = self.prepare()
             return self.consider(request, self.machines)
         except Error as error:
-            level = (
-                TALKATIVE if request.able and isinstance(error, Unsendable) else ERROR
-            )
-            self.talk.say(level, str(error))
+            is_usual = request.able and isinstance(error, Unsendable)
+            self.talk.say(TALKATIVE if is_usual else ERROR, str(error))
         except Exception:  # noqa: BLE001  (a bug of ours must not cost the reply)
             self.talk.say_bug()
         self.talk.reply("decline")
