@@ -120,6 +120,7 @@ if TYPE_CHECKING:
     E = TypeVar("E", bound="Error")
 
     Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
+    Infos = dict[str, "PathInfo"]  # what a builder says of paths, by these
     Ask = Callable[[Any, int], int]  # a builder something, into a file; a process
 
 VERSION = "0.1"
@@ -571,9 +572,9 @@ class PathInfo(NamedTuple):
         return head + sizes + tail
 
 
-def read_infos(read: Read, version: int) -> dict[str, PathInfo]:
+def read_infos(read: Read, version: int) -> Infos:
     """The answer to QueryPathInfos in that version of the protocol, by path."""
-    infos: dict[str, PathInfo] = {}
+    infos: Infos = {}
     most = WIRE_LIMIT_BYTES
     while path := read_string(read):
         deriver, references = read_string(read), tuple(read_strings(read))
@@ -2866,16 +2867,11 @@ class Ssh(NamedTuple):
         """The one on PATH."""
         program = find_program("ssh", program_directories(nix.environ))
         path = f"{os.path.dirname(program)}:{nix.environ.get('PATH', '')}".rstrip(":")
-        return cls(
-            programs,
-            directory,
-            machine,
-            program,
-            own=tuple(ssh_options(machine, pin_host_key(machine, directory))),
-            user=tuple(user_ssh_options(nix.environ)),
-            environ=nix.child_environ(PATH=path),
-            here=tuple(command_here(way, nix) for way in machine.ways),
-        )
+        own = tuple(ssh_options(machine, pin_host_key(machine, directory)))
+        user = tuple(user_ssh_options(nix.environ))
+        environ = nix.child_environ(PATH=path)
+        here = tuple(command_here(way, nix) for way in machine.ways)
+        return cls(programs, directory, machine, program, own, user, environ, here)
 
     def warn(self, words: str) -> None:
         """Tell people what the machine says or does."""
@@ -3228,13 +3224,11 @@ class Seat:
     def __init__(self, ssh: Ssh) -> None:
         self.ssh, self.base = ssh, ssh.base()
         self.connection = Connection(ssh, ALONE)
-        self.number = 0  # of the seat on its connection
         self.is_plain = False  # whether --log-format was refused, and is not asked for
         self.has_rivals = False  # whether another machine might do what we want of this
         self.lock: Lock | None = None
-        known = read_private(f"{self.base}.way") if len(ssh.machine.ways) > 1 else "0"
-        self.is_known = known in ("0", "1")  # whether the way has led to a session
-        self.chosen = int(known == "1")  # the number of the way that we take
+        way = read_private(f"{self.base}.way") if ssh.machine.ways[1:] else "0"
+        self.chosen = int(way == "1")  # the number of the way that we take
 
     @property
     def way(self) -> Way:
@@ -3262,14 +3256,13 @@ class Seat:
         seats = self.allowed()
         with suppress(Error, OSError):
             for number, seat in self.places(seats):
-                self.number = seat
                 self.lock = Lock.take(f"{self.base}-{number}.{seat}")
                 if self.lock:
                     break
             else:
                 return
             self.connection = self.over(number)
-            if self.number == seats - 1 and number + 1 < CONNECTIONS:
+            if seat == seats - 1 and number + 1 < CONNECTIONS:
                 self.over(number + 1).start()
 
     def places(self, seats: int) -> list[tuple[int, int]]:
@@ -3335,8 +3328,7 @@ class Seat:
 
     def session(self, tells: bool) -> subprocess.Popen[bytes] | Spare:
         """nix-store on the machine: the spare one of our seat, or a new one, see serve."""
-        file = f"{self.connection.socket}.{self.number}"
-        spare = Spare.take(self.connection, file) if self.lock else None
+        spare = Spare.take(self.connection, self.lock.path) if self.lock else None
         return spare or self.serve(tells=tells)
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
@@ -3915,7 +3907,7 @@ class Site:
         """Have nix-store on the machine answer a question, over a connection of its own,
         into that file, in the background; returns the process of its ssh."""
         seat = self.new_seat(machine)
-        if not seat.is_known:
+        if read_private(f"{seat.base}.way") not in ("0", "1"):
             # Any of them: probes that follow each other will try all.
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
         process = seat.serve(start_new_session=True, stdout=output, stderr=output)
@@ -4000,7 +3992,7 @@ class Relay:
         self.problem = ""  # what the program says from its first error on
         # What the builder has, lacks, and has to offer, of all that is copied.
         self.there, self.lacking = set[str](), set[str]()
-        self.infos: dict[str, PathInfo] = {}
+        self.infos: Infos = {}
         self.rest = b""  # of its stderr: the begun line
         self.ended = False  # its stderr has
         self.is_open = True  # until we hang up
@@ -4298,7 +4290,7 @@ class Relay:
 
     # Fetching with nix-copy-closure --from
 
-    def offer(self, infos: dict[str, PathInfo]) -> None:
+    def offer(self, infos: Infos) -> None:
         """Be a builder that has these."""
         self.infos, sizes = infos, [info.size for info in infos.values()]
         if len(sizes) > 1 and sum(sizes) <= AHEAD_BYTES:
@@ -4335,7 +4327,7 @@ class Relay:
 
     # Fetching with nix-store --import
 
-    def export(self, infos: dict[str, PathInfo]) -> None:
+    def export(self, infos: Infos) -> None:
         """Write these as nix-store --export would, each behind those it refers to."""
         for info in infos.values():
             self.ask_for_archive(info.path)
@@ -4454,9 +4446,7 @@ class Copier:
 
     # Fetching
 
-    def fetch(
-        self, outputs: list[str], infos: dict[str, PathInfo], inputs: list[str]
-    ) -> None:
+    def fetch(self, outputs: list[str], infos: Infos, inputs: list[str]) -> None:
         """Bring exactly these outputs, of which the builder says that, into the store here,
         past the locks that Nix holds on them; Spoilt if one of them may not come in."""
         self.check(outputs, inputs, infos)
@@ -4466,7 +4456,7 @@ class Copier:
         for batch in batches(in_order(infos)):
             self.fetch_some({path: infos[path] for path in batch})
 
-    def fetch_some(self, infos: dict[str, PathInfo]) -> None:
+    def fetch_some(self, infos: Infos) -> None:
         """Bring these, each behind those it refers to."""
         relay = self.early
         if not relay or relay.process.poll() is not None:
@@ -4524,9 +4514,7 @@ class Copier:
         if self.early:
             self.early.end()
 
-    def check(
-        self, outputs: list[str], inputs: list[str], infos: dict[str, PathInfo]
-    ) -> None:
+    def check(self, outputs: list[str], inputs: list[str], infos: Infos) -> None:
         """Make sure that every output is there, and that what it refers to is another of
         them, an input, or otherwise valid here already; no other path will come in."""
         for output in outputs:
@@ -4578,7 +4566,7 @@ def cache_files(
     return files
 
 
-def in_order(infos: dict[str, PathInfo]) -> list[str]:
+def in_order(infos: Infos) -> list[str]:
     """The paths, each behind those of the others that it refers to."""
     order: list[str] = []
     while left := infos.keys() - order:
