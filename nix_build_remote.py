@@ -2880,10 +2880,9 @@ class Ssh(NamedTuple):
     def options(self, socket: str) -> list[str]:
         """For a connection at that control socket."""
         all_else = [*self.own, *self.user]
-        if socket == ALONE:
-            # The one before may have failed and not told us why.
-            socket, level = "none", "-oLogLevel=INFO"
-            all_else = [level, *self.own, *aloud(self.user)]
+        if socket == ALONE:  # the one before may have failed and not told us why
+            socket = "none"
+            all_else = ["-oLogLevel=INFO", *self.own, *aloud(self.user)]
         # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
         return [f"-oControlPath={socket}", *all_else, "-S", socket]
 
@@ -2928,8 +2927,7 @@ class Ssh(NamedTuple):
         """What ssh's words come to, if it said any."""
         lines = [line for line in words.splitlines() if line[:8] not in CHATTER]
         text = " ".join(word for word in " ".join(lines).split() if word.strip("@"))
-        text = text[-OUTAGE_LIMIT:]
-        error = heard(Unreachable, text, "ssh")
+        error = heard(Unreachable, text[-OUTAGE_LIMIT:], "ssh")
         if self.machine.host_key and error.meaning in ("CHANGED", "NEW"):
             where = self.machine.where
             return WrongHostKey(f"its host key is not the one that {where} asks for")
@@ -3146,8 +3144,7 @@ class Spare:
     def begin(seat: Seat, file: str, proof: Proof) -> None:
         """Begin one on the seat of that file, which we hold."""
         environ, apart = seat.ssh.environ, {"start_new_session": True}
-        program = find_program("sleep", program_directories(environ))
-        command = [program, str(SPARE_S)]
+        command = [find_program("sleep", program_directories(environ)), str(SPARE_S)]
         pipes = [*map(make_pipe, (f"{file}.in", f"{file}.out", f"{file}.err"))]
         (reads, feeds), (hears, says), (listens, complains) = pipes
         theirs = dict(zip(STREAMS, (reads, says, complains)))
@@ -4021,8 +4018,7 @@ class Relay:
             os.close(reads)
             os.close(writes)
             keep_free(JOINED)
-        stderr = self.process.stderr
-        self.stderr = stderr.fileno() if stderr else MESSAGES
+        self.stderr = self.process.stderr.fileno() if self.process.stderr else MESSAGES
 
     def hang_up(self) -> None:
         """Let it hear the end, and say no more to us."""
@@ -4408,8 +4404,8 @@ class Copier:
     def blame_for_sending(self, paths: Iterable[str], problem: str) -> Error:
         """The error to raise: the builder's fault, unless a path is gone or spoilt here."""
         lost = self.lost_session()
-        tail, sign = decode(self.session.tail), "hash mismatch importing"
-        _, spoilt, words = tail.partition(sign)
+        tail = decode(self.session.tail)
+        _, spoilt, words = tail.partition("hash mismatch importing")
         store, files = self.nix.store, map(self.nix.store.file, paths)
         gone = not store.is_cache and not all(map(os.path.lexists, files))
         here = bool(spoilt) or gone
