@@ -3167,8 +3167,10 @@ class Spare:
     def at(file: str, proof: Proof | None) -> list[str]:
         """Of the spare session on the seat of that file: process id and start of its `sleep`
         and of its ssh; nothing if there is none over the connection with that proof."""
+        if not proof:
+            return []
         pids = ((read_private(f"{file}.spare") or "").split() + [""] * 6)[:6]
-        is_there = proof and tuple(pids[:2]) == proof[:2] and is_alive(*pids[2:4])
+        is_there = tuple(pids[:2]) == proof[:2] and is_alive(*pids[2:4])
         return pids[2:] if is_there else []
 
     @classmethod
@@ -3264,13 +3266,11 @@ class Seat:
 
     def places(self, seats: int) -> list[tuple[int, int]]:
         """The numbers of all connections and seats, those with spare sessions first."""
-        names = {*os.listdir(os.path.dirname(self.base))}
+        proofs = [self.over(number).proof() for number in range(CONNECTIONS)]
 
         def has_none(place: tuple[int, int]) -> bool:
             number, seat = place
-            file = f"{self.base}-{number}.{seat}"
-            is_noted = f"{os.path.basename(file)}.spare" in names
-            return not (is_noted and Spare.at(file, self.over(number).proof()))
+            return not Spare.at(f"{self.base}-{number}.{seat}", proofs[number])
 
         every = [(n, seat) for n in range(CONNECTIONS) for seat in range(seats)]
         return sorted(every, key=has_none)
