@@ -120,6 +120,7 @@ if TYPE_CHECKING:
     E = TypeVar("E", bound="Error")
 
     Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
+    Infos = dict[str, "PathInfo"]  # what a builder says of paths, by these
     Ask = Callable[[Any, int], int]  # a builder something, into a file; a process
 
 VERSION = "0.1"
@@ -574,9 +575,9 @@ class PathInfo(NamedTuple):
         return head + sizes + tail
 
 
-def read_infos(read: Read, version: int) -> dict[str, PathInfo]:
+def read_infos(read: Read, version: int) -> Infos:
     """The answer to QueryPathInfos in that version of the protocol, by path."""
-    infos: dict[str, PathInfo] = {}
+    infos: Infos = {}
     most = WIRE_LIMIT_BYTES
     while path := read_string(read):
         deriver, references = read_string(read), tuple(read_strings(read))
@@ -2847,16 +2848,11 @@ class Ssh(NamedTuple):
         """The one on PATH."""
         program = find_program("ssh", program_directories(nix.environ))
         path = f"{os.path.dirname(program)}:{nix.environ.get('PATH', '')}".rstrip(":")
-        return cls(
-            programs,
-            directory,
-            machine,
-            program,
-            own=tuple(ssh_options(machine, pin_host_key(machine, directory))),
-            user=tuple(user_ssh_options(nix.environ)),
-            environ=nix.child_environ(PATH=path),
-            here=tuple(command_here(way, nix) for way in machine.ways),
-        )
+        own = tuple(ssh_options(machine, pin_host_key(machine, directory)))
+        user = tuple(user_ssh_options(nix.environ))
+        environ = nix.child_environ(PATH=path)
+        here = tuple(command_here(way, nix) for way in machine.ways)
+        return cls(programs, directory, machine, program, own, user, environ, here)
 
     def warn(self, words: str) -> None:
         """Tell people what the machine says or does."""
@@ -2865,10 +2861,9 @@ class Ssh(NamedTuple):
     def options(self, socket: str) -> list[str]:
         """For a connection at that control socket."""
         all_else = [*self.own, *self.user]
-        if socket == ALONE:
-            # The one before may have failed and not told us why.
-            socket, level = "none", "-oLogLevel=INFO"
-            all_else = [level, *self.own, *aloud(self.user)]
+        if socket == ALONE:  # the one before may have failed and not told us why
+            socket = "none"
+            all_else = ["-oLogLevel=INFO", *self.own, *aloud(self.user)]
         # The first -oControlPath counts, but a later -S, the user's or ours, beats it.
         return [f"-oControlPath={socket}", *all_else, "-S", socket]
 
@@ -2913,8 +2908,7 @@ class Ssh(NamedTuple):
         """What ssh's words come to, if it said any."""
         lines = [line for line in words.splitlines() if line[:8] not in CHATTER]
         text = " ".join(word for word in " ".join(lines).split() if word.strip("@"))
-        text = text[-OUTAGE_LIMIT:]
-        error = heard(Unreachable, text, "ssh")
+        error = heard(Unreachable, text[-OUTAGE_LIMIT:], "ssh")
         if self.machine.host_key and error.meaning in ("CHANGED", "NEW"):
             where = self.machine.where
             return WrongHostKey(f"its host key is not the one that {where} asks for")
@@ -3131,8 +3125,7 @@ class Spare:
     def begin(seat: Seat, file: str, proof: Proof) -> None:
         """Begin one on the seat of that file, which we hold."""
         environ, apart = seat.ssh.environ, {"start_new_session": True}
-        program = find_program("sleep", program_directories(environ))
-        command = [program, str(SPARE_S)]
+        command = [find_program("sleep", program_directories(environ)), str(SPARE_S)]
         pipes = [*map(make_pipe, (f"{file}.in", f"{file}.out", f"{file}.err"))]
         (reads, feeds), (hears, says), (listens, complains) = pipes
         theirs = dict(zip(STREAMS, (reads, says, complains)))
@@ -3155,8 +3148,10 @@ class Spare:
     def at(file: str, proof: Proof | None) -> list[str]:
         """Of the spare session on the seat of that file: process id and start of its `sleep`
         and of its ssh; nothing if there is none over the connection with that proof."""
+        if not proof:
+            return []
         pids = ((read_private(f"{file}.spare") or "").split() + [""] * 6)[:6]
-        is_there = proof and tuple(pids[:2]) == proof[:2] and is_alive(*pids[2:4])
+        is_there = tuple(pids[:2]) == proof[:2] and is_alive(*pids[2:4])
         return pids[2:] if is_there else []
 
     @classmethod
@@ -3209,13 +3204,11 @@ class Seat:
     def __init__(self, ssh: Ssh) -> None:
         self.ssh, self.base = ssh, ssh.base()
         self.connection = Connection(ssh, ALONE)
-        self.number = 0  # of the seat on its connection
         self.is_plain = False  # whether --log-format was refused, and is not asked for
         self.has_rivals = False  # whether another machine might do what we want of this
         self.lock: Lock | None = None
-        known = read_private(f"{self.base}.way") if len(ssh.machine.ways) > 1 else "0"
-        self.is_known = known in ("0", "1")  # whether the way has led to a session
-        self.chosen = int(known == "1")  # the number of the way that we take
+        way = read_private(f"{self.base}.way") if ssh.machine.ways[1:] else "0"
+        self.chosen = int(way == "1")  # the number of the way that we take
 
     @property
     def way(self) -> Way:
@@ -3243,25 +3236,22 @@ class Seat:
         seats = self.allowed()
         with suppress(Error, OSError):
             for number, seat in self.places(seats):
-                self.number = seat
                 self.lock = Lock.take(f"{self.base}-{number}.{seat}")
                 if self.lock:
                     break
             else:
                 return
             self.connection = self.over(number)
-            if self.number == seats - 1 and number + 1 < CONNECTIONS:
+            if seat == seats - 1 and number + 1 < CONNECTIONS:
                 self.over(number + 1).start()
 
     def places(self, seats: int) -> list[tuple[int, int]]:
         """The numbers of all connections and seats, those with spare sessions first."""
-        names = {*os.listdir(os.path.dirname(self.base))}
+        proofs = [self.over(number).proof() for number in range(CONNECTIONS)]
 
         def has_none(place: tuple[int, int]) -> bool:
             number, seat = place
-            file = f"{self.base}-{number}.{seat}"
-            is_noted = f"{os.path.basename(file)}.spare" in names
-            return not (is_noted and Spare.at(file, self.over(number).proof()))
+            return not Spare.at(f"{self.base}-{number}.{seat}", proofs[number])
 
         every = [(n, seat) for n in range(CONNECTIONS) for seat in range(seats)]
         return sorted(every, key=has_none)
@@ -3316,8 +3306,7 @@ class Seat:
 
     def session(self, tells: bool) -> subprocess.Popen[bytes] | Spare:
         """nix-store on the machine: the spare one of our seat, or a new one, see serve."""
-        file = f"{self.connection.socket}.{self.number}"
-        spare = Spare.take(self.connection, file) if self.lock else None
+        spare = Spare.take(self.connection, self.lock.path) if self.lock else None
         return spare or self.serve(tells=tells)
 
     def start(self, *remote: str, **options: Any) -> subprocess.Popen[bytes]:
@@ -3896,7 +3885,7 @@ class Site:
         """Have nix-store on the machine answer a question, over a connection of its own,
         into that file, in the background; returns the process of its ssh."""
         seat = self.new_seat(machine)
-        if not seat.is_known:
+        if read_private(f"{seat.base}.way") not in ("0", "1"):
             # Any of them: probes that follow each other will try all.
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
         process = seat.serve(start_new_session=True, stdout=output, stderr=output)
@@ -3981,7 +3970,7 @@ class Relay:
         self.problem = ""  # what the program says from its first error on
         # What the builder has, lacks, and has to offer, of all that is copied.
         self.there, self.lacking = set[str](), set[str]()
-        self.infos: dict[str, PathInfo] = {}
+        self.infos: Infos = {}
         self.rest = b""  # of its stderr: the begun line
         self.ended = False  # its stderr has
         self.is_open = True  # until we hang up
@@ -4010,8 +3999,7 @@ class Relay:
             os.close(reads)
             os.close(writes)
             keep_free(JOINED)
-        stderr = self.process.stderr
-        self.stderr = stderr.fileno() if stderr else MESSAGES
+        self.stderr = self.process.stderr.fileno() if self.process.stderr else MESSAGES
 
     def hang_up(self) -> None:
         """Let it hear the end, and say no more to us."""
@@ -4279,7 +4267,7 @@ class Relay:
 
     # Fetching with nix-copy-closure --from
 
-    def offer(self, infos: dict[str, PathInfo]) -> None:
+    def offer(self, infos: Infos) -> None:
         """Be a builder that has these."""
         self.infos, sizes = infos, [info.size for info in infos.values()]
         if len(sizes) > 1 and sum(sizes) <= AHEAD_BYTES:
@@ -4316,7 +4304,7 @@ class Relay:
 
     # Fetching with nix-store --import
 
-    def export(self, infos: dict[str, PathInfo]) -> None:
+    def export(self, infos: Infos) -> None:
         """Write these as nix-store --export would, each behind those it refers to."""
         for info in infos.values():
             self.ask_for_archive(info.path)
@@ -4397,8 +4385,8 @@ class Copier:
     def blame_for_sending(self, paths: Iterable[str], problem: str) -> Error:
         """The error to raise: the builder's fault, unless a path is gone or spoilt here."""
         lost = self.lost_session()
-        tail, sign = decode(self.session.tail), "hash mismatch importing"
-        _, spoilt, words = tail.partition(sign)
+        tail = decode(self.session.tail)
+        _, spoilt, words = tail.partition("hash mismatch importing")
         store, files = self.nix.store, map(self.nix.store.file, paths)
         gone = not store.is_cache and not all(map(os.path.lexists, files))
         here = bool(spoilt) or gone
@@ -4435,9 +4423,7 @@ class Copier:
 
     # Fetching
 
-    def fetch(
-        self, outputs: list[str], infos: dict[str, PathInfo], inputs: list[str]
-    ) -> None:
+    def fetch(self, outputs: list[str], infos: Infos, inputs: list[str]) -> None:
         """Bring exactly these outputs, of which the builder says that, into the store here,
         past the locks that Nix holds on them; Spoilt if one of them may not come in."""
         self.check(outputs, inputs, infos)
@@ -4447,7 +4433,7 @@ class Copier:
         for batch in batches(in_order(infos)):
             self.fetch_some({path: infos[path] for path in batch})
 
-    def fetch_some(self, infos: dict[str, PathInfo]) -> None:
+    def fetch_some(self, infos: Infos) -> None:
         """Bring these, each behind those it refers to."""
         relay = self.early
         if not relay or relay.process.poll() is not None:
@@ -4505,9 +4491,7 @@ class Copier:
         if self.early:
             self.early.end()
 
-    def check(
-        self, outputs: list[str], inputs: list[str], infos: dict[str, PathInfo]
-    ) -> None:
+    def check(self, outputs: list[str], inputs: list[str], infos: Infos) -> None:
         """Make sure that every output is there, and that what it refers to is another of
         them, an input, or otherwise valid here already; no other path will come in."""
         for output in outputs:
@@ -4559,7 +4543,7 @@ def cache_files(
     return files
 
 
-def in_order(infos: dict[str, PathInfo]) -> list[str]:
+def in_order(infos: Infos) -> list[str]:
     """The paths, each behind those of the others that it refers to."""
     order: list[str] = []
     while left := infos.keys() - order:

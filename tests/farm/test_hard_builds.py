@@ -134,6 +134,11 @@ def copiers(running: Scene) -> list[int]:
     ]
 
 
+def cats(running: Scene) -> int:
+    """The programs that the stand-in for ssh becomes."""
+    return sum(process.cmdline == "cat" for process in running.client.processes())
+
+
 def test_junk_at_the_output_path_does_not_become_valid(running: Scene) -> None:
     expression = """
       mk "blocked" "while ! [ -e /tmp/go ]; do sleep 0.02; done; echo > $out" {}
@@ -144,7 +149,8 @@ def test_junk_at_the_output_path_does_not_become_valid(running: Scene) -> None:
     # A mount point cannot be removed or replaced. Nix, and so the hook, may have a
     # mount namespace of its own, and so may the program that waits to fetch.
     running.client.path(output).mkdir()
-    poll(lambda: copiers(running), "a program that waits to fetch")
+    # Before its ssh is there, a child of its own looks like it for a moment.
+    poll(lambda: cats(running) == 2, "a program that waits to fetch")
     for process in (*running.hooks(), *copiers(running)):
         enter = ("nsenter", "--target", str(process), "--mount")
         running.client.run(*enter, "mount", "-t", "tmpfs", "junk", output)
