@@ -121,7 +121,7 @@ if TYPE_CHECKING:
 
     Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
     Infos = dict[str, "PathInfo"]  # what a builder says of paths, by these
-    Ask = Callable[[Any, int], int]  # a builder something, into a file; a process
+    Ask = Callable[[Any, int], None]  # a builder something, into a file
 
 VERSION = "0.1"
 START = time.monotonic()
@@ -185,6 +185,7 @@ FAR_S = 0.02  # where a question and its answer take longer than this
 WARM_AT_ONCE = 6  # connections begun at the same time
 SOCKET_LIMIT_BYTES = 86  # of a control socket's name (Linux 90): ssh appends 17 to bind
 TAIL_BYTES = 4096  # of ssh's stderr, or of a small file of ours
+HEARD_LIMIT_BYTES = 1 << 16  # of what a program says into a file
 ANSWER_TIMEOUT_S = 15 * 60  # for a builder to say what it has, or take our question
 SUBSTITUTE_TIMEOUT_S = 4 * 60 * 60  # the same if it may download what it has not
 CANCEL_S = 0.3  # for a nix-store here to end its build
@@ -217,7 +218,7 @@ EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
 BUILT = (0, 1, 2, 13)  # built, substituted, already valid, resolves to already valid
 PERMANENT, REJECTED, TRANSIENT, TIMED_OUT, MISC, DEPENDENCY = 3, 4, 6, 8, 9, 10
 
-SIGKILL, SIGTERM = 9, 15  # POSIX has fixed them; to import signal takes 2 ms
+SIGTERM = 15  # POSIX has fixed it; to import signal takes 2 ms
 MESSAGES, LOG = 2, 4  # the descriptors that Nix reads messages and the build's log from
 
 DIGITS = "0123456789"
@@ -483,6 +484,13 @@ def means(words: str, meaning: str) -> bool:
     return any(found == meaning for _, found, _ in signs_in(words))
 
 
+def refuses(words: str, *meanings: str) -> bool:
+    """Whether nix-store itself says in these lines, as no build's log does, what means one of
+    those."""
+    own = "\n".join(line for line in words.splitlines() if line.startswith("error:"))
+    return any(means(own, meaning) for meaning in meanings or ("LIMITED", "READONLY"))
+
+
 # ---- Wire: Nix's integers and strings -----------------------------------------------
 
 
@@ -547,10 +555,26 @@ def read_strings(read: Read, each: int = 1) -> list[str]:
     return result
 
 
-def base32(sha256: bytes) -> str:
+def sha256_of(text: str) -> bytes:
+    """The SHA-256 of a text; to import hashlib takes a while."""
+    import hashlib
+
+    return hashlib.sha256(encode(text)).digest()
+
+
+def base32(data: bytes) -> str:
     """A hash in the digits of Nix's own base 32."""
-    number, places = int.from_bytes(sha256, "little"), reversed(range(52))
+    number, count = int.from_bytes(data, "little"), (8 * len(data) + 4) // 5
+    places = reversed(range(count))
     return "".join(STORE_DIGITS[number >> 5 * place & 31] for place in places)
+
+
+def from_base32(text: str) -> bytes:
+    """What base32 would make that text of; ValueError if it is none."""
+    number = 0
+    for digit in text:
+        number = number << 5 | STORE_DIGITS.index(digit)
+    return number.to_bytes(len(text) * 5 // 8, "little")
 
 
 class PathInfo(NamedTuple):
@@ -574,6 +598,29 @@ class PathInfo(NamedTuple):
         tail = string(self.hash) + self.rest if self.rest else b""  # from 2.4 on
         return head + sizes + tail
 
+    @property
+    def address(self) -> str:
+        """Its content address, such as fixed:r:sha256:04zw..., or ""."""
+        return text_of(self.rest[8 : 8 + int.from_bytes(self.rest[:8], "little")])
+
+    def addressed_path(self) -> str:
+        """The path that its content address makes (as makeFixedOutputPath in Nix's
+        store-dir-config.cc), or "".  That what is in it has that address Nix checks itself."""
+        method, _, digits = self.address.rpartition(":")
+        directory, _, last = self.path.rpartition("/")
+        others = sorted({*self.references} - {self.path})
+        others += ["self"] if self.path in self.references else []
+        try:
+            digest, kind = from_base32(digits).hex(), ":".join(["source", *others])
+        except (OverflowError, ValueError):
+            return ""
+        if method != "fixed:r:sha256":
+            kind, flat = "output:out", method.replace("fixed", "fixed:out", 1)
+            digest = sha256_of(f"{flat}:{digest}:").hex()
+        whole = sha256_of(f"{kind}:sha256:{digest}:{directory}:{last[33:]}")
+        folded = bytes(a ^ b for a, b in zip(whole[:20], whole[20:] + bytes(8)))
+        return f"{directory}/{base32(folded)}-{last[33:]}"
+
 
 def read_infos(read: Read, version: int) -> Infos:
     """The answer to QueryPathInfos in that version of the protocol, by path."""
@@ -587,7 +634,8 @@ def read_infos(read: Read, version: int) -> Infos:
             digest = read_string(read)
             rest = string(read_string(read)) + strings(read_strings(read))
         infos[path] = PathInfo(path, deriver, references, size, digest, rest)
-        most -= 64 + len(path) + sum(64 + len(word) for word in references) + len(rest)
+        most -= sum(64 + len(word) for word in (path, deriver, digest, *references))
+        most -= len(rest)
         if most < 0:
             raise Nonsense("a list of paths has no end")
     return infos
@@ -1078,6 +1126,13 @@ OWN_STORES = ("auto", "daemon", "local")  # of this machine, without any scheme
 # How people name the machine that they are on:
 THIS_MACHINE = ("localhost", "ssh://localhost", "ssh-ng://localhost")
 SERVE = ("nix-store", "--serve", "--write")
+PREFIXES = (
+    "sudo",
+    "doas",
+    "env",
+    "nice",
+    "ionice",
+)  # of a command, which begins at once
 
 
 class Way(NamedTuple):
@@ -1097,7 +1152,7 @@ class Way(NamedTuple):
         """Whether it is another program that starts Nix's there, as `srun nix-store` does: it
         may have to wait for its turn, and what it holds others may want."""
         program = (*self.there, SERVE[0])[0].strip("'").rpartition("/")[2]
-        return program not in (SERVE[0], "nix-daemon")
+        return program not in (SERVE[0], "nix-daemon", *PREFIXES)
 
 
 class Machine(NamedTuple):
@@ -1218,9 +1273,7 @@ def file_name(text: str, *, in_lix: bool = False) -> str:
     name = text.replace("/", "_")
     if len(encode(name)) <= NAME_LIMIT_BYTES and not in_lix:
         return name
-    import hashlib
-
-    sha256 = hashlib.sha256(encode(text)).digest()
+    sha256 = sha256_of(text)
     if in_lix:
         return f"{decode(encode(name)[:48])}-{base32(sha256)[:16]}"
     return f"{name[:50]}-{sha256.hex()[:32]}"
@@ -1621,7 +1674,7 @@ def start_time(process: int) -> str:
 
 def is_alive(pid: str, start: str) -> bool:
     """Whether that process lives; start: as start_time has it."""
-    if not pid.isdecimal():
+    if not pid.isdecimal() or len(pid) > 9:
         return False
     if start != "-":
         return start_time(int(pid)) == start
@@ -2111,7 +2164,7 @@ class Outages:
 
     def __init__(self, slots: Slots, probe: Ask | None = None) -> None:
         self.slots = slots
-        self.probe = probe  # begins to find out into that file; returns a process
+        self.probe = probe  # begins to find out into that file
         self.ask: Ask | None = None  # does so for a look, unless that is not wanted
         self.forgiven: set[Machine] = set()  # which we try all the same
 
@@ -2183,9 +2236,9 @@ class Outages:
                     self.find_out_of(machine, outage, lock)
 
     def find_out_of(self, machine: Machine, outage: Outage, lock: Lock) -> None:
-        """The same for one.  Its file has 99 bytes with `until`, process and start time; then
-        what ssh and nix-store said.  `until` is that of the outage for which it was begun; if
-        the outage has another now, the answer is too old."""
+        """The same for one.  Its file has 99 bytes with `until`; then what ssh and nix-store said.
+        `until` is that of the outage for which it was begun; if the outage has another now,
+        the answer is too old."""
         until = f"{outage.until:.3f}"
         text = lock.read()
         head, said = text[:PROBE_HEAD].split(), encode(text[PROBE_HEAD:])
@@ -2208,16 +2261,9 @@ class Outages:
             self.note(machine, outage, error)
 
     def take(self, machine: Machine, what: str) -> Lock:
-        """The file of a probe or a look, now ours; Late if one still writes there, which is
-        ended if it has taken too long."""
-        lock = Lock(self.slots.file(machine, what))
-        if lock.hold():
+        """The file of a probe or a look, now ours; Late if one still writes there."""
+        if lock := Lock.take(self.slots.file(machine, what)):
             return lock
-        with lock, suppress(OSError, ValueError):
-            since, pid, start = lock.read(PROBE_HEAD).split()
-            age = time.time() - float(since)
-            if age > LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S and is_alive(pid, start):
-                os.kill(int(pid), SIGKILL)
         raise Late("it is being asked")
 
     def begin(
@@ -2225,10 +2271,9 @@ class Outages:
     ) -> None:
         """Begin to find something out, into the file of the lock, behind that text."""
         with self.slots.main_lock():  # nobody reads half of it
-            lock.write(" " * PROBE_HEAD + text)
+            lock.write(f"{since:{PROBE_HEAD}}{text}")
         os.lseek(lock.descriptor, 0, os.SEEK_END)
-        pid = ask(machine, lock.descriptor)
-        os.pwrite(lock.descriptor, encode(f"{since} {pid} {start_time(pid)}"), 0)
+        ask(machine, lock.descriptor)
 
     def look_again(self, *machines: Machine) -> None:
         """See to it that these say how they are, where a build of ours begins, and those to
@@ -2536,12 +2581,11 @@ class Derivation(NamedTuple):
     def realisations(self) -> dict[str, str]:
         """What Nix calls each output of a floating one where it notes its path: the hash of
         the file, in which nothing stands for the paths (hashDerivationModulo)."""
-        import hashlib
         import re
 
         names = "|".join(re.escape(output.name) for output in self.outputs)
         text = re.sub(rf'\(("(?:{names})"),"[^"]*"\)', r'(\1,"")', self.text)
-        found = hashlib.sha256(encode(text)).hexdigest()
+        found = sha256_of(text).hex()
         return {output.name: f"sha256:{found}!{output.name}" for output in self.outputs}
 
     def digests(self) -> frozenset[str]:
@@ -2686,6 +2730,8 @@ class Programs:
         nothing.  Error if it cannot be started."""
         import subprocess
 
+        if "into" in options:
+            return self.start_into(command, environ, *piped, **options)
         if self.talk.debug:
             import shlex
 
@@ -2699,6 +2745,30 @@ class Programs:
             return subprocess.Popen(command, bufsize=0, env=environ, **options)
         except OSError as error:
             raise Error(f"cannot start {command[0]}: {error.strerror}") from None
+
+    def start_into(
+        self,
+        command: list[str],
+        environ: dict[str, str],
+        *piped: str,
+        into: int,
+        **options: Any,
+    ) -> subprocess.Popen[bytes]:
+        """Start a program that may outlive us, and have a `head`, which then holds what locks
+        that file has, put into it what comes by those pipes, up to a limit: over a shared
+        connection it is the master that writes, which no limit of the program's own would
+        hold back."""
+        head = find_program("head", program_directories(environ))
+        reads, writes = os.pipe()
+        apart = {"start_new_session": True, **options}
+        said = dict.fromkeys({*piped} - {"stdin"}, writes)
+        try:
+            limit = [head, "-c", str(HEARD_LIMIT_BYTES)]
+            self.start(limit, environ, stdin=reads, stdout=into, start_new_session=True)
+            return self.start(command, environ, *piped, **said, **apart)
+        finally:
+            os.close(reads)
+            os.close(writes)
 
     def output(
         self, command: list[str], environ: dict[str, str], within_s: float | None = None
@@ -2803,10 +2873,7 @@ def pin_host_key(machine: Machine, directory: str) -> str:
     """A known_hosts file that knows just this machine's key; "" if none is pinned."""
     if not machine.host_key:
         return ""
-    import hashlib
-
-    digest = hashlib.sha256(machine.host_key.encode()).hexdigest()
-    path = f"{directory}/known_hosts-{digest[:32]}"
+    path = f"{directory}/known_hosts-{sha256_of(machine.host_key).hex()[:32]}"
     try:
         keep(path, f"* {machine.host_key}\n")
     except OSError as error:
@@ -2901,6 +2968,8 @@ class Ssh(NamedTuple):
         whole = [self.program, *self.own, *self.user]
         whole += [word for way in self.machine.ways for word in (*way.there, *way.here)]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
+        with suppress(OSError):  # a container's processes have numbers of their own
+            whole.append(os.readlink("/proc/self/ns/pid"))
         name = checksum(self.machine.destination) + checksum("\0".join(whole))
         return f"{self.directory}/{name}"
 
@@ -3058,8 +3127,8 @@ class Connection:
                 with suppress(OSError):
                     remove(stale)
             command = self.ssh.master(self.socket, patient=os.path.exists(slow))
-            options = {"stderr": lock.descriptor, "start_new_session": True}
-            self.master = self.ssh.programs.start(command, self.ssh.environ, **options)
+            into, environ = {"into": lock.descriptor}, self.ssh.environ
+            self.master = self.ssh.programs.start(command, environ, "stderr", **into)
 
     def connect(self, patience_s: float) -> None:
         """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
@@ -3448,8 +3517,8 @@ class Activities:
     def is_excuse(self, words: bytes) -> bool:
         """Whether that says that what may be missing is not valid, or as Lix has it does not
         exist in store, so that nix-store ends."""
-        about = any(path.encode() in words for path in self.absent)
-        if about and b"error:" in words and b" not " in words:
+        named = any(f"'{path}'".encode() in words for path in self.absent)
+        if named and words.startswith(b"error:") and b" not " in words:
             self.are_over = True
             return True
         return False
@@ -3561,11 +3630,12 @@ class Session:
             self.stderr = None
         self.last = time.monotonic() if data and self.version else self.last
         data = self.activities.plain(data)
-        # If it does not trust us, we go on in another way or elsewhere, and say so.
-        reasons = ("LIMITED", "READONLY")
-        hidden = self.is_silent and any(means(decode(data), r) for r in reasons)
-        if data and self.version and not hidden:
-            write_all(LOG, data)
+        told = data
+        if self.is_silent:  # if it refuses us, we go on in another way or elsewhere
+            lines = data.splitlines(keepends=True)
+            told = b"".join(line for line in lines if not refuses(decode(line)))
+        if told and self.version:
+            write_all(LOG, told)
             self.first = self.last if self.is_silent else self.first
             self.is_silent = False
         self.tail = (self.tail + data)[-TAIL_BYTES:]
@@ -3746,14 +3816,15 @@ class Session:
         status = self.wait_for_build(nix)
         if by_path and status == 0:
             return 0, ""
-        message = read_string(self.read)
+        read = self.reader(time.monotonic() + STALLED_S)
+        message = read_string(read)
         if by_path:  # a mask from 100 up: 1 a timeout, 2 a hash mismatch, ...
             kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
             return kind, message
         if self.spoken >= 0x203:
-            self.read(4 * 8)  # times built, non-deterministic, start, stop
+            read(4 * 8)  # times built, non-deterministic, start, stop
         if self.spoken >= 0x206:
-            words = read_strings(self.read, 2)
+            words = read_strings(read, 2)
             names = (name.rpartition("!")[2] for name in words[::2])
             self.realised.update(zip(names, words[1::2]))
         return (0 if status in BUILT else status), message
@@ -3881,42 +3952,53 @@ class Site:
         if machine in self.seats:
             self.seats[machine].connection.retire()
 
-    def probe(self, machine: Machine, output: int) -> int:
+    def probe(self, machine: Machine, output: int) -> None:
         """Have nix-store on the machine answer a question, over a connection of its own,
-        into that file, in the background; returns the process of its ssh."""
+        into that file, in the background."""
         seat = self.new_seat(machine)
         if read_private(f"{seat.base}.way") not in ("0", "1"):
             # Any of them: probes that follow each other will try all.
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
-        process = seat.serve(start_new_session=True, stdout=output, stderr=output)
-        return tell_all(process, GREETING + valid_question([], False))
+        process = seat.serve(into=output, preexec_fn=end_in_time)
+        tell_all(process, GREETING + valid_question([], False))
 
-    def look(self, machine: Machine, output: int) -> int:
+    def look(self, machine: Machine, output: int) -> None:
         """Have a machine say how it is into that file, in the background, over a connection
-        that is shared, if it is up; returns the process of its ssh."""
+        that is shared, if it is up."""
         seat = self.seats.get(machine)
         if not seat:
             seat = self.new_seat(machine)
             seat.connection = seat.over(0)
-        process = seat.start("sh", start_new_session=True, stdout=output, stderr=output)
+        process = seat.start("sh", into=output, preexec_fn=end_in_time)
         store = "".join(seat.way.there).partition("--store")[2]
-        return tell_all(process, encode(f"store={store}\n{LOOK}"))
+        tell_all(process, encode(f"store={store}\n{LOOK}"))
 
 
-def tell_all(process: subprocess.Popen[bytes], data: bytes) -> int:
-    """Have a program read that and nothing more; returns the process."""
+def tell_all(process: subprocess.Popen[bytes], data: bytes) -> None:
+    """Have a program read that and nothing more."""
     if process.stdin:
         process.stdin.write(data)
         process.stdin.close()
-    return process.pid
+
+
+def end_in_time() -> None:
+    """Have the program that this process becomes end after a while, though we may not be there
+    to see to it: an alarm outlasts exec, and ssh and nix-store set none."""
+    import signal
+
+    signal.setitimer(signal.ITIMER_REAL, LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S)
 
 
 # Runs on the builder, on the standard input of its sh; a login that allows nothing but
 # nix-store says nothing of all this.  What it builds are the children of Nix's programs;
 # they are ours if they come from our connection, or from the address that it comes from,
 # which a session, and through it nix-daemon's process for that, has in its environment.
+# If `df` hangs, as on a dead network file system, that must not keep the connection: so it
+# ends itself after a while.
 LOOK = """\
 exec 2> /dev/null
+(trap 'kill $!' TERM; sleep 20 & wait $! && kill -9 $$) < /dev/null > /dev/null &
+guard=$!
 echo "disk $(df -Pk "${store:-${NIX_STORE_DIR:-/nix/store}}" | awk 'END { print $(NF-4), $(NF-2) }')"
 echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
 echo "load $(uptime | sed 's/.*: *//; s/,.*//')"
@@ -3930,6 +4012,7 @@ END { for (p in up) if (name[up[p]] ~ /^nix-(store|daemon|build)$/ && name[p] !~
         n = up[p]; if (name[n] == "nix-daemon" && peer[n] != "--stdio") n = peer[n]
         if (n in up) { while (n > 0 && n in up && !(n in own)) n = up[n]; others += !(n in own) } }
     print "builds", others + 0 }'
+kill $guard
 echo end
 """.replace("NO_BUILDS", CLOSED)
 
@@ -4389,11 +4472,12 @@ class Copier:
         _, spoilt, words = tail.partition("hash mismatch importing")
         store, files = self.nix.store, map(self.nix.store.file, paths)
         gone = not store.is_cache and not all(map(os.path.lexists, files))
-        here = bool(spoilt) or gone
+        here = gone
         said = " ".join(f"{spoilt}{words}".split())
         told = [str(lost), problem] if lost else [problem]
         problem = said or "; ".join(dict.fromkeys(told))
-        if not here and (not lost or lost.lasting is None):  # it found them odd
+        # It found them odd, or says that they are spoilt.
+        if not gone and (spoilt or not lost or lost.lasting is None):
             words = self.verify(sorted(paths))
             here, problem = bool(words), words or problem
         return heard(Error, problem) if here else self.with_words(lost, problem)
@@ -4464,7 +4548,12 @@ class Copier:
         valid: nix copy does, from a binary cache that has nothing but what we say."""
         import shutil
 
-        folder = f"{self.site.directory}/cache-{os.urandom(8).hex()}"
+        parent, us = spare_directory(), os.getpid()  # the slots' disk may be full
+        for name in os.listdir(parent):
+            mark, pid, start = (name.split(".") + [""] * 3)[:3]
+            if mark == "cache" and not is_alive(pid, start):  # who made it was killed
+                shutil.rmtree(f"{parent}/{name}", ignore_errors=True)
+        folder = f"{parent}/cache.{us}.{start_time(us)}"
         command = [f"{os.path.dirname(self.program)}/nix", "copy", *self.nix.options()]
         command += ["--extra-experimental-features", "nix-command ca-derivations"]
         command += ["--no-recursive", "--no-check-sigs", "--from", f"file://{folder}"]
@@ -4527,11 +4616,10 @@ def cache_files(
     path: str, derivation: Derivation, outputs: dict[str, str]
 ) -> dict[str, str]:
     """The files of a binary cache that tells where the outputs of that derivation are."""
-    import hashlib
-
     words = ("nix-archive-1", "(", "type", "regular", "contents", derivation.text, ")")
     archive = b"".join(map(string, words))
-    head = f"Compression: none\nNarHash: sha256:{hashlib.sha256(archive).hexdigest()}\n"
+    found = sha256_of(text_of(archive)).hex()
+    head = f"Compression: none\nNarHash: sha256:{found}\n"
     head += f"NarSize: {len(archive)}\nReferences: \nURL: archive\nStorePath: "
     files = {f"{digest(p)}.narinfo": f"{head}{p}\n" for p in (path, *outputs.values())}
     files["archive"] = text_of(archive)
@@ -4932,7 +5020,7 @@ class Attempt:
         try:
             failed = built.get()[0] in (REJECTED, TRANSIENT, MISC, DEPENDENCY)
         except SessionLost:
-            if not means(decode(self.session.tail), "LIMITED"):
+            if not refuses(decode(self.session.tail), "LIMITED"):
                 raise
             failed = True
         if failed:
@@ -4954,7 +5042,7 @@ class Attempt:
             except SessionLost as error:  # it may refuse so late what was sent
                 raise self.copier.blame_for_sending(paths, str(error)) from None
         if paths:
-            raise Error(f"it still lacks {min(paths)} after that was sent")
+            raise SessionLost(f"it still lacks {min(paths)} after that was sent")
 
     def ask_to_build(self) -> None:
         """Ask in the way that only trusted users may, but in which nothing else need be
@@ -5011,7 +5099,7 @@ class Attempt:
             tail = decode(self.session.tail)
             if self.derivation.is_floating and means(tail, "LACKS"):
                 raise NotHere(str(error), BuildBroken(self.failed(error))) from None
-            if not means(tail, "LIMITED"):
+            if not refuses(tail, "LIMITED"):
                 raise
         self.reconnect()
         return tuple(self.ask_by_closure().get())
@@ -5022,7 +5110,7 @@ class Attempt:
 
         store, self.paths = self.nix.store, {}
         for output in self.derivation.outputs:
-            with suppress(ValueError, TypeError, KeyError):
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
                 last = json.loads(self.session.realised[output.name])["outPath"]
                 if store.owns(path := f"{store.directory}/{last}"):
                     self.paths[output.name] = path
@@ -5066,7 +5154,7 @@ class Attempt:
         """Have a new session, which keeps the inputs alive, since the old one has ended: maybe
         as the builder does not trust its user to build a bare derivation."""
         seat, self.built = self.session.seat, None
-        if means(decode(self.session.tail), "LIMITED"):
+        if refuses(decode(self.session.tail), "LIMITED"):
             self.trusted = False
             seat.connection.change(trusted=False)
             text = f"{UNTRUSTED_USER}; sending the derivation's closure"
@@ -5108,11 +5196,24 @@ class Attempt:
     def fetch(self, infos: dict[str, PathInfo]) -> None:
         """Bring the outputs in; NotHere if the builder has spoilt them."""
         try:
+            if self.derivation.is_floating:
+                check_addresses(infos)
             self.copier.fetch(self.outputs, infos, self.inputs)
         except Spoilt as error:
             raise NotHere(str(error), BuildBroken(self.failed(error))) from None
         if self.derivation.is_floating:
             self.copier.register(self.path, self.derivation, self.paths)
+
+
+def check_addresses(infos: Infos) -> None:
+    """Make sure that the outputs of a floating derivation are where what is in them belongs:
+    the builder, which says where they are, could name the output of another derivation."""
+    for info in infos.values():
+        if info.path != info.addressed_path():
+            where = (
+                f"whose content address {info.address[:200]!r} is that of another path"
+            )
+            raise Spoilt(f"it says that '{info.path}' is an output, {where}")
 
 
 class Build:
@@ -5785,6 +5886,27 @@ UNSAID = UNKNOWN, "-", "it does not say"
 COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
+def hear(
+    process: subprocess.Popen[bytes], data: bytes, within_s: float
+) -> tuple[bytes, bytes]:
+    """What a program says on stdout and stderr when it is told that, but no more than it was
+    asked for; if it has not ended in time, that alone."""
+    tell_all(process, data)
+    said = {pipe.fileno(): b"" for pipe in (process.stdout, process.stderr) if pipe}
+    running, deadline = set(said), time.monotonic() + within_s
+    while running and max(map(len, said.values())) < HEARD_LIMIT_BYTES:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return b"", f"no answer within {within_s:.0f} s".encode()
+        for pipe in select.select(running, (), (), left)[0]:
+            more = os.read(pipe, HEARD_LIMIT_BYTES)
+            said[pipe] += more
+            running -= set() if more else {pipe}
+    status_within(process, 1)
+    answer, words = said.values()
+    return answer, words
+
+
 class Inspection:
     """All that there is to find out about one machine.  Its tiny build has a directory of slots
     of its own: it waits for no slot, a paused machine is tried too, and no history is told."""
@@ -5838,8 +5960,6 @@ class Inspection:
 
     def log_in(self) -> bool:
         """By an ssh of its own: a shared one may be older than what has changed."""
-        import subprocess
-
         self.phase = "logging in"
         if not self.machine.ways:
             return not self.add("build", OK, "here", "it is this machine")
@@ -5853,9 +5973,7 @@ class Inspection:
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
         self.asked = int(time.time())
         process = self.seat.start("sh")
-        answer, words = b"", f"no answer within {LOGIN_TIMEOUT_S} s".encode()
-        with suppress(subprocess.TimeoutExpired):
-            answer, words = process.communicate(encode(ASK + LOOK), LOGIN_TIMEOUT_S)
+        answer, words = hear(process, encode(ASK + LOOK), LOGIN_TIMEOUT_S)
         end(process)
         self.answered = int(time.time())
         self.facts = facts(decode(answer))
@@ -6371,7 +6489,7 @@ def slots_line(load: dict[str, Any]) -> list[str]:
 
 def bar(width: int, full: float, ours: float = 1) -> str:
     """A bar of so many characters, of which that share is full, ours with another mark."""
-    many = min(width, math.ceil(width * full))
+    many = max(0, min(width, math.ceil(width * full)))
     own = min(many, math.ceil(width * ours))
     return f"[{'#' * own}{'o' * (many - own)}{'.' * (width - many)}]"
 
@@ -6432,7 +6550,7 @@ def pause_text(length: str, why: str) -> str:
         until = time.time() + seconds_of(length)
         end, now = time.localtime(until), time.localtime()
         form = "%H:%M" if end[:3] == now[:3] else "%Y-%m-%d %H:%M"
-        words += time.strftime(f" until {form}", end)
+        words += time.strftime(f" until {form} %Z", end)
     words += f" ({why})" if why else ""
     return f"{until}\n{words[:OUTAGE_LIMIT]}"
 
