@@ -120,6 +120,7 @@ if TYPE_CHECKING:
     E = TypeVar("E", bound="Error")
 
     Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
+    Hear = Callable[[float], Any]  # an answer, until that (monotonic) time
     Infos = dict[str, "PathInfo"]  # what a builder says of paths, by these
     Ask = Callable[[Any, int], int]  # a builder something, into a file; a process
 
@@ -3361,11 +3362,9 @@ class Seat:
 
 class Answer:
     """What a builder will say to something that it has been asked or told, when all that it
-    says before is heard.  hear reads it until a (monotonic) time, which is time_s away."""
+    says before is heard.  hear reads it, within time_s."""
 
-    def __init__(
-        self, session: Session, hear: Callable[[float], Any], time_s: float
-    ) -> None:
+    def __init__(self, session: Session, hear: Hear, time_s: float) -> None:
         self.session, self.hear, self.time_s = session, hear, time_s
         self.value: Any = None  # once it is heard
         self.is_heard = False
@@ -3757,7 +3756,7 @@ class Session:
         if encoded is not None:
             build = integer(BUILD_DERIVATION) + string(path) + encoded
         self.write(build + self.build_options(nix) + then)
-        hear: Callable[[float], Any] = lambda _: self.hear_of_build(nix, by_path)
+        hear: Hear = lambda _: self.hear_of_build(nix, by_path)
         return Answer(self, hear, math.inf)
 
     def hear_of_build(self, nix: Nix, by_path: bool) -> tuple[int, str]:
@@ -3975,7 +3974,7 @@ class CopyEnded(Exception):
 
 
 class Relay:
-    """A program that copies, and stands between it and our session with the builder.
+    """A program that copies, and what stands between it and our session with the builder.
 
     Everything is moved through here, so that we know how much, and what nix-copy-closure
     --from learns of: only of the outputs that are wanted.  It would bring in, and
@@ -4330,6 +4329,7 @@ class Relay:
             self.begin(info.path, info.size)
             self.reply(integer(1))
             (kind, _, told), found = info.hash.partition(":"), self.pass_archive()
+            # Old builders tell none.
             if kind == "sha256" and told not in (found.hex(), base32(found)):
                 raise Spoilt(f"hash mismatch importing '{info.path}'")
             names = string(info.path) + strings(info.references)
