@@ -3255,26 +3255,22 @@ class Seat:
         next connection is begun.  Without room for a file nothing is shared."""
         seats = self.allowed()
         with suppress(Error, OSError):
-            for number, seat in self.places(seats):
-                self.lock = Lock.take(f"{self.base}-{number}.{seat}")
+            for number, file in self.places(seats):
+                self.lock = Lock.take(file)
                 if self.lock:
                     break
             else:
                 return
             self.connection = self.over(number)
-            if seat == seats - 1 and number + 1 < CONNECTIONS:
+            if file.endswith(f".{seats - 1}") and number + 1 < CONNECTIONS:
                 self.over(number + 1).start()
 
-    def places(self, seats: int) -> list[tuple[int, int]]:
-        """The numbers of all connections and seats, those with spare sessions first."""
+    def places(self, seats: int) -> list[tuple[int, str]]:
+        """The connection and the file of each seat, those with spare sessions first."""
         proofs = [self.over(number).proof() for number in range(CONNECTIONS)]
-
-        def has_none(place: tuple[int, int]) -> bool:
-            number, seat = place
-            return not Spare.at(f"{self.base}-{number}.{seat}", proofs[number])
-
         every = [(n, seat) for n in range(CONNECTIONS) for seat in range(seats)]
-        return sorted(every, key=has_none)
+        files = [(n, f"{self.base}-{n}.{seat}") for n, seat in every]
+        return sorted(files, key=lambda file: not Spare.at(file[1], proofs[file[0]]))
 
     def over(self, number: int) -> Connection:
         """That connection to the machine."""
