@@ -120,6 +120,7 @@ if TYPE_CHECKING:
     E = TypeVar("E", bound="Error")
 
     Read = Callable[[int], bytes]  # exactly so many bytes, or an exception
+    Hear = Callable[[float], Any]  # an answer, until that (monotonic) time
     Infos = dict[str, "PathInfo"]  # what a builder says of paths, by these
     Ask = Callable[[Any, int], None]  # a builder something, into a file
 
@@ -3304,26 +3305,22 @@ class Seat:
         next connection is begun.  Without room for a file nothing is shared."""
         seats = self.allowed()
         with suppress(Error, OSError):
-            for number, seat in self.places(seats):
-                self.lock = Lock.take(f"{self.base}-{number}.{seat}")
+            for number, file in self.places(seats):
+                self.lock = Lock.take(file)
                 if self.lock:
                     break
             else:
                 return
             self.connection = self.over(number)
-            if seat == seats - 1 and number + 1 < CONNECTIONS:
+            if file.endswith(f".{seats - 1}") and number + 1 < CONNECTIONS:
                 self.over(number + 1).start()
 
-    def places(self, seats: int) -> list[tuple[int, int]]:
-        """The numbers of all connections and seats, those with spare sessions first."""
+    def places(self, seats: int) -> list[tuple[int, str]]:
+        """The connection and the file of each seat, those with spare sessions first."""
         proofs = [self.over(number).proof() for number in range(CONNECTIONS)]
-
-        def has_none(place: tuple[int, int]) -> bool:
-            number, seat = place
-            return not Spare.at(f"{self.base}-{number}.{seat}", proofs[number])
-
         every = [(n, seat) for n in range(CONNECTIONS) for seat in range(seats)]
-        return sorted(every, key=has_none)
+        files = [(n, f"{self.base}-{n}.{seat}") for n, seat in every]
+        return sorted(files, key=lambda file: not Spare.at(file[1], proofs[file[0]]))
 
     def over(self, number: int) -> Connection:
         """That connection to the machine."""
@@ -3411,11 +3408,9 @@ class Seat:
 
 class Answer:
     """What a builder will say to something that it has been asked or told, when all that it
-    says before is heard.  hear reads it until a (monotonic) time, which is time_s away."""
+    says before is heard.  hear reads it, within time_s."""
 
-    def __init__(
-        self, session: Session, hear: Callable[[float], Any], time_s: float
-    ) -> None:
+    def __init__(self, session: Session, hear: Hear, time_s: float) -> None:
         self.session, self.hear, self.time_s = session, hear, time_s
         self.value: Any = None  # once it is heard
         self.is_heard = False
@@ -3808,7 +3803,7 @@ class Session:
         if encoded is not None:
             build = integer(BUILD_DERIVATION) + string(path) + encoded
         self.write(build + self.build_options(nix) + then)
-        hear: Callable[[float], Any] = lambda _: self.hear_of_build(nix, by_path)
+        hear: Hear = lambda _: self.hear_of_build(nix, by_path)
         return Answer(self, hear, math.inf)
 
     def hear_of_build(self, nix: Nix, by_path: bool) -> tuple[int, str]:
@@ -4039,7 +4034,7 @@ class CopyEnded(Exception):
 
 
 class Relay:
-    """A program that copies, and stands between it and our session with the builder.
+    """A program that copies, and what stands between it and our session with the builder.
 
     Everything is moved through here, so that we know how much, and what nix-copy-closure
     --from learns of: only of the outputs that are wanted.  It would bring in, and
@@ -4394,6 +4389,7 @@ class Relay:
             self.begin(info.path, info.size)
             self.reply(integer(1))
             (kind, _, told), found = info.hash.partition(":"), self.pass_archive()
+            # Old builders tell none.
             if kind == "sha256" and told not in (found.hex(), base32(found)):
                 raise Spoilt(f"hash mismatch importing '{info.path}'")
             names = string(info.path) + strings(info.references)
