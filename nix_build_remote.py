@@ -5847,7 +5847,7 @@ class Screen:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colours = self.terminal and not plain
         size = shutil.get_terminal_size()
-        self.width, self.height = max(40, size.columns), size.lines
+        self.width, self.height = max(40, size.columns), size.lines or 24
 
     def paint(self, text: str, state: str) -> str:
         """The text in the colour of that state."""
