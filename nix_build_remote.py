@@ -5738,7 +5738,7 @@ class Screen:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colours = self.terminal and not plain
         size = shutil.get_terminal_size()
-        self.width, self.height = max(40, size.columns), size.lines
+        self.width, self.height = max(40, size.columns), size.lines or 24
 
     def paint(self, text: str, state: str) -> str:
         """The text in the colour of that state."""
@@ -5848,6 +5848,10 @@ def pause_of(slots: Slots, machine: Machine) -> dict[str, Any]:
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
     """The machines that people name, or all of them; and complaints about the file."""
     known, complaints = load_machines(nix)
+    if not known:
+        example = "a line such as: nix@builder x86_64-linux /root/.ssh/id_builder 8"
+        where = where_machines_stand(nix)
+        complaints.append(f"no machines are listed ({where}); {example}")
     chosen = []
     for word in words:
         names = {m: (m.name, m.host, m.destination, called(m.name)) for m in known}
@@ -6237,11 +6241,7 @@ def wrong_hook(nix: Nix) -> Iterator[str]:
 def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Try each machine, and say what is wrong and what to do."""
     machines, complaints = machines_named(options.names, nix)
-    if not machines:
-        example = "a line such as: nix@builder x86_64-linux /root/.ssh/id_builder 8"
-        where = where_machines_stand(nix)
-        complaints.append(f"no machines are listed ({where}); {example}")
-    else:
+    if machines:
         make_slots(nix)
     note = unused(nix)
     complaints += wrong_hook(nix)
@@ -6467,8 +6467,6 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
         known = sorted({hosts.get(name, name) for name in names if name})
         lines += screen.wrap("", f"waiting for {', '.join(known)}:")
         lines += [f"    {w['place']}. {holder_line(w)} of Nix {w['nix']}" for w in line]
-    if not machines:
-        lines.append(f"no machines are listed ({where_machines_stand(nix)})")
     screen.show(value, lines + screen.wrap("", *complaints))
 
 
@@ -6697,7 +6695,7 @@ def choice_lines(value: dict[str, Any], screen: Screen) -> list[str]:
 def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Show where a build would go, and why not elsewhere."""
     request, digests = wanted_build(options, nix)
-    machines, complaints = load_machines(nix)
+    machines, complaints = machines_named([], nix)
     slots = Slots.find(nix)
     try:
         found = overview(slots, machines)["machines"]
@@ -6827,7 +6825,6 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 
 # ---- Command line -------------------------------------------------------------------
-
 
 COMMANDS = (check, status, explain, pause, resume, history, metrics)
 

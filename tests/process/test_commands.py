@@ -148,6 +148,15 @@ def test_output_that_cannot_be_written_is_a_failure(people: People, verb: str) -
         assert b"No space left" in process.communicate()[1] and process.returncode == 1
 
 
+@pytest.mark.parametrize(("verb", "status"), [("status", 0), ("explain", 1)])
+def test_who_lists_no_machines_is_told_how(
+    people: People, verb: str, status: int
+) -> None:
+    people.machines.write_text("# none\n", encoding="utf-8")
+    text = " ".join(people.run(verb, status=status).split())
+    assert "no machines are listed" in text and "a line such as: nix@builder" in text
+
+
 # -- status --watch -------------------------------------------------------------------
 
 
