@@ -1893,41 +1893,40 @@ class Slots:
         """A free slot of the best of these machines, or None if there is none to be had; and
         the load of each.  Of equals, that which has most of these paths is the best, then
         the first in the list."""
+        best: Slot | None = None
         self.refused, failures = {}, []
+
+        def is_best(machine: Machine) -> bool:
+            if not best:
+                return True
+            key, best_key = (rank(m, loads[m]) for m in (machine, best.machine))
+            if key == best_key:
+                return self.known(machine, digests) > self.known(best.machine, digests)
+            return key < best_key
+
         with self.main_lock():
             loads = {m: sum(not is_free(f) for f in self.files(m)) for m in machines}
-            for machine in self.best_first(loads, digests):
+            # Each is judged when its turn comes: what was seen there is read only if it would
+            # be chosen.
+            free = (m for m in machines if loads[m] < m.max_jobs and is_best(m))
+            for machine in (m for m in free if self.admits(m, loads) and is_best(m)):
                 try:
-                    return self.take(machine, loads[machine]), loads
+                    best = self.take(machine, loads[machine], best)
                 except Error as error:  # no room for a file: others may have theirs
                     failures.append(error)
         if failures and len(failures) == len(machines):
             raise failures[0]
-        return None, loads
+        return best, loads
 
-    def best_first(
-        self, loads: dict[Machine, int], digests: frozenset[str]
-    ) -> Iterator[Machine]:
-        """Those of these machines that may have a new build, the best first.  What was seen
-        there is read only of those that would be chosen."""
-        left, admitted = [m for m, load in loads.items() if load < m.max_jobs], set()
-        while left:
-            key = min(rank(m, loads[m]) for m in left)
-            equals = [m for m in left if rank(m, loads[m]) == key]
-            best = max(equals, key=lambda m: self.known(m, digests))
-            if best not in admitted and self.admits(best, loads):
-                admitted.add(best)  # if others build there, it may be the best no more
-                continue
-            left.remove(best)
-            if best in admitted:
-                yield best
-
-    def take(self, machine: Machine, load: int) -> Slot | None:
-        """Take a free slot of a machine, which is not paused; Error if there is no room."""
+    def take(self, machine: Machine, load: int, before: Slot | None) -> Slot | None:
+        """A free slot of that machine, which is not paused, now ours instead of that before;
+        Error if there is no room for its file."""
         lock = Lock.take(*self.files(machine))
         with suppress(OSError):  # a pause there is over
             remove(self.file(machine, "paused"))
-        return Slot(machine, lock, load) if lock else None
+        if lock and before:
+            before.free()
+        return Slot(machine, lock, load) if lock else before
 
     def look(self, machine: Machine) -> Look:
         """What it last said of itself."""
