@@ -1541,8 +1541,7 @@ def remove(path: str) -> None:
 
 
 def read_private(path: str, limit: int = TAIL_BYTES) -> str | None:
-    """What a file of ours says; None if there is none, or something else in its place
-    (a fifo would keep us waiting), or more than that."""
+    """What a file of ours says; None if it is not there, longer, or none: a fifo would block."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     opener: Callable[[str, int], int] = lambda path, _: os.open(path, flags)
     with suppress(OSError), open(path, "rb", opener=opener) as file:
@@ -1839,8 +1838,7 @@ class Look(NamedTuple):
 
 
 class Slots:
-    """Nix's directory current-load, with the locks that count, and in it one, `own`, for
-    what the stock hook does not know."""
+    """Nix's directory current-load, and in it `own`, for what the stock hook does not know."""
 
     def __init__(self, path: str, talk: Talk | None = None) -> None:
         self.path, self.own, self.history = path, f"{path}/own", f"{path}/own/history"
@@ -1906,8 +1904,7 @@ class Slots:
 
         with self.main_lock():
             loads = {m: sum(not is_free(f) for f in self.files(m)) for m in machines}
-            # Each is judged when its turn comes: what was seen there is read only if it would
-            # be chosen.
+            # Lazily: what was seen there is read only of a machine that would be chosen.
             free = (m for m in machines if loads[m] < m.max_jobs and is_best(m))
             for machine in (m for m in free if self.admits(m, loads) and is_best(m)):
                 try:
