@@ -5659,29 +5659,24 @@ def parse_settings(text: str) -> dict[str, str]:
     return {name: value.strip() for name, mark, value in pairs if mark}
 
 
-def kept_settings(nix: Nix) -> str:
-    """The same of the Nix that started us, kept until another asks, as it takes 30 ms."""
-    slots, parent = Slots.find(nix), os.getppid()
-    slots.make()
-    path = f"{slots.own}/settings"
-    head = f"{parent} {start_time(parent)}\n"
-    text = read_private(path, SETTINGS_LIMIT_BYTES) or ""
-    if not text.startswith(head):
-        program = find_program("nix", nix_directories(nix.environ))
-        text = head + settings_of(program, nix.environ)
-        note(path, text)
-    return text
-
-
 def with_all_settings(nix: Nix, talk: Talk) -> Nix:
     """The same Nix with the settings that it did not send: Lix 2.92 and 2.93 leave out what
-    stands in /etc/nix/nix.conf, and what is set nowhere."""
+    stands in /etc/nix/nix.conf, and what is set nowhere.  As to ask takes 30 ms, the answer
+    is kept until another Nix asks."""
+    head = f"{calling_process()}\n"
     try:
-        settings = {**parse_settings(kept_settings(nix)), **nix.settings}
+        slots = Slots.find(nix)
+        slots.make()
+        path = f"{slots.own}/settings"
+        text = read_private(path, SETTINGS_LIMIT_BYTES) or ""
+        if not text.startswith(head):
+            program = find_program("nix", nix_directories(nix.environ))
+            text = head + settings_of(program, nix.environ)
+            note(path, text)
     except Error as error:
         talk.say(ERROR, f"no machines are known: {error}")
         return nix
-    nix = Nix(False, settings, nix.environ)
+    nix = Nix(False, {**parse_settings(text), **nix.settings}, nix.environ)
     nix.is_terse = True
     return nix
 
