@@ -5578,9 +5578,8 @@ class Hook:
         except (Unreachable, SessionLost) as error:
             site.outages.note(machine, slot.outage, error)
             site.retire(machine)
-            text = (
-                f"cannot build on '{machine.name}': {error.told(machine.destination)}"
-            )
+            told = error.told(machine.destination)
+            text = f"cannot build on '{machine.name}': {told}"
             if site.slots.remember(text):
                 self.talk.say(ERROR, text)
         finally:
