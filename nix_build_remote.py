@@ -1619,8 +1619,7 @@ def remove(path: str) -> None:
 
 
 def read_private(path: str, limit: int = TAIL_BYTES) -> str | None:
-    """What a file of ours says; None if there is none, or something else in its place
-    (a fifo would keep us waiting), or more than that."""
+    """What a file of ours says; None if it is not there, longer, or none: a fifo would block."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     opener: Callable[[str, int], int] = lambda path, _: os.open(path, flags)
     with suppress(OSError), open(path, "rb", opener=opener) as file:
@@ -1917,8 +1916,7 @@ class Look(NamedTuple):
 
 
 class Slots:
-    """Nix's directory current-load, with the locks that count, and in it one, `own`, for
-    what the stock hook does not know."""
+    """Nix's directory current-load, and in it `own`, for what the stock hook does not know."""
 
     def __init__(self, path: str, talk: Talk | None = None) -> None:
         self.path, self.own, self.history = path, f"{path}/own", f"{path}/own/history"
@@ -1971,41 +1969,39 @@ class Slots:
         """A free slot of the best of these machines, or None if there is none to be had; and
         the load of each.  Of equals, that which has most of these paths is the best, then
         the first in the list."""
+        best: Slot | None = None
         self.refused, failures = {}, []
+
+        def is_best(machine: Machine) -> bool:
+            if not best:
+                return True
+            key, best_key = (rank(m, loads[m]) for m in (machine, best.machine))
+            if key == best_key:
+                return self.known(machine, digests) > self.known(best.machine, digests)
+            return key < best_key
+
         with self.main_lock():
             loads = {m: sum(not is_free(f) for f in self.files(m)) for m in machines}
-            for machine in self.best_first(loads, digests):
+            # Lazily: what was seen there is read only of a machine that would be chosen.
+            free = (m for m in machines if loads[m] < m.max_jobs and is_best(m))
+            for machine in (m for m in free if self.admits(m, loads) and is_best(m)):
                 try:
-                    return self.take(machine, loads[machine]), loads
+                    best = self.take(machine, loads[machine], best)
                 except Error as error:  # no room for a file: others may have theirs
                     failures.append(error)
         if failures and len(failures) == len(machines):
             raise failures[0]
-        return None, loads
+        return best, loads
 
-    def best_first(
-        self, loads: dict[Machine, int], digests: frozenset[str]
-    ) -> Iterator[Machine]:
-        """Those of these machines that may have a new build, the best first.  What was seen
-        there is read only of those that would be chosen."""
-        left, admitted = [m for m, load in loads.items() if load < m.max_jobs], set()
-        while left:
-            key = min(rank(m, loads[m]) for m in left)
-            equals = [m for m in left if rank(m, loads[m]) == key]
-            best = max(equals, key=lambda m: self.known(m, digests))
-            if best not in admitted and self.admits(best, loads):
-                admitted.add(best)  # if others build there, it may be the best no more
-                continue
-            left.remove(best)
-            if best in admitted:
-                yield best
-
-    def take(self, machine: Machine, load: int) -> Slot | None:
-        """Take a free slot of a machine, which is not paused; Error if there is no room."""
+    def take(self, machine: Machine, load: int, before: Slot | None) -> Slot | None:
+        """A free slot of that machine, which is not paused, now ours instead of that before;
+        Error if there is no room for its file."""
         lock = Lock.take(*self.files(machine))
         with suppress(OSError):  # a pause there is over
             remove(self.file(machine, "paused"))
-        return Slot(machine, lock, load) if lock else None
+        if lock and before:
+            before.free()
+        return Slot(machine, lock, load) if lock else before
 
     def look(self, machine: Machine) -> Look:
         """What it last said of itself."""
@@ -5663,29 +5659,24 @@ def parse_settings(text: str) -> dict[str, str]:
     return {name: value.strip() for name, mark, value in pairs if mark}
 
 
-def kept_settings(nix: Nix) -> str:
-    """The same of the Nix that started us, kept until another asks, as it takes 30 ms."""
-    slots, parent = Slots.find(nix), os.getppid()
-    slots.make()
-    path = f"{slots.own}/settings"
-    head = f"{parent} {start_time(parent)}\n"
-    text = read_private(path, SETTINGS_LIMIT_BYTES) or ""
-    if not text.startswith(head):
-        program = find_program("nix", nix_directories(nix.environ))
-        text = head + settings_of(program, nix.environ)
-        note(path, text)
-    return text
-
-
 def with_all_settings(nix: Nix, talk: Talk) -> Nix:
     """The same Nix with the settings that it did not send: Lix 2.92 and 2.93 leave out what
-    stands in /etc/nix/nix.conf, and what is set nowhere."""
+    stands in /etc/nix/nix.conf, and what is set nowhere.  As to ask takes 30 ms, the answer
+    is kept until another Nix asks."""
+    head = f"{calling_process()}\n"
     try:
-        settings = {**parse_settings(kept_settings(nix)), **nix.settings}
+        slots = Slots.find(nix)
+        slots.make()
+        path = f"{slots.own}/settings"
+        text = read_private(path, SETTINGS_LIMIT_BYTES) or ""
+        if not text.startswith(head):
+            program = find_program("nix", nix_directories(nix.environ))
+            text = head + settings_of(program, nix.environ)
+            note(path, text)
     except Error as error:
         talk.say(ERROR, f"no machines are known: {error}")
         return nix
-    nix = Nix(False, settings, nix.environ)
+    nix = Nix(False, {**parse_settings(text), **nix.settings}, nix.environ)
     nix.is_terse = True
     return nix
 

@@ -274,10 +274,14 @@ def test_when_nix_is_interrupted_its_hooks_leave_the_line(nix: Scene) -> None:
     poll(lambda: not nix.hooks(), "the end of the hooks", timeout=SOON_S)
 
 
-def test_waiting_takes_next_to_no_processor_time(nix: Scene) -> None:
-    """For the first in line, who looks; and none at all for those behind."""
+@pytest.mark.parametrize("each", [6, 1], ids=["of one Nix", "of several"])
+def test_waiting_takes_next_to_no_processor_time(nix: Scene, each: int) -> None:
+    """For the first in line, who looks; and none at all for the others."""
     let_eight_wait(nix)
-    start_and_wait(nix, 6, 1)
+    for _ in range(6 // each):
+        nix.start(many(each, "held", HELD), *NEVER_POLL)
+    held(nix)
+    stand(nix, 5)
     hooks = waiting(nix)
     assert len(hooks) == 5
     before = [ticks(nix, pid) for pid in hooks]
