@@ -2375,8 +2375,9 @@ class Line:
         """A slot that is for somebody else, who has not taken it for a while."""
         there = (m for m in self.machines if m not in self.away)
         left = [machine for machine in there if machine.slots in reserved]
+        refused, now = self.slots.refused, time.monotonic()
         slot = self.slots.choose(left)[0] if left else None
-        now = time.monotonic()
+        self.slots.refused = {**self.slots.refused, **refused}
         self.left_since = (self.left_since or now) if slot else None
         if slot and self.left_since and now < self.left_since + LEAVE_S:
             slot.free()

@@ -174,7 +174,7 @@ def test_while_it_is_asked_for_the_first_time_a_second_build_waits(
 ) -> None:
     [b1] = machines("b1 - - 4")
     outages = Outages(slots)
-    outages.ask = lambda machine, output: 0
+    outages.ask = lambda machine, output: None
     outages.look_again(b1)
     with Lock(slots.file(b1, "look")) as lock:
         assert lock.hold()
@@ -187,7 +187,7 @@ def test_what_it_said_before_counts_until_it_has_answered_again(slots: Slots) ->
     [b1] = machines("b1 - - 4")
     note(slots, b1, answer("closed now", asked=30))
     outages = Outages(slots)
-    outages.ask = lambda machine, output: 0
+    outages.ask = lambda machine, output: None
     outages.look_again(b1)
     assert slots.look(b1).closed == "has /etc/nix/no-builds: now"
     assert chosen(slots, b1) == ""
@@ -198,9 +198,8 @@ def asked(slots: Slots, machine: Machine, text: str, *, begins: bool = True) -> 
     note(slots, machine, text)
     found: list[Machine] = []
 
-    def ask(machine: Machine, output: int) -> int:
+    def ask(machine: Machine, output: int) -> None:
         found.append(machine)
-        return 0
 
     outages = Outages(slots)
     outages.ask = ask

@@ -175,7 +175,7 @@ def test_a_damaged_note_of_an_outage_is_no_pause(slots: Slots) -> None:
 def test_nobody_finds_out_whether_a_paused_machine_is_of_use_again(
     slots: Slots,
 ) -> None:
-    def probe(machine: Machine, output: int) -> int:
+    def probe(machine: Machine, output: int) -> None:
         raise AssertionError
 
     write(slots, "down", BROKEN.format(time.time()))
