@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,9 +66,17 @@ class Here(hook.Seat):
     """A session with the nix-store of a host of the lab, without ssh."""
 
     def __init__(self, host: Host) -> None:
-        nothing: Any = None
-        self.host = host
-        self.connection = hook.Connection(nothing, hook.ALONE)
+        talk = hook.Talk(hook.Nix(False, {}, {}))
+        machine = SimpleNamespace(name="here", ways=(hook.Way(hook.SERVE),))
+        ssh: Any = SimpleNamespace(programs=hook.Programs(talk), machine=machine)
+        self.host, self.ssh, self.base = host, ssh, "/dev/null/none"
+        self.connection = hook.Connection(ssh, hook.ALONE)
+        self.chosen, self.lock = 0, None
+        self.is_plain = True
+        self.has_rivals = False
+
+    def margin_s(self) -> float:
+        return hook.MARGIN_S
 
     def start(self, *remote: str, **options: Any) -> Any:
         return self.host.popen(*remote, stdin=-1, stdout=-1, stderr=-1)
