@@ -2331,9 +2331,10 @@ class Line:
 
     Those of one Nix stand one behind the other, at places that are locks, whose files say who
     stands there: whoever has one waits for the lock of the one before, so that waiting costs
-    nothing and nobody is passed.  Who is first looks for a free slot, but not on machines that
-    the first of another line waits for, too, and has a sooner turn, see precedence(): unless
-    that one, which may stand still or wait for us, does not take what is free there.
+    nothing and nobody is passed.  Of all who are first and wait for the same machines, one at
+    a time looks for a free slot; if another has a sooner turn, see precedence(), it lets go of
+    that.  Machines that somebody of a sooner turn waits for in another line are left alone.
+    Who stands still, or waits for us in turn, so that it does not take what is free, is passed.
     """
 
     def __init__(self, outages: Outages, talk: Talk, need: Need) -> None:
@@ -2345,11 +2346,11 @@ class Line:
         self.names = sorted(machine.slots for machine in need.machines)
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in need.machines))
         self.who = holder("waiting", need.path, f"{need.since:.3f}")
-        kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
-        self.path = f"{self.slots.own}/line-{kind}-{nix}"
+        self.kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
+        self.path = f"{self.slots.own}/line-{self.kind}-{nix}"
         self.place = 0  # ours, if we have its lock
         self.lock: Lock | None = None
-        self.ahead = 0  # how many wait for the same machines, and have a sooner turn
+        self.is_late = False  # whether one who waits for the same has a sooner turn
         # Since when there is a slot that we leave to somebody (monotonic), if there is.
         self.left_since: float | None = None
         self.passed_by: set[str] = set()  # processes with fewer machines to wait for
@@ -2395,7 +2396,7 @@ class Line:
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
     def rivals(self) -> Iterator[tuple[str, list[str]]]:
-        """Who else stands first in a line, and waits for some of our machines; and the slots'
+        """Who else stands first in a line, and waits for some of our machines, and the slots'
         names of all that it waits for."""
         for entry in os.listdir(self.slots.own):
             if entry.startswith("line-") and entry.endswith(".0"):
@@ -2418,8 +2419,8 @@ class Line:
             return turns[0] < turns[1]
 
         ahead = [rival for rival in rivals if is_sooner(*rival)]
-        self.ahead = sum(names == ours for _, names in ahead)
-        passing = {w.split()[0] for w, names in ahead if len(names) < len(ours)}
+        self.is_late = any(names == ours for _, names in ahead)
+        passing = {who.split()[0] for who, names in ahead if len(names) < len(ours)}
         self.passed_by |= passing
         if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
             self.who = holder(OVERDUE, self.need.path, f"{self.need.since:.3f}")
@@ -2477,25 +2478,51 @@ class Line:
                 lock.wait()
                 self.stand(self.place - 1, lock)
             while True:
-                self.outages.look_again()
-                start = time.monotonic()
-                if slot := self.find_if_possible():
+                if slot := self.look_in_turn():
                     return slot
-                self.end_if_hopeless()
-                # Looking at many slots takes long; it must not be what we do all the time, and
-                # those who come later need not look so often.
-                pause_s = max(WAIT_S, 100 * (time.monotonic() - start))
-                wait_readable([], min((1 + self.ahead) * min(1.0, pause_s), 10.0))
+                wait_readable([], WAIT_S)  # for another to take it
         finally:
             self.leave()
 
-    def end_if_hopeless(self) -> None:
-        """Raise what to say if it is no use to wait; else say once what we wait for."""
-        if self.need.impatient and self.absence():
-            raise Away("it failed for another build, too")
-        if despair := self.outages.despair(self.machines):
-            raise despair
-        self.tell_of_absence()
+    def look_in_turn(self) -> Slot | None:
+        """Wait for a slot when it is our turn to look."""
+        turn = self.take_turn()
+        try:
+            return self.look_for_slot(turn)
+        finally:
+            if turn:
+                turn.release()
+
+    def take_turn(self) -> Lock | None:
+        """The lock of the one who looks for a slot, when it is ours; None if who has it stands
+        still, as in a container that is paused, or if there is no room for its file."""
+        with suppress(Error, OSError):
+            lock = Lock(f"{self.slots.own}/turn-{self.kind}")
+            while not lock.wait(LEAVE_S):
+                if time.time() - os.fstat(lock.descriptor).st_mtime > 2 * LEAVE_S:
+                    lock.release()
+                    return None
+            return lock
+        return None
+
+    def look_for_slot(self, turn: Lock | None) -> Slot | None:
+        """Wait for a slot; None if somebody who waits for the same should have it first."""
+        while True:
+            if turn:
+                os.utime(turn.descriptor)
+            self.outages.look_again()
+            start = time.monotonic()
+            if slot := self.find_if_possible():
+                return slot
+            if self.is_late:
+                return None
+            if self.need.impatient and self.absence():
+                raise Away("it failed for another build, too")
+            if despair := self.outages.despair(self.machines):
+                raise despair
+            self.tell_of_absence()
+            # Looking at many slots takes long; it must not be what we do all the time.
+            wait_readable([], min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
 
     def find_if_possible(self) -> Slot | None:
         """A free slot; None also if the disk is full, or our directory is gone."""
