@@ -1792,8 +1792,8 @@ class Lock:
 
 def is_free(path: str) -> bool:
     """Whether nobody holds that lock, for whose file there may be no room."""
-    with suppress(Error):
-        return Lock.said_by_holder(path) is None
+    with suppress(Error), Lock(path) as lock:
+        return lock.is_free()
     return True
 
 
