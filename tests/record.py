@@ -69,8 +69,14 @@ class Here(hook.Seat):
         self.host = host
         self.connection = hook.Connection(nothing, nothing, hook.ALONE)
 
-    def start(self, *remote: str, **options: Any) -> Any:
-        return self.host.popen(*remote, stdin=-1, stdout=-1, stderr=-1)
+    def tells(self) -> bool:
+        return False
+
+    def margin_s(self) -> float:
+        return 10.0
+
+    def session(self, tells: bool) -> Any:
+        return self.host.popen(*hook.SERVE, stdin=-1, stdout=-1, stderr=-1)
 
 
 class Recorder(hook.Session):
