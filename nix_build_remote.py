@@ -401,7 +401,7 @@ DAEMON = "if that login allows only nix-daemon, write ssh-ng://HOST in its line"
 # if the code asks for it; the words, one of which is enough; behind ` = ` a remedy.  The first
 # row that fits counts: an ssh that is refused may add that the connection was closed.
 SIGNS = f"""\
-lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission = as root there, on Debian: usermod -aG nix-users USER
+lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission | daemon-socket/socket": Permission = as root there, on Debian: usermod -aG nix-users USER
 lasts   ssh CHANGED  HAS CHANGED = if HOST was set up anew: ssh-keygen -R HOST, then log in once
 lasts   ssh NEW      Host key verification failed = log in once from here, to confirm the host key
 lasts   ssh -        .pub": = name the private key in the machines file: that is the public one

@@ -538,7 +538,7 @@ def test_a_start_imports_little() -> None:
     assert dear.isdisjoint(done.stdout.split())
 
 
-@pytest.mark.parametrize("quote", ["", "'"], ids=["2.8", "2.26"])
+@pytest.mark.parametrize("quote", ["", "'", '"'], ids=["2.8", "2.26", "2.34"])
 def test_a_daemon_that_may_not_be_reached_is_no_wrong_key(quote: str) -> None:
     socket = f"{quote}/nix/var/nix/daemon-socket/socket{quote}"
     denied = (
