@@ -2599,9 +2599,9 @@ class Derivation(NamedTuple):
     @property
     def is_floating(self) -> bool:
         """Whether what is in its outputs will decide on their paths; Nix hands it on when
-        it has put paths in the place of input derivations."""
-        kinds = {(bool(o.algorithm), o.path, o.hash) for o in self.outputs}
-        return kinds == {(True, "", "")} and not self.input_derivations
+        it has put paths in the place of input derivations.  No name may lead elsewhere."""
+        kinds = {("/" in n, path, bool(a), hash) for n, path, a, hash in self.outputs}
+        return kinds == {(False, "", True, "")} and not self.input_derivations
 
     def realisations(self) -> dict[str, str]:
         """What Nix calls each output of a floating one where it notes its path: the hash of
@@ -3942,8 +3942,8 @@ class Site:
         store = self.nix.store
         if not store.is_cache:
             derivation = read_derivation(path, store)
-            if derivation.is_floating and not (2, 8) <= self.copy_version < (2, 35):
-                why = "it is content-addressed, and this Nix is not one of 2.8 to 2.34"
+            if derivation.is_floating and self.copy_version < (2, 8):
+                why = "it is content-addressed, and this Nix is older than 2.8"
                 raise Unsendable(f"cannot send '{path}' to another machine: {why}")
             return derivation
         command = [f"{os.path.dirname(self.copy_program)}/nix", "store", "cat"]
@@ -4579,8 +4579,8 @@ class Copier:
         command += ["--no-recursive", "--no-check-sigs", "--from", f"file://{folder}"]
         command.append(f"{path}^*" if self.site.copy_version >= (2, 13) else path)
         try:
-            os.makedirs(f"{folder}/realisations", 0o700)
             for name, text in cache_files(path, derivation, outputs).items():
+                os.makedirs(os.path.dirname(f"{folder}/{name}"), 0o700, exist_ok=True)
                 write_private(f"{folder}/{name}", text, durable=False)
             status, _, said = self.programs.output(command, self.environ)
         except OSError as error:
@@ -4645,9 +4645,9 @@ def cache_files(
     files["archive"] = text_of(archive)
     files["nix-cache-info"] = f"StoreDir: {path.rpartition('/')[0]}\n"
     for name, identity in derivation.realisations().items():
-        last = outputs[name].rpartition("/")[2]
-        text = f'{{"id":"{identity}","outPath":"{last}","signatures":[]'
-        files[f"realisations/{identity}.doi"] = text + ',"dependentRealisations":{}}'
+        text = f'{{"id":"{identity}","outPath":"{os.path.basename(outputs[name])}"}}'
+        since_2_35 = f"build-trace-v2/{os.path.basename(path)}/{name}.doi"
+        files[f"realisations/{identity}.doi"] = files[since_2_35] = text
     return files
 
 

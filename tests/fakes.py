@@ -19,7 +19,7 @@ from launcher import assigned, launcher
 
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
 TRANSCRIPTS = Path(__file__).resolve().parent / "transcripts"
-VERSIONS = ("1.11.17", "2.3.7", "2.8.0", "2.26.3", "2.34.8")
+VERSIONS = ("1.11.17", "2.3.7", "2.8.0", "2.26.3", "2.34.8", "2.35.2")
 
 CAP_A_DRV = "/nix/store/ymyxp6ykgp8ksgrxg6rkp7yi86lf8fzk-cap-a.drv"
 CAP_B_DRV = "/nix/store/a8zz7wvs1zizdcqm2prv7arm4n4sxw44-cap-b.drv"

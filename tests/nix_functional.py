@@ -83,6 +83,7 @@ def run(host: Host, name: str, hook: str) -> tuple[str, str]:
     environ = {
         "TMPDIR": f"{WHERE}/tmp",
         "TEST_NAME": name,
+        "TEST_SUITE_NAME": "main",  # from 2.35 on
         "NIX_REMOTE": "",
         "NIX_STORE": "/nix/store",
         "_NIX_TEST_SOURCE_DIR": f"{WHERE}/tests",

@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,20 +65,18 @@ class Here(hook.Seat):
     """A session with the nix-store of a host of the lab, without ssh."""
 
     def __init__(self, host: Host) -> None:
-        talk = hook.Talk(hook.Nix(False, {}, {}))
-        machine = SimpleNamespace(name="here", ways=(hook.Way(hook.SERVE),))
-        ssh: Any = SimpleNamespace(programs=hook.Programs(talk), machine=machine)
-        self.host, self.ssh, self.base = host, ssh, "/dev/null/none"
-        self.connection = hook.Connection(ssh, hook.ALONE)
-        self.chosen, self.lock = 0, None
-        self.is_plain = True
-        self.has_rivals = False
+        nothing: Any = None
+        self.host = host
+        self.connection = hook.Connection(nothing, hook.ALONE)
+
+    def tells(self) -> bool:
+        return False
 
     def margin_s(self) -> float:
         return hook.MARGIN_S
 
-    def start(self, *remote: str, **options: Any) -> Any:
-        return self.host.popen(*remote, stdin=-1, stdout=-1, stderr=-1)
+    def session(self, tells: bool) -> Any:
+        return self.host.popen(*hook.SERVE, stdin=-1, stdout=-1, stderr=-1)
 
 
 class Recorder(hook.Session):

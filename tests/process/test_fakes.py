@@ -170,6 +170,22 @@ def test_output_names_are_understood(new: Client) -> None:
     assert call.arguments[-1] == CAP_B_DEV and CAP_B not in call.arguments
 
 
+FLOATING = """Derive([("out","","r:sha256","")],[],[],"x86_64-linux","/bin/sh",\
+["-c","echo > $out"],[("out","/1rz4g4znpzjwh1xymhjpm42vipw92pr73vdgl6xs1hycac8kf2n9")])"""
+
+
+@pytest.mark.parametrize(
+    "version, reply", [("2.7.0", "decline"), ("2.8.0", "accept"), ("2.35.2", "accept")]
+)
+def test_floating_derivations_are_sent_away_from_2_8_on(
+    version: str, reply: str, client: Client
+) -> None:
+    client.environ["FAKE_NIX"] = version
+    drv = CAP_A_DRV.replace("cap-a", "floating")
+    (client.store / Path(drv).name).write_text(FLOATING, encoding="utf-8")
+    assert client.run(client.request(drv)).replies == [reply]
+
+
 LIX = "(Lix, like Nix) 2.93.4\nSystem type: x86_64-linux\nFeatures: signed-caches"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import fakes
@@ -12,6 +13,7 @@ from nix_build_remote import (
     Error,
     Output,
     Store,
+    cache_files,
     integer,
     read_derivation,
     string,
@@ -314,6 +316,15 @@ def test_a_realisation_is_called_what_nix_calls_it() -> None:
     assert floating.realisations() == {"out": f"sha256:{digest}!out"}
 
 
+def test_where_an_output_is_is_told_as_2_34_wants_it_and_as_2_35() -> None:
+    floating = Derivation.parse(FLOATING)
+    path = f"/nix/store/{'1' * 32}-ca"
+    files = cache_files(DRV, floating, {"out": path})
+    old = files[f"realisations/{floating.realisations()['out']}.doi"]
+    new = files[f"build-trace-v2/{Path(DRV).name}/out.doi"]
+    assert json.loads(old)["outPath"] == json.loads(new)["outPath"] == Path(path).name
+
+
 @pytest.mark.parametrize(
     "change, is_floating",
     [
@@ -322,8 +333,9 @@ def test_a_realisation_is_called_what_nix_calls_it() -> None:
         (('"r:sha256",""', '"",""'), False),
         (('("out",""', '("out","/nix/store/x"'), False),
         (("],[],[]", '],[("/nix/store/x.drv",["out"])],[]'), False),
+        (('[("out"', '[("../../out"'), False),
     ],
-    ids=["floating", "impure", "deferred", "known", "not resolved"],
+    ids=["floating", "impure", "deferred", "known", "not resolved", "no name"],
 )
 def test_only_what_is_resolved_and_floating_is_sent(
     change: tuple[str, str], is_floating: bool
