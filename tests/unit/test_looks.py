@@ -22,6 +22,7 @@ from nix_build_remote import (
     Outages,
     Slots,
     Talk,
+    look_line,
 )
 
 GIB = 1 << 20  # in KiB, as df has it
@@ -104,6 +105,15 @@ def test_of_a_file_that_says_nothing_nothing_follows(text: str) -> None:
     assert (found.closed, found.taken(8)) == (None, 0)
 
 
+@pytest.mark.parametrize("disk", ["1 999999999999999", "1 200000000", "0 0", "9 0"])
+def test_whatever_it_says_of_its_disk_people_see_a_bar_of_ten_characters(
+    disk: str,
+) -> None:
+    assert re.fullmatch(
+        r"disk \[[#.]{10}\] .* free; .* ago", look_line(look(f"disk {disk}"))
+    )
+
+
 def test_a_builder_cannot_say_that_it_is_being_asked() -> None:
     assert "awaited" not in look("builds 0", "awaited 9999999999").said
 
@@ -174,7 +184,7 @@ def test_while_it_is_asked_for_the_first_time_a_second_build_waits(
 ) -> None:
     [b1] = machines("b1 - - 4")
     outages = Outages(slots)
-    outages.ask = lambda machine, output: 0
+    outages.ask = lambda machine, output: None
     outages.look_again(b1)
     with Lock(slots.file(b1, "look")) as lock:
         assert lock.hold()
@@ -187,7 +197,7 @@ def test_what_it_said_before_counts_until_it_has_answered_again(slots: Slots) ->
     [b1] = machines("b1 - - 4")
     note(slots, b1, answer("closed now", asked=30))
     outages = Outages(slots)
-    outages.ask = lambda machine, output: 0
+    outages.ask = lambda machine, output: None
     outages.look_again(b1)
     assert slots.look(b1).closed == "has /etc/nix/no-builds: now"
     assert chosen(slots, b1) == ""
@@ -198,9 +208,8 @@ def asked(slots: Slots, machine: Machine, text: str, *, begins: bool = True) -> 
     note(slots, machine, text)
     found: list[Machine] = []
 
-    def ask(machine: Machine, output: int) -> int:
+    def ask(machine: Machine, output: int) -> None:
         found.append(machine)
-        return 0
 
     outages = Outages(slots)
     outages.ask = ask

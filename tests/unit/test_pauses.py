@@ -61,7 +61,7 @@ def test_a_pause_says_by_whom_until_when_and_why(
 ) -> None:
     monkeypatch.setenv("SUDO_USER", "alice")
     write(slots, "paused", pause_text("3d", "a new\n disk"))
-    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + 3 * 86400))
+    day = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + 3 * 86400))
     words, until = slots.pause(B1)
     assert words == f"paused by alice until {day} (a new disk)"
     assert until == pytest.approx(time.time() + 3 * 86400, abs=600)
@@ -175,7 +175,7 @@ def test_a_damaged_note_of_an_outage_is_no_pause(slots: Slots) -> None:
 def test_nobody_finds_out_whether_a_paused_machine_is_of_use_again(
     slots: Slots,
 ) -> None:
-    def probe(machine: Machine, output: int) -> int:
+    def probe(machine: Machine, output: int) -> None:
         raise AssertionError
 
     write(slots, "down", BROKEN.format(time.time()))
