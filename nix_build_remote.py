@@ -3472,8 +3472,7 @@ class Activities:
         quick = text.startswith(self.HEAD) and rest.endswith(self.TAIL)
         if quick and b"\\" not in text:
             return text[len(self.HEAD) :] + b"\n"
-        is_log = line.startswith(b'@nix {"action":"result"')
-        if self.is_dull(line) or (self.is_excuse(line) and not is_log):
+        if self.is_dull(line) or self.is_excuse(line):
             return b""
         if not line.startswith(b"@nix {"):
             return line + b"\n"
@@ -3517,8 +3516,11 @@ class Activities:
     def is_excuse(self, words: bytes) -> bool:
         """Whether that says that what may be missing is not valid, or as Lix has it does not
         exist in store, so that nix-store ends."""
-        named = any(f"'{path}'".encode() in words for path in self.absent)
-        if named and words.startswith(b"error:") and b" not " in words:
+        is_event = words.startswith(b'@nix {"action":"msg"')  # which has colours
+        quote = "" if is_event else "'"
+        named = any(f"{quote}{path}{quote}".encode() in words for path in self.absent)
+        is_error = (is_event and b"error:" in words) or words.startswith(b"error:")
+        if named and is_error and b" not " in words:
             self.are_over = True
             return True
         return False

@@ -154,3 +154,12 @@ def test_a_line_of_a_log_that_only_names_the_output_is_one(words: str) -> None:
     activities.absent = ("/nix/store/x",)
     said = f"{words}\n".encode()
     assert activities.plain(said) == said and not activities.are_over
+
+
+def test_that_it_is_not_there_may_be_said_in_colours() -> None:
+    activities = Activities()
+    activities.absent = ("/nix/store/x",)
+    path = "\x1b[35;1m/nix/store/x\x1b[0m"
+    red = f"\x1b[31;1merror:\x1b[0m path '{path}' is not valid"
+    assert activities.plain(event(action="msg", level=0, msg=red)) == b""
+    assert activities.are_over
