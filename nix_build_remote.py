@@ -3999,7 +3999,8 @@ def end_in_time() -> None:
 # ends itself after a while.
 LOOK = """\
 exec 2> /dev/null
-(trap 'kill $!' TERM; sleep 20 & wait $! && kill -9 $$) < /dev/null > /dev/null &
+trap '' PIPE
+(trap 'kill $!; exit' TERM; sleep 20 & wait $! && kill -9 $$) < /dev/null > /dev/null &
 guard=$!
 echo "disk $(df -Pk "${store:-${NIX_STORE_DIR:-/nix/store}}" | awk 'END { print $(NF-4), $(NF-2) }')"
 echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
