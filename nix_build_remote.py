@@ -3491,8 +3491,7 @@ class Activities:
         quick = text.startswith(self.HEAD) and rest.endswith(self.TAIL)
         if quick and b"\\" not in text:
             return text[len(self.HEAD) :] + b"\n"
-        is_log = line.startswith(b'@nix {"action":"result"')
-        if self.is_dull(line) or (self.is_excuse(line) and not is_log):
+        if self.is_dull(line) or self.is_excuse(line):
             return b""
         if not line.startswith(b"@nix {"):
             return line + b"\n"
@@ -3536,8 +3535,11 @@ class Activities:
     def is_excuse(self, words: bytes) -> bool:
         """Whether that says that what may be missing is not valid, or as Lix has it does not
         exist in store, so that nix-store ends."""
-        named = any(f"'{path}'".encode() in words for path in self.absent)
-        if named and words.startswith(b"error:") and b" not " in words:
+        is_event = words.startswith(b'@nix {"action":"msg"')  # which has colours
+        quote = "" if is_event else "'"
+        named = any(f"{quote}{path}{quote}".encode() in words for path in self.absent)
+        is_error = (is_event and b"error:" in words) or words.startswith(b"error:")
+        if named and is_error and b" not " in words:
             self.are_over = True
             return True
         return False
@@ -4016,7 +4018,8 @@ def end_in_time() -> None:
 # ends itself after a while.
 LOOK = """\
 exec 2> /dev/null
-(trap 'kill $!' TERM; sleep 20 & wait $! && kill -9 $$) < /dev/null > /dev/null &
+trap '' PIPE
+(trap 'kill $!; exit' TERM; sleep 20 & wait $! && kill -9 $$) < /dev/null > /dev/null &
 guard=$!
 echo "disk $(df -Pk "${store:-${NIX_STORE_DIR:-/nix/store}}" | awk 'END { print $(NF-4), $(NF-2) }')"
 echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"

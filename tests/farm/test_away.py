@@ -5,6 +5,7 @@ b1 is the likeliest of two. (The rest is in test_table.py.)
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 from held import BEGUN, HELD, afresh, at_work, let_go, two_builders
-from lab import poll
+from lab import is_taken, poll
 from launcher import assigned
 from scene import (
     SLOTS,
@@ -28,6 +29,8 @@ from scene import (
     scene,
     suitable,
 )
+from test_trust import LIAR
+from test_waiting import taken
 
 LONG_S = 120
 
@@ -89,6 +92,28 @@ def test_a_machine_that_is_back_is_used_again(without_b1: Scene) -> None:
     come_back(nix.builder)
     poll(lambda: built_on(nix, some(1)) == {"b1"}, "a build on b1", timeout=60)
     assert outage(nix, "b1") == ""
+
+
+def test_a_build_that_has_waited_long_in_line_is_not_given_up_at_the_next_failure(
+    nix: Scene,
+) -> None:
+    """It was lost on b1, waited for b2 for longer than it is tried, and cannot connect."""
+    change_hook(nix, AWAY_TIMEOUT_S=10)
+    nix.machines("b1 - - 1 8\nb2 - - 1\n")
+    nix.client.run("mkdir", "-p", SLOTS)
+    with taken(nix, "ssh:__b2-0") as b2:
+        run = nix.start(some(1, HELD))
+        at_work(run, nix.builder)
+        go_away(nix.builder)
+        run.says("trying again")
+        with taken(nix, "ssh:__b1-0"):
+            come_back(nix.builder)
+            time.sleep(11)
+            go_away(nix.builders[1])
+            b2.close()
+            run.says("to 'ssh://b2': ssh: connect to host")
+    let_go(*nix.builders)
+    assert run.end(LONG_S).status == 0, run.log
 
 
 # -- It is there, but of no use -------------------------------------------------------
@@ -328,6 +353,51 @@ def test_a_live_connection_is_no_health(hung: Scene) -> None:
     hung.builder.run("rm", "/usr/local/bin/nix-store")
     poll(lambda: built_on(hung, some(1)) == {"b1"}, "a build on b1", timeout=60)
     assert outage(hung, "b1") == ""
+
+
+@pytest.mark.parametrize("program", ["env", "nice"])
+def test_a_program_before_nix_store_gives_it_no_more_time(
+    hung: Scene, program: str
+) -> None:
+    """These wait for no turn, as a batch system's do."""
+    uri = f"ssh://b1?remote-program={program}%20nix-store"
+    hung.machines(f"{uri} - - 4 8\nb2 - - 4\n")
+    assert built_on(hung, some(1)) == {"b2"}
+
+
+def test_a_builder_that_stops_in_the_middle_of_an_answer_is_given_up(
+    nix: Scene,
+) -> None:
+    change_hook(nix, STALLED_S=5)
+    nix.builder.write("/tmp/lie", "stop")
+    nix.builder.write("/tmp/victim", "/nix/store/x")
+    with lying(nix, LIAR):
+        assert built_on(nix, some(1)) == {"b2"}
+
+
+def test_what_a_builder_says_to_who_finds_out_fills_no_disk(nix: Scene) -> None:
+    built_on(nix, some(1))
+    with lying(nix, "#!/bin/sh\nexec head -c 60000000 /dev/zero\n"):
+        leave_alone(nix, "b1", "refused", 0)
+        probe = nix.client.path(f"{SLOTS}/own/ssh:__b1.probe")
+
+        def has_heard() -> bool:
+            assert built_on(nix, some(1)) == {"b2"}
+            is_there = probe.exists() and probe.stat().st_size > 1 << 15
+            return is_there and not is_taken(probe)
+
+        poll(has_heard, "the end of what it says")
+        assert probe.stat().st_size < 1 << 20
+
+
+@contextlib.contextmanager
+def lying(nix: Scene, program: str) -> Iterator[None]:
+    """b1 has that program in the place of nix-store."""
+    nix.builder.write("/usr/local/bin/nix-store", program, 0o755)
+    try:
+        yield
+    finally:
+        nix.builder.run("rm", "/usr/local/bin/nix-store")
 
 
 # -- Who is told, and who can build here ----------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import shlex
 import signal
 import socket
 import stat
@@ -683,6 +684,33 @@ def test_proc_may_show_the_processes_of_others(nix: Scene) -> None:
     apart = ("unshare", "--pid", "--fork", "--kill-child")
     outcome = nix.launch(*apart, *command).end(30)
     assert outcome.status == 0, outcome.log
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["beside", "in containers"])
+def test_who_builds_by_turns_needs_one_connection_each(
+    nix: Scene, *, apart: bool
+) -> None:
+    """In containers that share the slots, they do not end each other's."""
+    contain = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    nix.client.run("sh", "-c", "rm -f /tmp/[ab]-* /tmp/end")
+    for who in "ab":
+        turns = "; ".join(turn(nix, f"/tmp/{who}-{number}") for number in range(4))
+        script = f"{turns}; until [ -e /tmp/end ]; do sleep 0.05; done"
+        nix.client.popen(*contain[: 5 * apart], "sh", "-c", script)
+    try:
+        for number, who in itertools.product(range(4), "ab"):
+            nix.client.write(f"/tmp/{who}-{number}", "")
+            done = nix.client.path(f"/tmp/{who}-{number}.done")
+            poll(done.exists, f"turn {number} of {who}")
+    finally:
+        nix.client.write("/tmp/end", "")
+    assert logins(nix) <= 2
+
+
+def turn(nix: Scene, file: str) -> str:
+    """For a shell: build when there is that file, and then make another."""
+    build = shlex.join(nix.nix_build(one()))
+    return f"until [ -e {file} ]; do sleep 0.05; done; {build} && touch {file}.done"
 
 
 @pytest.mark.engines

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from lab import Host, connect, engine, poll
+from lab import Host, connect, engine, is_taken, poll
 from scene import (
     HOOK,
     INSTALLED,
@@ -18,6 +18,7 @@ from scene import (
     Scene,
     change_hook,
     cleared,
+    masters,
     other,
     scene,
 )
@@ -70,7 +71,8 @@ def people(nix: Scene, *words: str) -> Any:
 def running(builder: Host) -> int:
     """How many builds run there; the sh of one is there twice for a moment, its sleep once."""
     commands = [process.cmdline for process in builder.processes()]
-    return sum(bool(re.fullmatch(r"sleep \d+", command)) for command in commands)
+    # A look has a sleep of its own, of 20 s.
+    return sum(bool(re.fullmatch(r"sleep (?!20$)\d+", line)) for line in commands)
 
 
 def counts_until_both_end(builder: Host, runs: list[Run]) -> list[int]:
@@ -242,6 +244,41 @@ def test_a_look_that_hangs_costs_no_build(nix: Scene) -> None:
         assert nix.builder.run("pkill", "-c", "-f", "^sleep 1000").stdout == "1\n"
     finally:
         nix.builder.run("rm", "/usr/local/bin/df")
+
+
+def test_what_a_builder_says_of_itself_fills_no_disk(nix: Scene) -> None:
+    """Its sh says much, but only to who says nothing to it, as a look."""
+    much = "[ $# = 0 ] && exec head -c 60000000 /dev/zero"
+    nix.builder.write(
+        "/usr/local/bin/sh", f'#!/bin/dash\n{much}\nexec dash "$@"\n', 0o755
+    )
+    try:
+        nix.build(many("much", 1))
+        note = nix.client.path(f"{SLOTS}/own/ssh:__b1.look")
+
+        def is_heard() -> bool:
+            return note.stat().st_size > 1 << 15 and not is_taken(note)
+
+        poll(is_heard, "the end of what it says")
+        assert note.stat().st_size < 1 << 20
+    finally:
+        nix.builder.run("rm", "/usr/local/bin/sh")
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["answers", "hangs"])
+def test_a_connection_ends_when_idle_whatever_a_look_does(
+    nix: Scene, *, hangs: bool
+) -> None:
+    change_hook(nix, IDLE_S=2, LOGIN_TIMEOUT_S=5, GREETING_TIMEOUT_S=5)
+    if hangs:
+        nix.builder.write("/usr/local/bin/df", "#!/bin/sh\nexec sleep 1000\n", 0o755)
+    try:
+        nix.build(many(f"idle-{hangs}-", 1))
+        assert masters(nix)
+        poll(lambda: not masters(nix), "the end of the idle connection")
+    finally:
+        nix.builder.run("pkill", "-f", "^sleep 1000", check=False)
+        nix.builder.run("rm", "-f", "/usr/local/bin/df")
 
 
 @pytest.mark.engines

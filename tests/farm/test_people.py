@@ -448,6 +448,24 @@ def test_what_a_builder_says_gets_into_no_line(nix: Scene) -> None:
     assert (what, remedy) == ("offers", "write into the second field: x86_64-linux")
 
 
+# Says how many MiB a command, and what it starts, have taken at most.
+MEASURE = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
+"""
+
+
+def test_what_a_builder_says_without_end_takes_no_memory(nix: Scene) -> None:
+    liar = "#!/bin/dash\nexec head -c 200000000 /dev/zero\n"
+    nix.builder.write("/usr/local/bin/sh", liar, 0o755)
+    try:
+        command = ("python3", "-c", MEASURE, INSTALLED, "check")
+        assert int(nix.client.run(*command, timeout=120).stdout) < 100
+    finally:
+        nix.builder.run("rm", "/usr/local/bin/sh")
+
+
 def test_without_the_right_to_check_it_says_so(nix: Scene) -> None:
     if not nix.client.path("/home/eve").exists():
         nix.client.add_user("eve")

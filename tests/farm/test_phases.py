@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -111,3 +112,56 @@ def test_a_builder_that_was_broken_for_a_while_tells_phases_again(nix: Scene) ->
     assert nix.build(noisy(nix)[0], check=False).status != 0
     nix.builder.run("rm", "/usr/local/bin/nix-store")
     assert any(line.startswith("@nix ") for line in log_of(nix))
+
+
+# -- What is in a log says the build --------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["without phases", "with phases"])
+def logging(
+    request: pytest.FixtureRequest, client_engine: str, pytestconfig: pytest.Config
+) -> Iterator[Scene]:
+    """Before 2.4 nix-store's stderr is the log, and what it says itself is there, too."""
+    is_old = bool(request.param == "without phases")
+    name = "2.3" if is_old else client_engine
+    builder = suitable(pytestconfig, name, lambda found: (found < (2, 4)) == is_old)
+    with scene(client_engine, builder) as running:
+        yield running
+        running.clear()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["error: $out/bin/tool is not stripped", "test 17: you are not privileged, ok"],
+)
+def test_a_log_is_shown_whole_that_begins_as_nix_would_speak(
+    logging: Scene, words: str
+) -> None:
+    script = f"echo {words} >&2; echo second-line; echo > $out"
+    outcome = logging.build(f'mk "spoken-{next(numbers)}" "{script}" {{}}')
+    lines = outcome.log.splitlines()
+    assert {words.replace("$out", outcome.output), "second-line"} <= {*lines}
+
+
+def test_what_a_log_says_of_privileges_is_no_word_of_the_builders_nix(
+    logging: Scene,
+) -> None:
+    """nix-store there is killed, as by who looks for memory, while such a build runs."""
+    there = logging.builder
+    there.run("sh", "-c", "rm -f /tmp/go /tmp/end")
+    script = """
+      echo begin
+      while ! [ -e /tmp/go ]; do sleep 0.05; done
+      echo you are not privileged
+      while ! [ -e /tmp/end ]; do sleep 0.05; done
+      echo > $out"""
+    run = logging.start(f"mk \"privileged-{next(numbers)}\" ''{script}'' {{}}")
+    run.says("begin")
+    there.write("/tmp/go", "")
+    run.says("you are not privileged")
+    serving = [p.pid for p in there.processes() if "--serve" in p.cmdline]
+    there.signal(signal.SIGKILL, *serving)
+    run.says("trying again")
+    there.write("/tmp/end", "")
+    outcome = run.end()
+    assert outcome.status == 0 and "does not trust its user" not in outcome.log

@@ -92,6 +92,7 @@ while True:
     if command == 1:
         read(16)
         asked = [path for path in texts() if not path.endswith((".drv", "-mark"))]
+        asked = [] if lie in ("lack", "reckon") else asked
         send(len(asked), *asked)
     elif command == 2:
         for path in texts():
@@ -118,6 +119,9 @@ while True:
         if os.path.exists("/tmp/distrust"):
             open("/tmp/outputs", "w").write(" ".join(outputs))
             sys.exit("error: you are not privileged to build derivations")
+        if lie == "stop":
+            send(0)
+            sys.stdin.buffer.read()
         send(0, "", 0, 0, 0, 0, 0)
     elif command == 6:
         texts()
@@ -128,6 +132,8 @@ while True:
         text(), text(), text(), texts(), number()
         size = number()
         number(), texts(), text(), read(size)
+        if lie == "reckon":
+            sys.exit("error: hash mismatch importing path '/nix/store/x'")
         send(1)
     else:
         sys.exit(f"unknown command {command}")
@@ -242,3 +248,15 @@ def test_what_one_machine_has_spoilt_another_builds(nix: Scene, how: str) -> Non
     outcome = nix.build(innocent())
     assert nix.client.read(outcome.output) == "b2\n"
     assert "trying again" in outcome.log
+
+
+@pytest.mark.parametrize("how", ["lack", "reckon"])
+def test_what_one_machine_cannot_take_in_another_builds(nix: Scene, how: str) -> None:
+    """It never has what was sent, or says that it was spoilt on the way."""
+    nix.machines("b1 - - 1 8\nb2 - - 1\n")
+    lie(nix, how)
+    number = next(numbers)
+    source = f'builtins.toFile "source-{number}" "{number}"'
+    script = f"cat ${{{source}}}; hostname > $out"
+    outcome = nix.build(f'mk "taken-in-{number}" "{script}" {{}}')
+    assert nix.client.read(outcome.output) == "b2\n"

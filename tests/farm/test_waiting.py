@@ -222,10 +222,27 @@ def test_nobody_is_passed_more_than_a_few_times(nix: Scene) -> None:
     assert len(order) == 9 and 2 <= order.index("ben") <= 5
 
 
-def needing(feature: str, number: int) -> str:
+def test_two_lines_do_not_leave_a_free_slot_to_each_other(nix: Scene) -> None:
+    """Each Nix has all slots of one machine, and may use a third, which is the same for both."""
+    let_eight_wait(nix)
+    nix.build(many(1))
+    nix.machines(
+        "b1 - - 2 8 benchmark\nroot@b1 - - 1 1 benchmark,nixos-test\n"
+        "ssh://root@b1?priority=1 - - 2 8 nixos-test\n"
+    )
+    with taken(nix, "ssh:__root@b1-0"):
+        for number, feature in enumerate(["benchmark", "nixos-test"], 1):
+            four = " ".join(f"({needing(feature, n, HELD)})" for n in range(4))
+            nix.start(f"[ {four} ]", *NEVER_POLL)
+            held(nix, 2 * number)
+            stand(nix, 2 * number)
+    held(nix, 5)
+
+
+def needing(feature: str, number: int, script: str = COUNTED) -> str:
     name = f"{feature}-{number}-{next(numbers)}"
     attributes = f'{{ requiredSystemFeatures = [ "{feature}" ]; }}'
-    return f"mk \"{name}\" ''{COUNTED}'' {attributes}"
+    return f"mk \"{name}\" ''{script}'' {attributes}"
 
 
 @contextlib.contextmanager
@@ -300,6 +317,24 @@ def ticks(nix: Scene, pid: int) -> int:
     """The processor time of a process, of its own and of the kernel for it."""
     fields = nix.client.read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
+
+
+def test_a_hook_that_is_stopped_holds_up_no_other_nix(nix: Scene) -> None:
+    """Such as one in a container that somebody pauses, and that shares our slots."""
+    nix.build(many(1))
+    nix.builder.write("/tmp/go", "")
+    with taken(nix, "ssh:__b1-0"):
+        stopped = nix.start(many(1, "stopped", HELD), *NEVER_POLL)
+        stand(nix, 1)
+        hooks = nix.hooks()
+        run = nix.start(many(1, "other", HELD), *NEVER_POLL)
+        stand(nix, 2)
+        nix.client.signal(signal.SIGSTOP, *hooks)
+    try:
+        assert run.end().status == 0
+    finally:
+        nix.client.signal(signal.SIGCONT, *hooks)
+    assert stopped.end().status == 0
 
 
 # -- What does not wait ---------------------------------------------------------------

@@ -138,3 +138,28 @@ def test_that_what_was_not_built_is_not_there_is_no_line(words: str) -> None:
     activities.absent = ("/nix/store/x",)
     assert activities.plain(f"error: path '/nix/store/x' {words}\n".encode()) == b""
     assert activities.are_over
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "error: /nix/store/x/bin/tool was not stripped, going on",
+        "  error: path '/nix/store/x' is not valid",
+        "error: path '/nix/store/y' is not valid",
+        "path '/nix/store/x' is not there yet",
+    ],
+)
+def test_a_line_of_a_log_that_only_names_the_output_is_one(words: str) -> None:
+    activities = Activities()
+    activities.absent = ("/nix/store/x",)
+    said = f"{words}\n".encode()
+    assert activities.plain(said) == said and not activities.are_over
+
+
+def test_that_it_is_not_there_may_be_said_in_colours() -> None:
+    activities = Activities()
+    activities.absent = ("/nix/store/x",)
+    path = "\x1b[35;1m/nix/store/x\x1b[0m"
+    red = f"\x1b[31;1merror:\x1b[0m path '{path}' is not valid"
+    assert activities.plain(event(action="msg", level=0, msg=red)) == b""
+    assert activities.are_over

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nix_build_remote import (
     DIGEST_LIMIT,
+    LACK_S,
+    LEAVE_S,
+    Line,
+    Lock,
     Machine,
+    Need,
     Nix,
     Outages,
     Request,
     Slot,
     Slots,
+    Talk,
     choice,
     idle,
     note,
     precedence,
     rank,
+    start_time,
     unfit,
 )
 
@@ -287,6 +298,19 @@ def test_a_machine_is_well_if_somebody_has_removed_what_was_noted(
     assert Outages(Slots(str(tmp_path / "gone"))).away(machines("b1")) == {}
 
 
+@pytest.mark.parametrize("age", [-1e8, LACK_S + 60, 60])
+def test_what_a_machine_lacks_is_believed_for_an_hour(
+    age: float, tmp_path: Path
+) -> None:
+    """Not longer either if the clock was set back since."""
+    slots, [machine] = Slots(str(tmp_path)), machines("b1")
+    slots.make()
+    path = slots.file(machine, "lacks")
+    note(path, "x86_64-linux kvm")
+    os.utime(path, (time.time() - age, time.time() - age))
+    assert slots.lacks(machine, "x86_64-linux kvm") == (age == 60)
+
+
 # -- Who comes first of those who stand first in lines --------------------------------
 
 
@@ -321,3 +345,76 @@ def test_one_line_comes_before_the_other(
 def test_lines_of_equally_many_machines_do_not_wait_for_each_other() -> None:
     one = precedence("1 7 n 100 waiting /d", ["b1"], [])
     assert one == precedence("2 7 o 101 waiting /d", ["b2"], [])
+
+
+# -- Two lines that share a machine ---------------------------------------------------
+
+
+@pytest.fixture
+def slots(tmp_path: Path) -> Slots:
+    slots = Slots(str(tmp_path / "current-load"))
+    slots.make()
+    return slots
+
+
+@contextlib.contextmanager
+def taken(slots: Slots, machine: Machine, nix: str) -> Iterator[None]:
+    """All its slots are held by hooks of that Nix."""
+    us = os.getpid()
+    with contextlib.ExitStack() as stack:
+        for number in range(machine.max_jobs):
+            path = f"{slots.path}/{machine.slots}-{number}"
+            lock = stack.enter_context(Lock(path))
+            assert lock.hold()
+            lock.write(f"{us} {start_time(us)} {nix} 1 building /nix/store/x\n")
+        yield
+
+
+@pytest.fixture
+def first(slots: Slots) -> Iterator[Callable[[list[Machine], str], Line]]:
+    """Has a hook of that Nix stand first in the line for these machines."""
+    found = []
+
+    def stand(candidates: list[Machine], nix: str) -> Line:
+        need = Need("/nix/store/x.drv", frozenset(), time.time(), candidates)
+        line = Line(Outages(slots), Talk(NIX), need)
+        pid, start, _, *rest = line.who.split(" ")
+        line.who = " ".join([pid, start, nix, *rest])
+        assert line.join() and line.place == 0
+        found.append(line)
+        return line
+
+    yield stand
+    for line in found:
+        line.leave()
+
+
+def test_of_two_lines_that_share_a_machine_one_has_its_free_slot_at_once(
+    slots: Slots, first: Callable[[list[Machine], str], Line]
+) -> None:
+    """Each Nix has two builds on a machine that the other has not."""
+    b1, b2, b3 = machines("b1 - - 2\nb2 - - 2\nb3 - - 2")
+    with taken(slots, b1, "1.1"), taken(slots, b3, "2.2"):
+        lines = first([b1, b2], "1.1"), first([b2, b3], "2.2")
+        found = [line.find() for line in lines]
+    assert any(found)
+
+
+def test_a_free_slot_is_not_left_for_ever_to_who_does_not_take_it(
+    slots: Slots, first: Callable[[list[Machine], str], Line]
+) -> None:
+    """To one Nix b1 has one slot, which is taken; to another eight."""
+    [small], (large, b2) = machines("b1"), machines("b1 - - 8\nb2")
+    with taken(slots, small, "3.3"), taken(slots, b2, "3.3"):
+        narrow, wide = first([small], "1.1"), first([large, b2], "2.2")
+        assert (narrow.find(), wide.find()) == (None, None)
+        assert wide.left_since
+        wide.left_since -= LEAVE_S
+        slot = wide.find()
+    assert slot and slot.machine is large
+
+
+@pytest.mark.parametrize("pid", ["9" * 20, "-1", "x"])
+def test_a_process_that_cannot_be_has_no_slot(slots: Slots, pid: str) -> None:
+    Path(f"{slots.path}/b1-0").write_text(f"{pid} - 1.1 1 building /nix/store/x\n")
+    assert slots.shares() == []

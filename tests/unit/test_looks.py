@@ -22,6 +22,7 @@ from nix_build_remote import (
     Outages,
     Slots,
     Talk,
+    look_line,
 )
 
 GIB = 1 << 20  # in KiB, as df has it
@@ -102,6 +103,15 @@ def test_others_take_slots(lines: list[str], taken: int) -> None:
 def test_of_a_file_that_says_nothing_nothing_follows(text: str) -> None:
     found = Look.parse(text)
     assert (found.closed, found.taken(8)) == (None, 0)
+
+
+@pytest.mark.parametrize("disk", ["1 999999999999999", "1 200000000", "0 0", "9 0"])
+def test_whatever_it_says_of_its_disk_people_see_a_bar_of_ten_characters(
+    disk: str,
+) -> None:
+    assert re.fullmatch(
+        r"disk \[[#.]{10}\] .* free; .* ago", look_line(look(f"disk {disk}"))
+    )
 
 
 def test_a_builder_cannot_say_that_it_is_being_asked() -> None:

@@ -176,6 +176,16 @@ def test_a_build_is_tried_only_so_long() -> None:
         retries.after(Failure(101, B1, REFUSED))
 
 
+def test_who_has_waited_long_for_a_slot_is_not_given_up_at_the_next_failure() -> None:
+    """b1 is lost in a build, which then waits for b2, whose slots are taken; a slot of b1 is
+    free first, and that is tried in vain at once."""
+    turns = play(
+        retries_on(B1, B2),
+        [Step(B1, LOST, "b2 b1", "building"), Step(B1, REFUSED, "b2")],
+    )
+    assert turns[-1].pause_s == 0
+
+
 def test_the_pauses_count_as_time_in_which_it_is_tried() -> None:
     retries, paused = retries_on(B1), 0.0
     with pytest.raises(Unreachable):

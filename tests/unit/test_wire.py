@@ -22,6 +22,8 @@ from nix_build_remote import (
     Error,
     Machine,
     Nix,
+    Nonsense,
+    PathInfo,
     Programs,
     Request,
     Seat,
@@ -116,6 +118,27 @@ def test_a_truncated_list_is_the_end_of_the_conversation(cut: int) -> None:
 def test_padding_that_is_not_zero_is_refused() -> None:
     with pytest.raises(Error, match="padding"):
         nix_build_remote.read_string(reader(fakes.number(1) + b"a\0\0\0\0\0\0b"))
+
+
+def test_what_is_said_of_paths_is_read_only_so_far() -> None:
+    """Though each of its words may be as long as the longest string."""
+    long = fakes.text("x" * (nix_build_remote.WIRE_LIMIT_BYTES // 2))
+    info = fakes.texts([]) + 2 * fakes.number(0) + 2 * fakes.text("") + fakes.texts([])
+    read_so_far = 0
+    rest = bytearray()
+
+    def read(count: int) -> bytes:
+        nonlocal read_so_far
+        while len(rest) < count:
+            rest.extend(fakes.text(f"/nix/store/{read_so_far}") + long + info)
+        data = bytes(rest[:count])
+        del rest[:count]
+        read_so_far += count
+        return data
+
+    with pytest.raises(Nonsense):
+        nix_build_remote.read_infos(read, 0x207)
+    assert read_so_far < 3 * nix_build_remote.WIRE_LIMIT_BYTES
 
 
 # -- What Nix sent to the hook --------------------------------------------------------
@@ -256,6 +279,59 @@ class TestRecordedSettings:
     def test_tell_how_slots_are_named(self, heard: Heard, slot: str) -> None:
         name = nix_build_remote.machine_name("ssh://b1?b=1&a=/", heard.nix)
         assert nix_build_remote.file_name(name) == slot
+
+
+# -- Content addresses ----------------------------------------------------------------
+
+SHA256 = "00xyyr3fi8l6hb839bv3f7yb86yjv7xi1cgh1xnhipym4asvb4aq"
+ADDRESSED = {
+    "gwina1sjk7g95wq6fxc6b7s1hza53h74": (
+        "fixed:r:sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw"
+    ),
+    "032avhrrgjp8441c41iid7ywc92j4z76": "fixed:sha1:iwjz551fyw0cxcjgf4l6c879zabd6wpm",
+    "2z4pvdfchhd7fgqsqx4dd73arvck0fvf": (
+        "fixed:r:sha512:2q80akf4fi29vbxj82s21m9y6xrdjnwi9q1c3kfab0032zdnl18nzninbjw6n0rz4p7"
+        "6g8s1c5yv9hznv09l085azzqvk4hn9irv389"
+    ),
+    "8zv8i345w2xn27jrxj4cyjc6x3b4am1q": f"fixed:sha256:{SHA256}",
+}
+
+
+def addressed(digest: str, address: str) -> PathInfo:
+    """What a builder says of a path without references, which has that content address."""
+    rest = fakes.text(address) + fakes.texts([])
+    return PathInfo(f"/nix/store/{digest}-hello", "", (), 0, "", rest)
+
+
+@pytest.mark.parametrize("digest", ADDRESSED)
+def test_a_content_address_makes_the_path_that_it_makes_in_nix(digest: str) -> None:
+    info = addressed(digest, ADDRESSED[digest])
+    assert info.addressed_path() == info.path
+
+
+@pytest.mark.parametrize("digest", ADDRESSED)
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("", "x", "e", ":", ":::", "ü:1", "fixed:r:sha256", "fixed:r:sha256:"),
+        *("fixed:r:sha256:!", "fixed:r:sha256:" + "z" * 52, "fixed:r:sha256:ü"),
+        *("fixed:r:sha256:" + "0" * n for n in (1, 51, 53, 9999)),
+        *(f"{method}:{SHA256}" for method in ("text:sha256", "fixed:r:sha256", "junk")),
+        *(
+            f"fixed:{SHA256}",
+            f"fixed:sha256:{SHA256.upper()}",
+            f"fixed:sha256:{SHA256} ",
+        ),
+    ],
+)
+def test_no_other_content_address_does(digest: str, address: str) -> None:
+    info = addressed(digest, address)
+    assert info.addressed_path() != info.path
+
+
+def test_a_path_without_a_content_address_has_none() -> None:
+    info = PathInfo(f"/nix/store/{'0' * 32}-hello", "", (), 0)
+    assert info.addressed_path() != info.path
 
 
 # -- What a builder answered ----------------------------------------------------------
