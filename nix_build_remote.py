@@ -2779,16 +2779,16 @@ class Programs:
         into: int,
         **options: Any,
     ) -> subprocess.Popen[bytes]:
-        """Start a program that may outlive us, and have a `head`, which then holds what locks
-        that file has, put into it what comes by those pipes, up to a limit: over a shared
-        connection it is the master that writes, which no limit of the program's own would
-        hold back."""
-        head = find_program("head", program_directories(environ))
+        """Start a program that may outlive us, and have a `dd`, which then holds what locks
+        that file has, put into it at once what comes by those pipes, up to a limit: over a
+        shared connection it is the master that writes, which no limit of the program's own
+        would hold back."""
+        dd = find_program("dd", program_directories(environ))
         reads, writes = os.pipe()
         apart = {"start_new_session": True, **options}
         said = dict.fromkeys({*piped} - {"stdin"}, writes)
         try:
-            limit = [head, "-c", str(HEARD_LIMIT_BYTES)]
+            limit = [dd, "bs=1", f"count={HEARD_LIMIT_BYTES}"]
             self.start(limit, environ, stdin=reads, stdout=into, start_new_session=True)
             return self.start(command, environ, *piped, **said, **apart)
         finally:
@@ -4014,12 +4014,12 @@ def end_in_time() -> None:
 # nix-store says nothing of all this.  What it builds are the children of Nix's programs;
 # they are ours if they come from our connection, or from the address that it comes from,
 # which a session, and through it nix-daemon's process for that, has in its environment.
-# If `df` hangs, as on a dead network file system, that must not keep the connection: so it
-# ends itself after a while.
+# If `df` hangs, as on a dead network file system, that must not keep the connection: so all
+# of that session is ended after a while.
 LOOK = """\
 exec 2> /dev/null
 trap '' PIPE
-(trap 'kill $!; exit' TERM; sleep 20 & wait $! && kill -9 $$) < /dev/null > /dev/null &
+(trap 'kill $!; exit' TERM; sleep 20 & wait $! && kill -9 0) < /dev/null > /dev/null &
 guard=$!
 echo "disk $(df -Pk "${store:-${NIX_STORE_DIR:-/nix/store}}" | awk 'END { print $(NF-4), $(NF-2) }')"
 echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"

@@ -857,7 +857,7 @@ def test_nix_debug_hook_shows_each_command_line_to_be_pasted(client: Client) -> 
     commands = [shlex.split(line) for line in told if line]
     pasted = [[w for w in words if not w.startswith("NIX_")] for words in commands]
     made = [[call.program, *call.arguments] for call in client.calls()]
-    unnoted = (["--version"], ["-G"], ["-c"])  # by the fakes
+    unnoted = (["--version"], ["-G"], ["bs=1"])  # by the fakes
     shown = [words[1:] for words in pasted if words[1:2] not in unnoted]
     assert shown == [words[1:] for words in made]
 
