@@ -615,7 +615,9 @@ class PathInfo(NamedTuple):
             digest, kind = from_base32(digits).hex(), ":".join(["source", *others])
         except (OverflowError, ValueError):
             return ""
-        if method != "fixed:r:sha256":
+        if method == "text:sha256":
+            kind = ":".join(["text", *others])
+        elif method != "fixed:r:sha256":
             kind, flat = "output:out", method.replace("fixed", "fixed:out", 1)
             digest = sha256_of(f"{flat}:{digest}:").hex()
         whole = sha256_of(f"{kind}:sha256:{digest}:{directory}:{last[33:]}")
@@ -1672,6 +1674,13 @@ def start_time(process: int) -> str:
     return "-"
 
 
+def process_space() -> str:
+    """What tells the processes that we can see from those of another container."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
 def is_alive(pid: str, start: str) -> bool:
     """Whether that process lives; start: as start_time has it."""
     if not pid.isdecimal() or len(pid) > 9:
@@ -2046,9 +2055,10 @@ class Slots:
 
     def shares(self) -> list[str]:
         """For each slot that a hook holds, the Nix that it works for."""
-        files = (f"{self.path}/{name}" for name in os.listdir(self.path))
+        files = [f"{self.path}/{name}" for name in os.listdir(self.path)]
         said = [(read_private(file) or "").split() for file in files]
-        return [who[2] for who in said if len(who) == 6 and is_alive(*who[:2])]
+        holders = ((who, file) for who, file in zip(said, files) if len(who) == 6)
+        return [who[2] for who, file in holders if not is_free(file)]
 
     def lacks(self, machine: Machine, kind: str) -> bool:
         """Whether it was noted within the last hour that it cannot do builds of that kind."""
@@ -2268,9 +2278,10 @@ class Outages:
     ) -> None:
         """Begin to find something out, into the file of the lock, behind that text."""
         with self.slots.main_lock():  # nobody reads half of it
-            lock.write(f"{since:{PROBE_HEAD}}{text}")
+            lock.write(" " * PROBE_HEAD + text)
         os.lseek(lock.descriptor, 0, os.SEEK_END)
         ask(machine, lock.descriptor)
+        os.pwrite(lock.descriptor, encode(since), 0)
 
     def look_again(self, *machines: Machine) -> None:
         """See to it that these say how they are, where a build of ours begins, and those to
@@ -2398,7 +2409,10 @@ class Line:
     def rivals(self) -> Iterator[tuple[str, list[str]]]:
         """Who else stands first in a line, and waits for some of our machines, and the slots'
         names of all that it waits for."""
-        for entry in os.listdir(self.slots.own):
+        entries: list[str] = []
+        with suppress(FileNotFoundError):  # somebody has removed it
+            entries = os.listdir(self.slots.own)
+        for entry in entries:
             if entry.startswith("line-") and entry.endswith(".0"):
                 said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
                 who, *names = said.split("\n")  # no names, if these are not written yet
@@ -2452,8 +2466,8 @@ class Line:
 
     def sweep(self) -> None:
         """Remove what each Nix leaves there that has waited."""
-        places = (e for e in os.listdir(self.slots.own) if e.startswith("line-"))
-        for path in (f"{self.slots.own}/{entry}" for entry in places):
+        marks, entries = ("line-", "turn-"), os.listdir(self.slots.own)
+        for path in (f"{self.slots.own}/{e}" for e in entries if e.startswith(marks)):
             with suppress(OSError):
                 if os.stat(path).st_mtime < time.time() - LINE_S and is_free(path):
                     os.unlink(path)
@@ -2477,16 +2491,17 @@ class Line:
                 lock = Lock(self.file(self.place - 1))
                 lock.wait()
                 self.stand(self.place - 1, lock)
-            while True:
-                if slot := self.look_in_turn():
-                    return slot
-                wait_readable([], WAIT_S)  # for another to take it
+            pause_s = WAIT_S
+            while not (slot := self.look_in_turn()):
+                wait_readable([], pause_s)  # for another to take it
+                pause_s = min(1.0, 2 * pause_s)
+            return slot
         finally:
             self.leave()
 
     def look_in_turn(self) -> Slot | None:
         """Wait for a slot when it is our turn to look."""
-        turn = self.take_turn()
+        turn = None if self.need.impatient else self.take_turn()
         try:
             return self.look_for_slot(turn)
         finally:
@@ -2508,19 +2523,19 @@ class Line:
     def look_for_slot(self, turn: Lock | None) -> Slot | None:
         """Wait for a slot; None if somebody who waits for the same should have it first."""
         while True:
-            if turn:
-                os.utime(turn.descriptor)
+            with suppress(OSError):  # there is no lock, or a full disk
+                os.utime(turn.descriptor if turn else -1)
             self.outages.look_again()
             start = time.monotonic()
             if slot := self.find_if_possible():
                 return slot
-            if self.is_late:
-                return None
             if self.need.impatient and self.absence():
                 raise Away("it failed for another build, too")
             if despair := self.outages.despair(self.machines):
                 raise despair
             self.tell_of_absence()
+            if self.is_late:
+                return None
             # Looking at many slots takes long; it must not be what we do all the time.
             wait_readable([], min(1.0, max(WAIT_S, 100 * (time.monotonic() - start))))
 
@@ -2993,8 +3008,7 @@ class Ssh(NamedTuple):
         whole = [self.program, *self.own, *self.user]
         whole += [word for way in self.machine.ways for word in (*way.there, *way.here)]
         whole += [self.environ.get(name, "") for name in ("HOME", "SSH_AUTH_SOCK")]
-        with suppress(OSError):  # a container's processes have numbers of their own
-            whole.append(os.readlink("/proc/self/ns/pid"))
+        whole.append(process_space())
         name = checksum(self.machine.destination) + checksum("\0".join(whole))
         return f"{self.directory}/{name}"
 
@@ -3998,7 +4012,8 @@ class Site:
 def tell_all(process: subprocess.Popen[bytes], data: bytes) -> None:
     """Have a program read that and nothing more."""
     if process.stdin:
-        process.stdin.write(data)
+        with suppress(BrokenPipeError):  # it has ended
+            process.stdin.write(data)
         process.stdin.close()
 
 
@@ -4014,12 +4029,12 @@ def end_in_time() -> None:
 # nix-store says nothing of all this.  What it builds are the children of Nix's programs;
 # they are ours if they come from our connection, or from the address that it comes from,
 # which a session, and through it nix-daemon's process for that, has in its environment.
-# If `df` hangs, as on a dead network file system, that must not keep the connection: so all
-# of that session is ended after a while.
+# If `df` hangs, as on a dead network file system, that must not keep the connection: so it
+# ends itself after a while.
 LOOK = """\
 exec 2> /dev/null
 trap '' PIPE
-(trap 'kill $!; exit' TERM; sleep 20 & wait $! && kill -9 0) < /dev/null > /dev/null &
+(trap 'kill $!; exit' TERM; sleep 20 & wait $! && kill -9 $$) < /dev/null > /dev/null &
 guard=$!
 echo "disk $(df -Pk "${store:-${NIX_STORE_DIR:-/nix/store}}" | awk 'END { print $(NF-4), $(NF-2) }')"
 echo "cores $(getconf _NPROCESSORS_ONLN || sysctl -n hw.ncpu)"
@@ -4572,11 +4587,12 @@ class Copier:
         import shutil
 
         parent, us = spare_directory(), os.getpid()  # the slots' disk may be full
+        head = f"cache-{checksum(process_space())}"
         for name in os.listdir(parent):
             mark, pid, start = (name.split(".") + [""] * 3)[:3]
-            if mark == "cache" and not is_alive(pid, start):  # who made it was killed
+            if mark == head and not is_alive(pid, start):  # who made it was killed
                 shutil.rmtree(f"{parent}/{name}", ignore_errors=True)
-        folder = f"{parent}/cache.{us}.{start_time(us)}"
+        folder = f"{parent}/{head}.{us}.{start_time(us)}"
         command = [f"{os.path.dirname(self.program)}/nix", "copy", *self.nix.options()]
         command += ["--extra-experimental-features", "nix-command ca-derivations"]
         command += ["--no-recursive", "--no-check-sigs", "--from", f"file://{folder}"]
@@ -5047,6 +5063,7 @@ class Attempt:
                 raise
             failed = True
         if failed:
+            self.begin("sending", "send the inputs of", "to")
             self.reconnect()
 
     def send(self, paths: set[str], there: set[str], ask: Callable[[], None]) -> None:
@@ -5915,15 +5932,22 @@ def hear(
     asked for; if it has not ended in time, that alone."""
     tell_all(process, data)
     said = {pipe.fileno(): b"" for pipe in (process.stdout, process.stderr) if pipe}
-    running, deadline = set(said), time.monotonic() + within_s
-    while running and max(map(len, said.values())) < HEARD_LIMIT_BYTES:
-        left = deadline - time.monotonic()
-        if left <= 0:
+    running, deadline = select.poll(), time.monotonic() + within_s
+    for pipe in said:
+        running.register(pipe, select.POLLIN)
+    left = len(said)
+    while left:
+        ready = running.poll(max(0.0, 1000 * (deadline - time.monotonic())))
+        if not ready:
             return b"", f"no answer within {within_s:.0f} s".encode()
-        for pipe in select.select(running, (), (), left)[0]:
+        for pipe, _ in ready:
             more = os.read(pipe, HEARD_LIMIT_BYTES)
             said[pipe] += more
-            running -= set() if more else {pipe}
+            if not more:
+                running.unregister(pipe)
+                left -= 1
+        if max(map(len, said.values())) > HEARD_LIMIT_BYTES:
+            return b"", b"it says far more than it was asked for"
     status_within(process, 1)
     answer, words = said.values()
     return answer, words

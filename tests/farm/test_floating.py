@@ -174,10 +174,18 @@ def test_what_makes_no_sense_is_no_output(liar: Scene, told: str) -> None:
 # -- What is left, and where ----------------------------------------------------------
 
 
+KILLED = """
+real = hook.write_private
+def write(path, *rest, **more):
+    real(path, *rest, **more)
+    if "/cache-" in path:
+        hook.os.kill(hook.os.getpid(), 9)
+hook.write_private = write
+"""
+
+
 def test_what_a_hook_leaves_that_is_killed_the_next_removes(nix: Scene) -> None:
-    change_hook(
-        nix, "hook.cache_files = lambda *rest: hook.os.kill(hook.os.getpid(), 9)"
-    )
+    change_hook(nix, KILLED)
     nix.build(alone(), check=False)
     assert folders(nix)
     nix.client.copy(HOOK, INSTALLED)
