@@ -15,6 +15,7 @@ from nix_build_remote import (
     DIGEST_LIMIT,
     LACK_S,
     LEAVE_S,
+    Away,
     Line,
     Lock,
     Machine,
@@ -27,6 +28,7 @@ from nix_build_remote import (
     Talk,
     choice,
     idle,
+    is_alive,
     note,
     precedence,
     rank,
@@ -415,6 +417,28 @@ def test_a_free_slot_is_not_left_for_ever_to_who_does_not_take_it(
 
 
 @pytest.mark.parametrize("pid", ["9" * 20, "-1", "x"])
-def test_a_process_that_cannot_be_has_no_slot(slots: Slots, pid: str) -> None:
-    Path(f"{slots.path}/b1-0").write_text(f"{pid} - 1.1 1 building /nix/store/x\n")
-    assert slots.shares() == []
+def test_a_process_that_cannot_be_does_not_live(pid: str) -> None:
+    assert not is_alive(pid, "-")
+
+
+def test_whoever_holds_a_slot_counts_though_its_process_is_in_another_container(
+    slots: Slots,
+) -> None:
+    [b1] = machines("b1")
+    with Lock(slots.files(b1)[0]) as lock:
+        lock.write("999999999 1 1.1 1 building /nix/store/x\n")
+        assert slots.shares() == []
+        assert lock.hold()
+        assert slots.shares() == ["1.1"]
+
+
+def test_who_is_not_to_wait_does_not_wait_for_its_turn_to_look(slots: Slots) -> None:
+    [b1] = machines("b1")
+    text = f"{time.time() + 600}\npaused"
+    Path(slots.file(b1, "paused")).write_text(text, encoding="utf-8")
+    need = Need("/nix/store/x.drv", frozenset(), time.time(), [b1], impatient=True)
+    line = Line(Outages(slots), Talk(NIX), need)
+    with Lock(f"{slots.own}/turn-{line.kind}") as turn:
+        assert turn.hold()
+        with pytest.raises(Away):
+            line.wait()

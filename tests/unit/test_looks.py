@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nix_build_remote import (
     LACK_S,
     LOOK_AGE_S,
     Away,
+    Error,
     Line,
     Lock,
     Look,
@@ -22,6 +24,7 @@ from nix_build_remote import (
     Outages,
     Slots,
     Talk,
+    hear,
     look_line,
 )
 
@@ -256,3 +259,38 @@ def test_a_build_that_may_go_elsewhere_does_not_wait_for_a_closed_machine(
     need = Need("/nix/store/x.drv", frozenset(), time.time(), [b1], impatient=True)
     with pytest.raises(Away):
         Line(Outages(slots), Talk(NIX), need).wait()
+
+
+def test_what_could_not_be_asked_here_is_no_failure_of_a_machine(slots: Slots) -> None:
+    """As where no program can be started."""
+    [b1] = machines("b1")
+    down = f"1 {time.time() - 9:.3f} {time.time() - 5:.3f} passes refused"
+    Path(slots.file(b1, "down")).write_text(down, encoding="utf-8")
+
+    def ask(machine: Machine, output: int) -> None:
+        raise Error("cannot start ssh")
+
+    for _ in range(3):
+        Outages(slots, ask).find_out([b1])
+    assert Path(slots.file(b1, "down")).read_text(encoding="utf-8") == down
+
+
+def piped(*command: str) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, 0, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def test_a_program_that_has_ended_before_it_is_told_anything_is_heard_all_the_same() -> (
+    None
+):
+    script = "exec <&-; echo word; echo why >&2; exit 255"
+    with piped("sh", "-c", script) as process:
+        process.wait()
+        assert hear(process, b"x" * 1000, 30) == (b"word\n", b"why\n")
+
+
+def test_what_never_ends_is_not_heard_to_its_end() -> None:
+    with piped("cat", "/dev/zero") as process:
+        answer, words = hear(process, b"", 30)
+        process.kill()
+    assert answer == b"" and words == b"it says far more than it was asked for"
