@@ -355,7 +355,8 @@ def test_a_master_that_stands_still_is_not_used_again(nix: Scene) -> None:
     """Its machine is well, and builds again over a new connection."""
     nix.machines("b1 - - 1\n")
     nix.build(one())
-    nix.client.signal(signal.SIGSTOP, *masters(nix))
+    still = masters(nix)
+    nix.client.signal(signal.SIGSTOP, *still)
     nix.machines("b1 - - 1 9\nb2 - - 1\n")
 
     def built_on_b1() -> bool:
@@ -363,6 +364,7 @@ def test_a_master_that_stands_still_is_not_used_again(nix: Scene) -> None:
         return nix.client.read(outcome.output) == "b1\n"
 
     poll(built_on_b1, "a build on b1", timeout=SOON_S)
+    nix.client.signal(signal.SIGKILL, *still)  # a look may wait for it
 
 
 def test_a_master_whose_socket_takes_no_more_calls_is_not_used_again(
