@@ -280,6 +280,14 @@ def end_masters(nix: Scene) -> None:
     poll(lambda: not set(pids) & set(masters(nix)), "the end of the masters")
 
 
+def lose_connections(nix: Scene) -> None:
+    """All end at the same moment, as the hooks see it: else one might just be used anew."""
+    hooks = nix.hooks()
+    nix.client.signal(signal.SIGSTOP, *hooks)
+    end_masters(nix)
+    nix.client.signal(signal.SIGCONT, *hooks)
+
+
 @contextlib.contextmanager
 def cleared(nix: Scene, *files: str) -> Iterator[Scene]:
     """Afterwards nothing runs there, no connection is left, and these files are gone."""

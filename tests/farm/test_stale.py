@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from held import NOISY, afresh, at_work, let_go, two_builders
 from lab import Inside
-from scene import Scene, change_hook, end_masters, valid
+from scene import Scene, change_hook, lose_connections, valid
 
 LONG_S = 120
 
@@ -56,7 +56,7 @@ def test_after_a_lost_session_a_build_goes_to_another_machine_that_is_free(
     run = nix.start(expression)
     at_work(run, nix.builder)
     with hold(nix, output):
-        end_masters(nix)
+        lose_connections(nix)
         at_work(run, nix.builders[1])
         let_go(nix.builders[1])
         outcome = run.end()
