@@ -1788,6 +1788,11 @@ class Lock:
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, encode(text), 0)
 
+    def touch(self) -> None:
+        """Have its file show that its holder does not stand still."""
+        with suppress(OSError):  # a full disk
+            os.utime(self.descriptor)
+
     def release(self) -> None:
         """Close it; only once, since the descriptor's number is used again."""
         os.close(self.descriptor)
@@ -2523,8 +2528,8 @@ class Line:
     def look_for_slot(self, turn: Lock | None) -> Slot | None:
         """Wait for a slot; None if somebody who waits for the same should have it first."""
         while True:
-            with suppress(OSError):  # there is no lock, or a full disk
-                os.utime(turn.descriptor if turn else -1)
+            if turn:
+                turn.touch()
             self.outages.look_again()
             start = time.monotonic()
             if slot := self.find_if_possible():
@@ -2766,8 +2771,8 @@ class Programs:
         self, command: list[str], environ: dict[str, str], *piped: str, **options: Any
     ) -> subprocess.Popen[bytes]:
         """Start a program, with pipes for those of STREAMS, unless the options, which are
-        those of subprocess.Popen, say otherwise; with the others it reads and writes
-        nothing.  Error if it cannot be started."""
+        those of subprocess.Popen and `into`, see start_into, say otherwise; with the others it
+        reads and writes nothing.  Error if it cannot be started."""
         import subprocess
 
         if "into" in options:
@@ -2794,10 +2799,10 @@ class Programs:
         into: int,
         **options: Any,
     ) -> subprocess.Popen[bytes]:
-        """Start a program that may outlive us, and have a `dd`, which then holds what locks
-        that file has, put into it at once what comes by those pipes, up to a limit: over a
-        shared connection it is the master that writes, which no limit of the program's own
-        would hold back."""
+        """Start a program that may outlive us, whose words on those of its pipes that it writes
+        to go into a file: a `dd`, which then holds the file's lock, puts them there at once, up
+        to a limit.  A limit of the program's own would not do: over a shared connection it is
+        the master that writes."""
         dd = find_program("dd", program_directories(environ))
         reads, writes = os.pipe()
         apart = {"start_new_session": True, **options}
@@ -5116,7 +5121,7 @@ class Attempt:
             questions += b"".join(map(dump_question, session.activities.absent))
         return questions
 
-    def build(self) -> dict[str, PathInfo]:
+    def build(self) -> Infos:
         """Build on the builder; returns what it says of the outputs."""
         status, message = self.hear_how_it_went()
         self.trace("build-remote-done")
@@ -5144,7 +5149,7 @@ class Attempt:
         self.reconnect()
         return tuple(self.ask_by_closure().get())
 
-    def find_outputs(self) -> dict[str, PathInfo]:
+    def find_outputs(self) -> Infos:
         """Learn which paths the outputs of a floating derivation have got."""
         import json
 
@@ -5233,7 +5238,7 @@ class Attempt:
                 self.slot = Slot(machine, lock)
                 self.slot.note("fetching", self.path)
 
-    def fetch(self, infos: dict[str, PathInfo]) -> None:
+    def fetch(self, infos: Infos) -> None:
         """Bring the outputs in; NotHere if the builder has spoilt them."""
         try:
             if self.derivation.is_floating:
@@ -6142,9 +6147,9 @@ class Inspection:
         if look.closed:
             text = f"it {look.closed}: no builds go there"
             return WRONG, free, text, f"{self.there} {remedy}"
-        return (
-            (OK, free, f"{free} free in its store") if look.number("disk") else UNSAID
-        )
+        if not look.number("disk"):
+            return UNSAID
+        return OK, free, f"{free} free in its store"
 
     def clock(self) -> tuple[str, ...]:
         """Whether its clock is that of here."""
@@ -6163,9 +6168,8 @@ class Inspection:
         cores, jobs = self.facts.get("cores", ""), self.machine.max_jobs
         if not cores.isdigit():
             return UNSAID
-        text = (
-            f"{cores} cores for {jobs} jobs, load {self.facts.get('load', 'unknown')}"
-        )
+        load = self.facts.get("load", "unknown")
+        text = f"{cores} cores for {jobs} jobs, load {load}"
         if jobs <= 2 * int(cores):
             return OK, f"{cores}/{jobs}", text
         return NOTE, f"{cores}/{jobs}", f"{text}: a lower maxJobs would be quicker"
