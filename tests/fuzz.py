@@ -183,7 +183,8 @@ def infos(rng: Rng) -> bytes:
     info = hook.PathInfo(
         *(PATH, rng.choice(["", f"{PATH}.drv"]), (PATH, bent(rng, NEXT))),
         96,
-        *(f"sha256:{'1' * 52}", string("") + strings([])),
+        f"sha256:{'1' * 52}",
+        string(rng.choice(["", f"fixed:r:sha256:{'1' * 52}"])) + strings([]),
     )
     return info.encode() * rng.choice([0, 1, 1, 1, 2]) + string("")
 
@@ -421,8 +422,8 @@ class Taker:
         machines, complaints = hook.load_machines(Nix(old, settings, environ))
         assert all(text.startswith(str(file)) for text in complaints)
         for machine in machines:
-            words = [machine.destination, machine.host]
-            assert all(map(is_plain, words)), words
+            words = [machine.destination, machine.host]  # none for a store here
+            assert all(map(is_plain, words)) or words == ["", ""], words
             assert hook.only(machine.key, hook.PLAIN) and machine.key[:1] != "-"
             options = " ".join(hook.ssh_options(machine, "/known"))
             assert hook.only(options, hook.PLAIN + "* ")
@@ -525,6 +526,7 @@ class Taker:
             session.version = 0x207
             session.write(hook.infos_question([PATH]))
             infos = session.infos_answer().get()
+            assert all(info.addressed_path() != PATH for info in infos.values())
             locks = hook.OutputLocks(self.new.store, [])
             hook.Copier(self.sites[1], session, locks).check([PATH], [NEXT], infos)
         assert infos.keys() == {PATH} and {*infos[PATH].references} <= {PATH, NEXT}
