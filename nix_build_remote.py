@@ -138,10 +138,10 @@ WIRE_LIMIT_BYTES = 64 << 20  # the longest string or list that anybody may send 
 
 # Slots, lines and outages
 WAIT_S = 0.02  # between two looks for a free slot
-PATIENCE_S = 1.0  # for a slot, where Nix can ask again later
-IMPATIENCE_S = 4.0  # for which no request waits, after one has waited in vain
+PATIENCE_S = 1.0  # a request waits so long for a slot, where Nix can ask again later,
+IMPATIENCE_S = 4.0  # and after it has waited in vain, others do not for so long
 BEGIN_S = 1.0  # for Nix to begin a build itself
-LINE_S = 60  # after which the file of a place goes, if nobody stands there
+LINE_S = 60  # so long the file of a place stays that nobody has
 LEAVE_S = 2.0  # for which a free slot is left to who should have it
 LINE_LIMIT = 64  # hooks that wait for one set of machines
 PASSES = 3  # so often a hook may be passed by those with fewer machines to wait for;
@@ -157,15 +157,17 @@ PAUSE_LIMIT_S = 60  # and for longer each time it fails again
 AWAY_TIMEOUT_S = 15 * 60  # wait that long for one of the machines to come back
 OUTAGE_LIMIT = 1000  # characters of what is remembered of a failure
 HISTORY_BYTES = 2 << 20  # of the history's file, before a new one is begun,
-LINE_BYTES = 4096  # of a line there
+RECORD_BYTES = 4096  # of a line there
 PHASES = ("waiting", "connecting", "sending", "building", "fetching")  # of a build
 PROBE_HEAD = 99  # bytes of a probe's file, before what ssh and nix-store said
 LOOK_S = 20  # a builder is asked no more often how it is, if nobody else builds there,
 LOOK_AGE_S = 60  # and what it said is believed for so long
-LOOK_WAIT_S = 3  # for what it says of others' builds, before there are more of ours
-SETTLE_S = 3  # fewer of them are believed in when they have been fewer for so long
-ROOM_SHARE = 0.03  # a store with less than that free is full, or with less than
-ROOM_BYTES = 1 << 30  # that, or a tenth if it is a small one
+LOOK_WAIT_S = 3  # its answer is waited for so long, before more builds of ours begin
+SETTLE_S = (
+    3  # that others have fewer builds is believed when it has been so for so long
+)
+ROOM_SHARE = 0.03  # a store is full if a smaller share of it is free,
+ROOM_BYTES = 1 << 30  # or if less is free than this and than a tenth of it
 PRESSURE = 80  # per cent of the time that some program there has waited for memory
 
 # ssh and sessions
@@ -351,7 +353,7 @@ class Late(SessionLost):
 
 
 class Stuck(Late):
-    """A builder waits for a lock that somebody holds there, and another would not."""
+    """A builder has waited too long for a lock there; another would not have to."""
 
 
 class Nonsense(SessionLost):
@@ -363,7 +365,7 @@ class Spoilt(Error):
 
 
 class NotHere(Error):
-    """This machine could not do it; verdict is the error if no other machine may try."""
+    """The builder could not do it, and another may; verdict: what to end with if none does."""
 
     def __init__(self, words: str, verdict: Error) -> None:
         super().__init__(words)
@@ -401,10 +403,10 @@ class NixGone(Stop):
 DAEMON = "if that login allows only nix-daemon, write ssh-ng://{ADDRESS} in its line"
 
 # All that is decided by what ssh (7.6 and newer) and Nix say in words.  Columns: whether
-# it lasts; who says it: ssh, or far, a program on the builder (FAR: if that is sure); a name,
-# if the code asks for it; the words, one of which is enough; behind ` = ` a remedy, with names
-# of the machine (see Machine.names).  The first row that fits counts: an ssh that is refused may
-# add that the connection was closed.
+# it lasts; who says it: ssh, or a program on the builder (far; FAR only if that is sure); what
+# Error.meaning becomes, `-` if no code asks for it; the words, one of which is enough; behind
+# ` = ` a remedy, with names of the machine (see Machine.names).  The first row that fits counts:
+# an ssh that is refused may add that the connection was closed.
 SIGNS = """\
 lasts   far -        daemon-socket/socket: Permission | daemon-socket/socket': Permission | daemon-socket/socket": Permission = as root there, on Debian: usermod -aG nix-users {USER}
 lasts   ssh CHANGED  HAS CHANGED = if it was set up anew: ssh-keygen -R '{KNOWN}' && ssh {LOGIN} true
@@ -466,7 +468,7 @@ def signs_in(words: str, speaker: str = "") -> Iterator[tuple[bool | None, str, 
         lasting, who, meaning, rest = row.split(None, 3)
         said, _, remedy = rest.partition(" = ")
         if speaker in SPEAKERS[who] and any(s in words for s in said.split(" | ")):
-            yield LASTING[lasting], meaning, remedy
+            yield LASTING[lasting], meaning.strip("-"), remedy
 
 
 def heard(kind: type[E], words: str, speaker: str = "") -> E:
@@ -1647,7 +1649,7 @@ def write_private(
         if os.path.isdir(path):
             remove(path)
         os.rename(temporary, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
@@ -1769,7 +1771,7 @@ class Lock:
         try:
             fcntl.flock(self.descriptor, kind)
         except Late:
-            return False
+            return self.hold(kind)
         finally:
             is_over = True  # it may ring once more
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1817,10 +1819,35 @@ def calling_process() -> str:
     return f"{nix}.{start_time(nix)}"
 
 
-def holder(phase: str, derivation: str, since: str) -> str:
-    """What a lock's file says of us who hold it; since: seconds since 1970."""
-    who = f"{os.getpid()} {start_time(os.getpid())} {calling_process()}"
-    return f"{who} {since} {phase} {derivation}\n"
+class Holder(NamedTuple):
+    """Who holds a lock, as the first line of its file says.
+
+    pid, start: see is_alive; nix: the calling_process of that; since: in seconds since
+    1970; phase: one of PHASES, or OVERDUE; derivation: the path of that.
+    """
+
+    pid: str
+    start: str
+    nix: str
+    since: str
+    phase: str
+    derivation: str
+
+    @classmethod
+    def ours(cls, phase: str, derivation: str, since: float) -> Holder:
+        """This process, as a holder."""
+        us, nix = os.getpid(), calling_process()
+        return cls(str(us), start_time(us), nix, f"{since:.3f}", phase, derivation)
+
+    @classmethod
+    def parse(cls, text: str) -> Holder | None:
+        """Who is said to hold the lock; None if that is not known."""
+        words = text.partition("\n")[0].split(" ")
+        return cls(*words) if len(words) == 6 else None
+
+    def text(self) -> str:
+        """The first line of the lock's file."""
+        return " ".join(self) + "\n"
 
 
 class Slot:
@@ -1837,7 +1864,7 @@ class Slot:
 
     def note(self, phase: str, derivation: str) -> None:
         """Say who holds it and why; the lock alone decides."""
-        self.lock.write(holder(phase, derivation, f"{time.time():.0f}"))
+        self.lock.write(Holder.ours(phase, derivation, time.time()).text())
 
     def free(self) -> None:
         """Let go, if it is still ours."""
@@ -1857,8 +1884,9 @@ def facts(said: str) -> dict[str, str]:
 
 
 class Look(NamedTuple):
-    """What a builder said of itself, each thing by its name (see LOOK); and when it was asked
-    for that, and when anew, `awaited`, if it has not answered, in seconds since 1970."""
+    """What a builder last said of itself, by name (see LOOK), and times of ours, in seconds
+    since 1970: `asked`, for that answer; `awaited`, if it was asked again and has not answered;
+    `seen`, with the most builds of others lately; `met`, when there were any last."""
 
     said: dict[str, str]
 
@@ -1887,8 +1915,8 @@ class Look(NamedTuple):
         return self.is_young("asked" if self.number("builds") else "met", LOOK_AGE_S)
 
     def carried(self) -> str:
-        """What the next look needs to know of this: when others last had builds, and how many
-        they were for a while, since between two builds of theirs they are fewer."""
+        """Lines for the next look: `seen`, with the most builds of others within SETTLE_S, since
+        they are fewer between two of theirs; and `met`."""
         asked, builds = self.number("asked"), self.number("builds")
         seen, most = self.number("seen"), self.number("seen", 1)
         if asked > seen + SETTLE_S:
@@ -1898,7 +1926,7 @@ class Look(NamedTuple):
 
     @property
     def closed(self) -> str | None:
-        """Why it is to have no new builds; None if it may, or has not been asked for long."""
+        """Why it is to have no new builds; None if it may, or if that was said long ago."""
         size, free = (int(self.number("disk", place)) << 10 for place in (0, 1))
         is_full = free < max(ROOM_SHARE * size, min(ROOM_BYTES, size / 10))
         if self.is_young("asked", LACK_S) and "closed" in self.said:
@@ -1909,7 +1937,7 @@ class Look(NamedTuple):
 
     @property
     def before(self) -> float:
-        """How many they were at most, when it was asked before."""
+        """The most builds of other clients that earlier answers told of within a minute."""
         return self.number("seen", 1) if self.is_young("seen", LOOK_AGE_S) else 0.0
 
     @property
@@ -1937,8 +1965,8 @@ class Slots:
         self.talk = talk  # is told if somebody keeps the main lock
         self.is_stuck = False  # whether somebody did
         self.is_blind = False  # whether how builders are is not to matter
-        # Why machines with a free slot got no build, when we last chose; "": for those
-        # of other clients.
+        # Why machines with a free slot got no build, when we last chose; "" if builds of
+        # other clients fill them.
         self.refused: dict[Machine, str] = {}
 
     @classmethod
@@ -2020,15 +2048,16 @@ class Slots:
     def look(self, machine: Machine) -> Look:
         """What it last said of itself."""
         path = self.file(machine, "look")
-        look = Look.parse("" if self.is_blind else read_private(path) or "")
+        said = None if self.is_blind else read_private(path, LOCK_LIMIT_BYTES)
+        look = Look.parse(said or "")
         if look.is_young("awaited", LOOK_WAIT_S) and is_free(path):  # in vain
             del look.said["awaited"]
         return look
 
     def admits(self, machine: Machine, loads: dict[Machine, int]) -> bool:
-        """Whether a machine with a free slot may have a new build, or is refused one; counts
-        the builds of other clients into its load.  It keeps a slot for us, so that clients
-        that see each other's builds do not wait for each other."""
+        """Whether a machine with a free slot may have a new build; notes in `refused` if not, and
+        adds the builds of other clients to its load.  If we have none there, they leave us one
+        slot: else clients that see each other's builds would wait for each other."""
         look, most = self.look(machine), machine.max_jobs
         pause, load = self.pause(machine)[0], loads[machine]
         why = f"is {pause}" if pause else look.closed
@@ -2054,16 +2083,15 @@ class Slots:
 
     def file(self, machine: Machine, what: str) -> str:
         """Where that of a machine is kept: `paths`, see digests; `lacks`, a kind of build that
-        it cannot do, though its line says so; `paused`, see pause; `down`, `probe`, `look`, see
-        Outages."""
+        it cannot do, though its line says so; `paused`, see pause; `fetch-N`, locks of builds
+        that fetch their outputs; `down`, `probe`, `look`, see Outages."""
         return f"{self.own}/{machine.slots}.{what}"
 
     def shares(self) -> list[str]:
         """For each slot that a hook holds, the Nix that it works for."""
         files = [f"{self.path}/{name}" for name in os.listdir(self.path)]
-        said = [(read_private(file) or "").split() for file in files]
-        holders = ((who, file) for who, file in zip(said, files) if len(who) == 6)
-        return [who[2] for who, file in holders if not is_free(file)]
+        holders = ((Holder.parse(read_private(file) or ""), file) for file in files)
+        return [who.nix for who, file in holders if who and not is_free(file)]
 
     def lacks(self, machine: Machine, kind: str) -> bool:
         """Whether it was noted within the last hour that it cannot do builds of that kind."""
@@ -2091,7 +2119,7 @@ class Slots:
         killed, what is left of a line spoils no other."""
         with suppress(Error, OSError), Lock(self.history) as file:  # a full disk
             fcntl.fcntl(file.descriptor, fcntl.F_SETFL, os.O_APPEND)
-            os.write(file.descriptor, encode(f"\n{line}"[:LINE_BYTES]))
+            os.write(file.descriptor, encode(f"\n{line}"[:RECORD_BYTES]))
             info = os.fstat(file.descriptor)
             is_ours = info.st_size > HISTORY_BYTES and file.hold()
             if is_ours and os.path.samestat(info, os.lstat(self.history)):
@@ -2248,9 +2276,9 @@ class Outages:
                     self.find_out_of(machine, outage, lock)
 
     def find_out_of(self, machine: Machine, outage: Outage, lock: Lock) -> None:
-        """The same for one.  Its file has 99 bytes with `until`; then what ssh and nix-store said.
-        `until` is that of the outage for which it was begun; if the outage has another now,
-        the answer is too old."""
+        """Judge what the last probe of a machine has said, or begin one.  At the head of its file,
+        of PROBE_HEAD bytes, stands the `until` of the outage for which it was begun: if the
+        outage has another now, the answer is too old."""
         until = f"{outage.until:.3f}"
         text = lock.read()
         head, said = text[:PROBE_HEAD].split(), encode(text[PROBE_HEAD:])
@@ -2279,26 +2307,27 @@ class Outages:
         raise Late("it is being asked")
 
     def begin(
-        self, ask: Ask, machine: Machine, lock: Lock, since: str, text: str = ""
+        self, ask: Ask, machine: Machine, lock: Lock, stamp: str, text: str = ""
     ) -> None:
-        """Begin to find something out, into the file of the lock, behind that text."""
+        """Begin to find something out, into the file of the lock, behind that text.  The stamp
+        comes last: while the head is blank, nothing is begun."""
         with self.slots.main_lock():  # nobody reads half of it
             lock.write(" " * PROBE_HEAD + text)
         os.lseek(lock.descriptor, 0, os.SEEK_END)
         ask(machine, lock.descriptor)
-        os.pwrite(lock.descriptor, encode(since), 0)
+        os.pwrite(lock.descriptor, encode(stamp), 0)
 
     def look_again(self, *machines: Machine) -> None:
-        """See to it that these say how they are, where a build of ours begins, and those to
-        which we would have sent one, if that was long ago; who comes next hears of it."""
+        """Ask these machines, where builds of ours begin, how they are, and those that we last
+        refused one, unless they have said so lately; who chooses next hears of it."""
         for machine in (*machines, *self.slots.refused):
             if self.ask and machine.destination:  # else it is a store here
                 with suppress(Error, OSError), self.take(machine, "look") as lock:
                     self.look_at(self.ask, machine, lock, machine in machines)
 
     def look_at(self, ask: Ask, machine: Machine, lock: Lock, begins: bool) -> None:
-        """The same for one; begins: whether a build of ours does there."""
-        text, now = lock.read(TAIL_BYTES), f"{time.time():.3f}"
+        """Ask one machine how it is, if it is time; begins: whether a build of ours does there."""
+        text, now = lock.read(), f"{time.time():.3f}"
         look, said = Look.parse(text), text.rpartition("\nend\n")[2]
         pause_s = LOOK_S if look.number("builds") == look.before else SETTLE_S / 3
         if begins and look.is_shared:
@@ -2333,13 +2362,14 @@ class Need(NamedTuple):
 
 
 def precedence(
-    who: str, names: list[str], shares: list[str]
-) -> tuple[int, int, list[str]]:
-    """Sorts those who stand first in lines, given what their files say of them, and the Nix
-    of each slot that is taken: first who was passed too often, by time; then who has fewer
-    machines to wait for; then whose Nix has fewer slots."""
-    _, _, nix, *words = who.split()
-    return (0, 0, words) if OVERDUE in words else (len(names), shares.count(nix), [])
+    who: Holder, names: list[str], shares: list[str]
+) -> tuple[int, int, str]:
+    """Sorts those who stand first in lines, given for which machines, and the Nix of each slot
+    that is taken: first who was passed too often, by time; then who has fewer machines to
+    wait for; then whose Nix has fewer slots."""
+    if who.phase == OVERDUE:
+        return 0, 0, who.since
+    return len(names), shares.count(who.nix), ""
 
 
 class Line:
@@ -2361,7 +2391,7 @@ class Line:
         self.told = ""  # of why no machine takes new builds
         self.names = sorted(machine.slots for machine in need.machines)
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in need.machines))
-        self.who = holder("waiting", need.path, f"{need.since:.3f}")
+        self.who = Holder.ours(PHASES[0], need.path, need.since)
         self.kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
         self.path = f"{self.slots.own}/line-{self.kind}-{nix}"
         self.place = 0  # ours, if we have its lock
@@ -2369,10 +2399,11 @@ class Line:
         self.is_late = False  # whether one who waits for the same has a sooner turn
         # Since when there is a slot that we leave to somebody (monotonic), if there is.
         self.left_since: float | None = None
-        self.passed_by: set[str] = set()  # processes with fewer machines to wait for
+        self.passed_by: set[str] = set()  # those with fewer machines, by their pids
 
     def find(self) -> Slot | None:
-        """A free slot, if nobody should have it before the first of this line."""
+        """A free slot on a machine that nobody else should have first, or that they leave; None
+        if there is none.  Begins to find out how machines are whose outage is over."""
         self.outages.find_out(self.machines)
         self.away, reserved = self.outages.away(self.machines), self.reserved()
         free = [m for m in self.machines if not (m in self.away or m.slots in reserved)]
@@ -2411,7 +2442,7 @@ class Line:
             why = self.slots.refused.get(machine) or why
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
-    def rivals(self) -> Iterator[tuple[str, list[str]]]:
+    def rivals(self) -> Iterator[tuple[Holder, list[str]]]:
         """Who else stands first in a line, and waits for some of our machines, and the slots'
         names of all that it waits for."""
         entries: list[str] = []
@@ -2420,9 +2451,8 @@ class Line:
         for entry in entries:
             if entry.startswith("line-") and entry.endswith(".0"):
                 said = Lock.said_by_holder(f"{self.slots.own}/{entry}") or ""
-                who, *names = said.split("\n")  # no names, if these are not written yet
-                is_other = said != self.text and len(who.split()) == 6
-                if is_other and not set(names).isdisjoint(self.names):
+                who, names = Holder.parse(said), said.split("\n")[1:]  # or not yet
+                if who and who != self.who and not set(names).isdisjoint(self.names):
                     yield who, names
 
     def reserved(self) -> set[str]:
@@ -2431,18 +2461,21 @@ class Line:
         rivals, ours = [*self.rivals()], self.names
         shares = self.slots.shares() if rivals else []
 
-        def is_sooner(who: str, names: list[str]) -> bool:
+        def is_sooner(who: Holder, names: list[str]) -> bool:
             turns = precedence(who, names, shares), precedence(self.who, ours, shares)
             if names == ours and turns[0] == turns[1]:  # who waits for longer
-                return who.split()[3:] < self.who.split()[3:]
+                return (who.since, who.derivation) < (
+                    self.who.since,
+                    self.who.derivation,
+                )
             return turns[0] < turns[1]
 
         ahead = [rival for rival in rivals if is_sooner(*rival)]
         self.is_late = any(names == ours for _, names in ahead)
-        passing = {who.split()[0] for who, names in ahead if len(names) < len(ours)}
+        passing = {who.pid for who, names in ahead if len(names) < len(ours)}
         self.passed_by |= passing
-        if len(self.passed_by - passing) >= PASSES and OVERDUE not in self.who:
-            self.who = holder(OVERDUE, self.need.path, f"{self.need.since:.3f}")
+        if len(self.passed_by - passing) >= PASSES and self.who.phase != OVERDUE:
+            self.who = self.who._replace(phase=OVERDUE)
             if self.lock:
                 self.lock.write(self.text)
         return {name for _, names in ahead for name in names}
@@ -2450,7 +2483,7 @@ class Line:
     @property
     def text(self) -> str:
         """What our place's file says: who stands there, and for which machines."""
-        return self.who + "\n".join(self.names)
+        return self.who.text() + "\n".join(self.names)
 
     def file(self, number: int) -> str:
         """The lock's file of that place, the first being 0."""
@@ -2470,7 +2503,7 @@ class Line:
         return self.lock is not None
 
     def sweep(self) -> None:
-        """Remove what each Nix leaves there that has waited."""
+        """Remove the files of places and turns that nobody has held for LINE_S."""
         marks, entries = ("line-", "turn-"), os.listdir(self.slots.own)
         for path in (f"{self.slots.own}/{e}" for e in entries if e.startswith(marks)):
             with suppress(OSError):
@@ -2492,10 +2525,11 @@ class Line:
     def wait(self) -> Slot:
         """Wait for a slot; then we have left."""
         try:
-            while self.lock and self.place > 0:
-                lock = Lock(self.file(self.place - 1))
-                lock.wait()
-                self.stand(self.place - 1, lock)
+            with suppress(Error):  # no room for a file: who knows who is before us
+                while self.lock and self.place > 0:
+                    lock = Lock(self.file(self.place - 1))
+                    lock.wait()
+                    self.stand(self.place - 1, lock)
             pause_s = WAIT_S
             while not (slot := self.look_in_turn()):
                 wait_readable([], pause_s)  # for another to take it
@@ -3052,10 +3086,10 @@ class Proof(NamedTuple):
 
 # The ssh that Nix's programs find first in their PATH.  It behaves as an ssh that shares
 # nothing, which every version can use: -O check fails, and it says `started` exactly if
-# it is asked to, be it by an option or, by Lix 2.93.0 (ssh.cc), as if to a shell, which is
-# then told to become nix-store.  Then it becomes the ssh of a session, if the variable has
-# one, a word a line; else it joins nix-copy-closure with us, on descriptors 8 and 9, so
-# that we are the builder to it.  When done, nix-copy-closure kills it.
+# it is asked to.  Most ask by an option; Lix 2.93.0 (ssh.cc) asks for a shell, tells that
+# to say so, and then to become nix-store.  After that it becomes the ssh of a session, if
+# NIX_BUILD_REMOTE_SSH has one, a word a line; else it joins nix-copy-closure with us, on
+# descriptors 8 and 9, so that we are the builder to it.  When done, that kills it.
 STAND_IN = """#!/bin/sh
 case "$*" in *"-O check"*) exit 255;; esac
 case "$*" in
@@ -3318,7 +3352,7 @@ class Seat:
         self.ssh, self.base = ssh, ssh.base()
         self.connection = Connection(ssh, ALONE)
         self.is_plain = False  # whether --log-format was refused, and is not asked for
-        self.has_rivals = False  # whether another machine might do what we want of this
+        self.has_alternatives = False  # whether another machine might do the same
         self.lock: Lock | None = None
         way = read_private(f"{self.base}.way") if ssh.machine.ways[1:] else "0"
         self.chosen = int(way == "1")  # the number of the way that we take
@@ -3375,7 +3409,7 @@ class Seat:
         text = read_private(f"{self.base}.seats") or ""
         return (int(text) if only(text, DIGITS) and 0 < len(text) < 3 else 0) or SEATS
 
-    def lose(self) -> None:
+    def note_fewer(self) -> None:
         """Remember how many sessions sshd allows, since it has refused us one more."""
         files = [f"{self.connection.socket}.{n}" for n in range(self.allowed())]
         proof = self.connection.proof()
@@ -3625,7 +3659,7 @@ class Session:
             raise SessionLost("its Nix is not the one that it was")
         words = decode(self.tail)
         if means(words, "UNSEATED"):  # ssh then made a connection of its own
-            self.seat.lose()
+            self.seat.note_fewer()
         elif means(words, "UNSHARED"):
             self.seat.connection.retire()
 
@@ -3687,7 +3721,7 @@ class Session:
         if not lock.words:
             return math.inf
         told_at, end_at = lock.since + STILL_S, lock.since + STALLED_S
-        if now >= end_at and self.seat.has_rivals:
+        if now >= end_at and self.seat.has_alternatives:
             raise Stuck(f"it has been {lock.words} for {STALLED_S} s")
         if now >= told_at and not lock.is_told:
             self.activities.lock = lock._replace(is_told=True)
@@ -4820,9 +4854,7 @@ def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Sessi
         job, soon = seat.way.is_job, min(REPLY_S, left)
         if session.proof or (job and not wait_readable([session.stdout], soon)):
             return session
-        if session.first_answer(answer):
-            make_sure_of_another_store(site, session)
-        seat.prove(session.spoken)
+        prove(site, session, answer)
         return session
     except BaseException as error:
         if session:
@@ -4831,6 +4863,14 @@ def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Sessi
         if refused and seat.is_plain:  # it may be refused that
             return open_in_one_way(site, seat, path, deadline)
         raise
+
+
+def prove(site: Site, session: Session, answer: Answer) -> None:
+    """Hear the first answer, which says whether the derivation is there, and note what has
+    led to the session; raises SameStore, too."""
+    if session.first_answer(answer):
+        make_sure_of_another_store(site, session)
+    session.seat.prove(session.spoken)
 
 
 def make_sure_of_another_store(site: Site, session: Session) -> None:
@@ -4980,7 +5020,7 @@ class Attempt:
         self.begin("connecting", "connect for", "to")
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
         seat = self.site.seat(self.machine)
-        seat.has_rivals = len(self.wanted.fit) > 1
+        seat.has_alternatives = len(self.wanted.fit) > 1
         self.session = session or open_session(self.site, seat, self.path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
         self.copier = Copier(self.site, self.session, self.wanted.locks)
@@ -5038,7 +5078,10 @@ class Attempt:
         self.site.outages.look_again(self.machine)
         if session.version is None:  # and Nix no longer waits for our reply
             session.deadline = time.monotonic() + session.seat.greeting_s
-            session.first_answer(session.awaited[0])
+            if session.proof:
+                session.first_answer(session.awaited[0])
+            else:  # a job that has had to wait for its turn
+                prove(self.site, session, session.awaited[0])
         if empty:
             begin = time.monotonic()
             empty.get()
@@ -5380,7 +5423,7 @@ class Build:
         words["result"] = result or results.get(type(error), other)
         if type(error) not in results:
             cause = self.cause or error
-            word = getattr(cause, "meaning", "").strip("-") or type(cause).__name__
+            word = getattr(cause, "meaning", "") or type(cause).__name__
             words["reason"] = word.lower()
         tally, self.talk.tally, self.machine = self.talk.tally, Tally(), ""
         tally.begin("waiting")
@@ -5454,6 +5497,7 @@ class Hook:
         # that may not have begun (monotonic time).
         self.stayed = 0.0, 0
         self.patient_from = 0.0  # monotonic time; before, nobody waits for a slot
+        self.told = ""  # why we could not answer, the last time that we could not
 
     def prepare(self) -> list[Machine]:
         """Read the machines; complain of bad lines once for each Nix process."""
@@ -5501,7 +5545,8 @@ class Hook:
             return self.consider(request, self.machines)
         except Error as error:
             is_usual = request.able and isinstance(error, Unsendable)
-            self.talk.say(TALKATIVE if is_usual else ERROR, str(error))
+            is_new, self.told = str(error) != self.told, str(error)
+            self.talk.say(ERROR if is_new and not is_usual else TALKATIVE, str(error))
         except Exception:  # noqa: BLE001  (a bug of ours must not cost the reply)
             self.talk.say_bug()
         self.talk.reply("decline")
@@ -5976,7 +6021,8 @@ class Inspection:
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
-            self.site = Site(self.nix, Talk(self.nix), Slots.find(self.nix))
+            talk = Talk(Nix(True, {}, self.nix.environ))  # in plain lines
+            self.site = Site(self.nix, talk, Slots.find(self.nix))
             self.pause = pause_of(self.site.slots, self.machine)
             self.seat = self.site.new_seat(self.machine)
             # What was found out before may have changed.
@@ -6387,11 +6433,11 @@ def check_lines(value: dict[str, Any], screen: Screen) -> list[str]:
 def holder_of(text: str) -> dict[str, Any]:
     """Who holds a lock, for which Nix, as its file says; pid 0 if that is not known: what
     another program says, or an ended process, is not believed."""
-    said = 0, 0, 0.0, "", ""
+    said, who = (0, 0, 0.0, "", ""), Holder.parse(text)
     with suppress(ValueError):
-        pid, start, nix, since, phase, derivation = text.partition("\n")[0].split(" ")
-        if is_alive(pid, start) and math.isfinite(float(since)):
-            said = int(pid), int(nix.split(".")[0]), float(since), phase, derivation
+        if who and is_alive(who.pid, who.start) and math.isfinite(float(who.since)):
+            nix = int(who.nix.partition(".")[0])
+            said = int(who.pid), nix, float(who.since), who.phase, who.derivation
     return dict(zip(("pid", "nix", "since", "phase", "derivation"), said))
 
 
@@ -6932,8 +6978,8 @@ def run_for_people(arguments: list[str]) -> int:
         status = int(options.run(options, nix, Screen(options)))
         sys.stdout.flush()
         return status
-    except (BrokenPipeError, Stop):
-        return 130
+    except BrokenPipeError:
+        return 128 + 13  # as if SIGPIPE had ended us
     except (Error, OSError) as error:
         print(f"nix_build_remote.py: {error}", file=sys.stderr)
     return 1

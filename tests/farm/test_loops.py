@@ -72,6 +72,16 @@ def test_a_build_fails_if_this_machine_is_the_only_one(nix: Scene) -> None:
     assert nix.build(one(), check=False, timeout=LONG_S).status != 0
 
 
+def test_a_job_that_comes_late_to_this_machine_is_not_used(nix: Scene) -> None:
+    """As of a batch system whose nodes share the store of who submits them."""
+    path = "/usr/local/bin/queue"
+    nix.client.write(path, '#!/bin/sh\nsleep 7\nexec nix-store "$@"\n', 0o755)
+    nix.machines(f"ssh://client?remote-program={path} - - 4 8\nb2 - - 4\n")
+    outcome = nix.build(one(), timeout=LONG_S)
+    assert nix.client.read(outcome.output) == "b2\n"
+    assert "it is this very machine" in outcome.log
+
+
 def test_a_builder_that_has_the_derivation_is_not_taken_for_this_machine(
     nix: Scene,
 ) -> None:

@@ -289,7 +289,7 @@ def test_without_a_connection_no_file_of_the_users_is_a_socket(
     before = sorted(os.listdir())
     seat = Seat(made)
     seat.connection.retire()
-    seat.lose()
+    seat.note_fewer()
     assert sorted(os.listdir()) == before
 
 

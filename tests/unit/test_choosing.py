@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from nix_build_remote import (
     LACK_S,
     LEAVE_S,
     Away,
+    Holder,
     Line,
     Lock,
     Machine,
@@ -26,6 +28,7 @@ from nix_build_remote import (
     Slot,
     Slots,
     Talk,
+    calling_process,
     choice,
     idle,
     is_alive,
@@ -337,16 +340,17 @@ def test_one_line_comes_before_the_other(
     first: tuple[str, str], second: tuple[str, str]
 ) -> None:
     """The Nix n has two slots, o has one."""
-    (who, names), (other, others) = first, second
     shares = ["n", "o", "n"]
-    assert precedence(who, names.split(), shares) < precedence(
-        other, others.split(), shares
-    )
+
+    def turn(who: str, names: str) -> tuple[int, int, str]:
+        return precedence(Holder(*who.split()), names.split(), shares)
+
+    assert turn(*first) < turn(*second)
 
 
 def test_lines_of_equally_many_machines_do_not_wait_for_each_other() -> None:
-    one = precedence("1 7 n 100 waiting /d", ["b1"], [])
-    assert one == precedence("2 7 o 101 waiting /d", ["b2"], [])
+    one, other = (Holder("1", "7", nix, "100", "waiting", "/d") for nix in "no")
+    assert precedence(one, ["b1"], []) == precedence(other, ["b2"], [])
 
 
 # -- Two lines that share a machine ---------------------------------------------------
@@ -380,8 +384,7 @@ def first(slots: Slots) -> Iterator[Callable[[list[Machine], str], Line]]:
     def stand(candidates: list[Machine], nix: str) -> Line:
         need = Need("/nix/store/x.drv", frozenset(), time.time(), candidates)
         line = Line(Outages(slots), Talk(NIX), need)
-        pid, start, _, *rest = line.who.split(" ")
-        line.who = " ".join([pid, start, nix, *rest])
+        line.who = line.who._replace(nix=nix)
         assert line.join() and line.place == 0
         found.append(line)
         return line
@@ -442,3 +445,15 @@ def test_who_is_not_to_wait_does_not_wait_for_its_turn_to_look(slots: Slots) -> 
         assert turn.hold()
         with pytest.raises(Away):
             line.wait()
+
+
+def test_who_waits_in_line_goes_on_though_the_directory_was_removed(
+    slots: Slots, first: Callable[[list[Machine], str], Line]
+) -> None:
+    [b1] = machines("b1 - - 2")
+    first([b1], calling_process())
+    need = Need("/nix/store/y.drv", frozenset(), time.time(), [b1])
+    line = Line(Outages(slots), Talk(NIX), need)
+    assert line.join() and line.place == 1
+    shutil.rmtree(slots.path)
+    assert line.wait().machine is b1

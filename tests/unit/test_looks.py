@@ -160,6 +160,13 @@ def test_a_closed_machine_is_passed_over_and_the_reason_kept(slots: Slots) -> No
     assert slots.refused == {b1: "has /etc/nix/no-builds: for repair"}
 
 
+def test_a_login_that_chatters_is_heard_all_the_same(slots: Slots) -> None:
+    [b1] = machines("b1 - - 4")
+    chatter = "Welcome to this machine, and mind the step.\n" * 1000
+    note(slots, b1, answer(chatter, "closed for repair"))
+    assert chosen(slots, b1) == ""
+
+
 def test_who_is_not_to_look_does_not_mind_what_others_saw(tmp_path: Path) -> None:
     environ = {"NIX_CURRENT_LOAD": str(tmp_path / "load"), "NIX_BLIND_HOOK": "1"}
     slots = Slots.find(Nix(False, {}, environ))
