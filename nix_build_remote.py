@@ -2143,9 +2143,8 @@ class Slots:
 class Outage(NamedTuple):
     """A machine that failed, as all hooks remember it until it is of use again.
 
-    failures: in a row, 0 if it is only paused (see Slots.pause); since: when the first
-    was, until: leave the machine alone, both in seconds since 1970, 0 if that is not known;
-    lasting: as the error knew it; words: what went wrong.
+    failures: in a row; since: when the first was, until: leave the machine alone, both in
+    seconds since 1970; lasting: as the error knew it; words: what went wrong.
     """
 
     failures: int = 0
@@ -2209,10 +2208,9 @@ class Outages:
         self.forgiven: set[Machine] = set()  # which we try all the same
 
     def of(self, machine: Machine) -> Outage | None:
-        """Its outage; what is old says nothing, nor does a failure while it is paused."""
-        words, until = self.slots.pause(machine)
-        if words:
-            return Outage(until=until, words=words)
+        """Its outage; what is old says nothing, nor does one before a pause that lasts."""
+        if self.slots.pause(machine)[0]:
+            return None
         outage = Outage.parse(read_private(self.slots.file(machine, "down")) or "")
         return None if outage and outage.is_old else outage
 
@@ -2222,19 +2220,19 @@ class Outages:
         with suppress(FileNotFoundError):  # somebody has removed it
             files += (file.rpartition(".") for file in os.listdir(self.slots.own))
         # Of 1000 machines few have one: to look for each one's files would take 20 ms.
-        marked = {name for name, _, what in files if what in ("down", "paused")}
+        marked = {name for name, _, what in files if what == "down"}
         found = ((m, self.of(m)) for m in machines if m.slots in marked)
         return {machine: outage for machine, outage in found if outage}
 
     def away(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
         """The outages of those of the machines that are left alone."""
         noted = self.noted(machines).items()
-        return {m: o for m, o in noted if not o.failures or m not in self.forgiven}
+        return {machine: o for machine, o in noted if machine not in self.forgiven}
 
     def despair(self, machines: list[Machine]) -> Error | None:
         """What to say if all of these have failed and it is no use to wait longer: all are
         hopeless, or the one that was of use last has not been for AWAY_TIMEOUT_S."""
-        outages = [o for o in self.away(machines).values() if o.failures]
+        outages = self.away(machines).values()
         if len(outages) < len(machines):
             return None
         last = max(outages, key=lambda outage: outage.since)
@@ -2258,7 +2256,8 @@ class Outages:
         self.forgiven.discard(machine)
         self.slots.remember(f"tried {machine.slots}")
         with self.slots.main_lock():
-            if self.of(machine) in (before, None):
+            is_paused = bool(self.slots.pause(machine)[0])
+            if not is_paused and self.of(machine) in (before, None):
                 after = (before or Outage()).again(error)
                 note(self.slots.file(machine, "down"), after.text())
 
@@ -2271,7 +2270,7 @@ class Outages:
         """See to it that somebody finds out whether those whose time is over are of use
         again, in the background; who comes next hears of it."""
         for machine, outage in self.noted(machines).items():
-            if outage.failures and time.time() >= outage.until:
+            if time.time() >= outage.until:
                 with suppress(Error, OSError), self.take(machine, "probe") as lock:
                     self.find_out_of(machine, outage, lock)
 
@@ -2589,9 +2588,7 @@ class Line:
     def absence(self) -> str:
         """Why no machine of the line takes new builds now; "" if one might."""
         whys = {m: f"'{m.name}' {why}" for m, why in self.slots.refused.items() if why}
-        for m, outage in self.away.items():
-            is_paused = not outage.failures
-            whys[m] = f"'{m.name}' is {outage.words}" if is_paused else outage.words
+        whys |= {machine: outage.words for machine, outage in self.away.items()}
         is_all = len(whys) == len(self.machines)
         return "; ".join(sorted({*whys.values()})) if is_all else ""
 
@@ -5694,7 +5691,8 @@ class Hook:
         there.sort(key=lambda machine: rank(machine, 0))
         for machine in there[:WARM_AT_ONCE]:
             with suppress(Error):  # whoever needs it will hear
-                site.new_seat(machine).over(0).start()
+                if not site.slots.pause(machine)[0]:
+                    site.new_seat(machine).over(0).start()
 
     def turn_down(self, line: Line, request: Request) -> str:
         """The reply to what no machine can take now."""
@@ -6467,12 +6465,14 @@ def idle(machine: Machine) -> dict[str, Any]:
     """How things are with a machine that nobody uses.
 
     here: whether it is this machine; taken: its slots that are, load: by others, too;
-    away: its outage, closed: why it gets no new builds, else None; look: what it said.
+    away: its outage, closed: why it gets no new builds, else None; paused, until: see
+    pause_of; look: what it said.
     """
     value: dict[str, Any] = {"machine": machine.name, "where": machine.where}
     value |= {"here": not machine.ways, "speed": machine.speed}
     value |= {"slots": machine.max_jobs, "taken": 0, "load": 0, "others": 0}
-    value |= {"building": [], "fetching": [], "away": None, "closed": None, "look": {}}
+    value |= {"building": [], "fetching": [], "away": None, "closed": None}
+    value |= {"paused": None, "until": None, "look": {}}
     return value
 
 
@@ -6487,9 +6487,8 @@ def load_of(slots: Slots, machine: Machine) -> dict[str, Any]:
     look, closed = slots.look(machine), slots.refused.get(machine) or None
     value = {**idle(machine), "taken": len(building), "load": loads[machine]}
     value |= {"building": building, "fetching": fetching, "others": look.others}
-    away = outage and {**outage._asdict(), "until": outage.until or None}
-    value |= {"away": away, "look": look.said, "closed": None if outage else closed}
-    return value
+    value |= {"away": outage and outage._asdict(), "closed": closed, "look": look.said}
+    return value | pause_of(slots, machine)
 
 
 def waiters_in(slots: Slots) -> list[dict[str, Any]]:
@@ -6603,8 +6602,6 @@ def left_alone(
     failures: int, since: float, until: float, words: str, **more: Any
 ) -> str:
     """What people are told of an outage."""
-    if not failures:
-        return words
     now = time.time()
     end = f"for {duration(until - now)} more" if until > now else "until it answers"
     times = "once" if failures == 1 else f"{failures} times"
@@ -6617,8 +6614,8 @@ def status_lines(loads: list[dict[str, Any]], screen: Screen) -> list[str]:
     for head, load in zip(table([*map(slots_line, loads)]), loads):
         away, closed = load["away"], load["closed"]
         lines.append(screen.paint(head, NOTE if away or closed else OK))
-        why = left_alone(**away) if away else ""
-        why = f"gets no new builds: it {closed}" if closed else why
+        why = f"gets no new builds: it {closed}" if closed else ""
+        why = left_alone(**away) if away else load["paused"] or why
         lines += screen.wrap("    ", why, look_line(Look(load["look"])))
         holders = (*load["building"], *load["fetching"])
         lines += [f"    {holder_line(holder)}" for holder in holders]
@@ -6905,11 +6902,10 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
     samples["waiting"] = len(found["waiting"])
     for load in found["machines"]:
         which, away = f"{{machine={quoted(load['machine'])}}}", load["away"]
-        is_paused = bool(away and not away["failures"])
         samples[f"slots{which}"] = load["slots"]
         samples[f"slots_taken{which}"] = load["taken"]
-        samples[f"up{which}"] = int(not away or is_paused)
-        samples[f"closed{which}"] = int(is_paused or bool(load["closed"]))
+        samples[f"up{which}"] = int(not away)
+        samples[f"closed{which}"] = int(bool(load["closed"]))
     lines = []
     for metric, text in METRICS.items():
         name, (kind, _, words) = f"nix_build_remote_{metric}", text.partition(" ")

@@ -70,7 +70,7 @@ def test_builds_wait_and_go_on_when_it_is_resumed(nix: Scene) -> None:
     outcome = run.end()
     assert built_on(nix, outcome) == {"b1"}
     said = re.findall(
-        r"'ssh://b1' is paused by .* until \S+ \S+ \(new disk\); waiting", outcome.log
+        r"'ssh://b1' is paused by .* until .* \(new disk\); waiting", outcome.log
     )
     assert len(said) == 1, outcome.log
 
@@ -104,7 +104,7 @@ def test_wait_returns_when_nothing_is_built_there_any_more(nix: Scene) -> None:
     run = nix.start(f'mk "last" "{HELD}" {{}}')
     at_work(run, nix.builder)
     waits = nix.launch(INSTALLED, "pause", "b1", "--wait")
-    poll(lambda: status(nix)["machines"][0]["away"], "the pause")
+    poll(lambda: status(nix)["machines"][0]["paused"], "the pause")
     assert not waits.ended
     let_go(nix.builder)
     assert waits.end().status == 0
@@ -115,7 +115,7 @@ def test_wait_ends_if_somebody_resumes_the_machine(nix: Scene) -> None:
     run = nix.start(f'mk "on" "{HELD}" {{}}')
     at_work(run, nix.builder)
     waits = nix.launch(INSTALLED, "pause", "b1", "--wait")
-    poll(lambda: status(nix)["machines"][0]["away"], "the pause")
+    poll(lambda: status(nix)["machines"][0]["paused"], "the pause")
     say(nix, "resume", "b1")
     outcome = waits.end()
     assert outcome.status == 1 and "b1 is not paused any more" in outcome.log

@@ -131,31 +131,13 @@ def test_a_pause_that_just_begins_is_not_taken_for_one_that_is_over(
 # -- What it means --------------------------------------------------------------------
 
 
-def test_a_slot_is_not_taken_if_the_machine_was_paused_since_we_looked(
-    slots: Slots,
-) -> None:
+def test_a_paused_machine_gets_no_build(slots: Slots) -> None:
     path = write(slots, "paused", "inf\npaused")
     assert slots.choose([B1]) == (None, {B1: 0})
     assert path.exists()
     path.unlink()
     slot, _ = slots.choose([B1])
     assert slot and slot.load == 0  # nothing was left held
-
-
-def test_a_paused_machine_is_left_alone(slots: Slots) -> None:
-    write(slots, "paused", "inf\npaused")
-    assert [*Outages(slots).away([B1, B2])] == [B1]
-
-
-def test_a_machine_that_was_forgiven_is_left_alone_when_it_is_paused(
-    slots: Slots,
-) -> None:
-    outages = Outages(slots)
-    write(slots, "down", BROKEN.format(time.time()))
-    outages.forgive([B1])
-    assert not outages.away([B1])
-    write(slots, "paused", "inf\npaused")
-    assert [*outages.away([B1])] == [B1]
 
 
 def test_nobody_despairs_of_a_paused_machine(slots: Slots) -> None:
@@ -192,10 +174,10 @@ def test_what_fails_on_a_paused_machine_is_no_outage(slots: Slots) -> None:
     assert outages.of(B1) is None
 
 
-def test_until_a_pause_ends_its_outage_has_that_as_its_words(slots: Slots) -> None:
+def test_until_a_pause_ends_no_outage_says_anything(slots: Slots) -> None:
     write(slots, "paused", f"{math.inf}\npaused by alice")
-    outage = Outages(slots).of(B1)
-    assert outage and not outage.failures and outage.words == "paused by alice"
+    write(slots, "down", BROKEN.format(time.time()))
+    assert Outages(slots).of(B1) is None
 
 
 # -- How people name a machine --------------------------------------------------------
