@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 from held import BEGUN, HELD, afresh, at_work, let_go, two_builders
-from lab import is_taken, poll
+from lab import HANGS_S, is_taken, poll
 from launcher import assigned
 from scene import (
     SLOTS,
@@ -32,7 +32,7 @@ from scene import (
 from test_trust import LIAR
 from test_waiting import taken
 
-LONG_S = 120
+LONG_S = HANGS_S
 
 numbers = itertools.count()
 
@@ -90,7 +90,7 @@ def test_a_machine_that_is_back_is_used_again(without_b1: Scene) -> None:
     nix = without_b1
     assert built_on(nix, some(1)) == {"b2"}
     come_back(nix.builder)
-    poll(lambda: built_on(nix, some(1)) == {"b1"}, "a build on b1", timeout=60)
+    poll(lambda: built_on(nix, some(1)) == {"b1"}, "a build on b1")
     assert outage(nix, "b1") == ""
 
 
@@ -324,7 +324,7 @@ def fails(nix: Scene, times: int) -> None:
         assert built_on(nix, some(1)) == {"b2"}
         return int((outage(nix, "b1") or "0").split()[0]) >= times
 
-    poll(failed, f"{times} failures", timeout=60)
+    poll(failed, f"{times} failures")
 
 
 @pytest.mark.engines
@@ -351,7 +351,7 @@ def test_a_live_connection_is_no_health(hung: Scene) -> None:
     assert outage(hung, "b1")
     assert built_on(hung, some(2)) == {"b2"}
     hung.builder.run("rm", "/usr/local/bin/nix-store")
-    poll(lambda: built_on(hung, some(1)) == {"b1"}, "a build on b1", timeout=60)
+    poll(lambda: built_on(hung, some(1)) == {"b1"}, "a build on b1")
     assert outage(hung, "b1") == ""
 
 

@@ -293,7 +293,7 @@ def ca_scene(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]
 def test_a_builder_that_has_not_enabled_floating_outputs_is_told_of(
     ca_scene: Scene,
 ) -> None:
-    outcome = ca_scene.build(FLOATING, *CA, check=False, timeout=10)
+    outcome = ca_scene.build(FLOATING, *CA, check=False)
     assert outcome.status and outcome.log.count("cannot build") <= 2, outcome.log
     assert "extra-experimental-features = ca-derivations" in outcome.log
 
@@ -366,7 +366,7 @@ def test_a_build_that_takes_too_long_is_ended(
 def test_a_log_that_is_too_long_ends_the_build(running: Scene) -> None:
     limit = ("--option", "max-build-log-size", "100000")
     endless = 'mk "long-log" "while :; do seq 1000; done" {}'
-    outcome = running.build(endless, *limit, check=False, timeout=60)
+    outcome = running.build(endless, *limit, check=False)
     assert outcome.status and "more than 100000 bytes" in outcome.log
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fakes
 import pytest
-from lab import connect, poll
+from lab import HANGS_S, connect, poll
 from scene import (
     HOOK,
     INSTALLED,
@@ -47,8 +47,7 @@ SSHD_CONF = "/etc/ssh/sshd_config"
 SSHD_LOG = "/var/log/sshd.log"
 # What ssh says when something goes wrong with a shared connection.
 NOISE = re.compile(r"mux_|refused by peer|multiplex|ControlSocket|Control socket")
-SOON_S = 60
-LONG_S = 120
+SOON_S = LONG_S = HANGS_S
 
 numbers = itertools.count()
 
@@ -684,7 +683,7 @@ def test_proc_may_show_the_processes_of_others(nix: Scene) -> None:
     """That of the machine, in a container whose own processes have other numbers."""
     command = nix.nix_build(one("cat ${builtins.toFile ''small'' ''text''} > $out"))
     apart = ("unshare", "--pid", "--fork", "--kill-child")
-    outcome = nix.launch(*apart, *command).end(30)
+    outcome = nix.launch(*apart, *command).end()
     assert outcome.status == 0, outcome.log
 
 

@@ -153,7 +153,7 @@ def test_a_full_slot_directory_loses_no_build(nix: Scene, full: str) -> None:
         nix.client.run("sh", "-c", f"cd {SLOTS}; {fill} 2> /dev/null", check=False)
         nix.builders[1].write("/tmp/go", "")
         nix.builder.stop_sshd(sessions=True)
-        outcome = run.end(90)
+        outcome = run.end()
         assert outcome.status == 0, outcome.log
         assert nix.client.read(outcome.output) == "b2\n" and "a bug" not in outcome.log
     finally:

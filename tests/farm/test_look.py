@@ -115,24 +115,24 @@ def test_a_client_that_comes_later_leaves_the_slots_to_who_has_them(
     nix: Scene, colleague: Scene
 ) -> None:
     theirs = colleague.start(many("long", 4, 600))
-    poll(lambda: running(nix.builder) == 4, "their builds", timeout=30)
+    poll(lambda: running(nix.builder) == 4, "their builds")
     assert nix.build(many("ours", 3)).status == 0  # one after another
     ours = nix.start(many("more", 3, 600))
-    poll(lambda: running(nix.builder) == 5, "one of ours", timeout=30)
+    poll(lambda: running(nix.builder) == 5, "one of ours")
     why = "4 builds of other clients"
     poll(lambda: why in people(nix, "explain")["left-out"][0]["reason"], why)
     shown = people(nix, "status")["machines"][0]
     assert (shown["taken"], shown["others"]) == (1, 4)
     theirs.interrupt()
-    poll(lambda: running(nix.builder) == 3, "all of ours", timeout=30)
+    poll(lambda: running(nix.builder) == 3, "all of ours")
     ours.interrupt()
 
 
 def test_who_does_not_look_takes_all_slots(nix: Scene, colleague: Scene) -> None:
     theirs = colleague.start(many("blind", 4, 600))
-    poll(lambda: running(nix.builder) == 4, "their builds", timeout=30)
+    poll(lambda: running(nix.builder) == 4, "their builds")
     ours = nix.start(many("sighted", 4, 600), env={"NIX_BLIND_HOOK": "1"})
-    poll(lambda: running(nix.builder) == 8, "all of ours", timeout=30)
+    poll(lambda: running(nix.builder) == 8, "all of ours")
     for run in (theirs, ours):
         run.interrupt()
 
@@ -149,7 +149,7 @@ def test_our_own_builds_are_not_taken_for_those_of_others(nix: Scene) -> None:
     nix.machines("nix@b1 - - 12\n")
     try:
         run = nix.start(many("daemon", 12, 600))
-        poll(lambda: running(there) == 12, "all of them", timeout=60)
+        poll(lambda: running(there) == 12, "all of them")
         assert "\nbuilds 0\n" in looked(nix)
         run.interrupt()
     finally:
@@ -184,7 +184,7 @@ def test_a_builder_without_room_gets_no_builds_until_it_has_room_again(
         assert re.search(r"has only \d+ MiB \(\d+%\) free in its store", left_out)
         nix.builder.run("rm", "/nix/junk")
         names = (f"again{number}" for number in range(100))
-        poll(lambda: builder_of(nix, next(names)) == "b1\n", "builds on b1", timeout=30)
+        poll(lambda: builder_of(nix, next(names)) == "b1\n", "builds on b1")
     finally:
         nix.clear()
         nix.builder.run("umount", "-l", "/nix")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from lab import connect
+from lab import HANGS_S, connect
 from scene import (
     HOOK,
     INSTALLED,
@@ -20,7 +20,7 @@ from scene import (
     version,
 )
 
-LONG_S = 60
+LONG_S = HANGS_S
 CONF = f"""
 max-jobs = {{jobs}}
 build-hook = {INSTALLED}

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from lab import poll
+from lab import HANGS_S, poll
 from scene import SLOTS, Run, Scene, other, scene, valid, verified
 
-SOON_S = 60
+SOON_S = HANGS_S
 numbers = itertools.count()
 
 # With an input to send and an output to fetch, both of some size.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import pytest
-from lab import FarmError, Host, Inside, poll
+from lab import HANGS_S, FarmError, Host, Inside, poll
 from scene import (
     DRIVER,
     HOOK,
@@ -31,7 +31,7 @@ from scene import (
 MACHINES = "/etc/old/machines"
 SLOTS = "/run/slots"
 ENVIRON = {"NIX_REMOTE_SYSTEMS": MACHINES, "NIX_CURRENT_LOAD": SLOTS}
-TIMEOUT_S = 60
+TIMEOUT_S = HANGS_S
 SESSION = "nix-store --serve"
 
 every_version = pytest.mark.parametrize("version", ["1.0", "1.2", "1.11"])

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from lab import Host, is_taken, poll
+from lab import HANGS_S, Host, is_taken, poll
 from scene import INSTALLED, PRELUDE, SLOTS, Run, Scene, registered, scene, version
 
 POLL = ("--option", "build-poll-interval", "1")
-SOON_S = 60
-LONG_S = 120
+SOON_S = LONG_S = HANGS_S
 
 # Notes down on the builder how many builds run there as it begins.
 COUNTED = """

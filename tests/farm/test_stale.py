@@ -14,8 +14,6 @@ from held import NOISY, afresh, at_work, let_go, two_builders
 from lab import Inside
 from scene import Scene, change_hook, lose_connections, valid
 
-LONG_S = 120
-
 numbers = itertools.count()
 
 

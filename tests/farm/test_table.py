@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import fakes
 import pytest
 import scene as setting
-from lab import Host, is_taken, poll
+from lab import HANGS_S, Host, is_taken, poll
 from scene import (
     DRIVER,
     INSTALLED,
@@ -45,7 +45,7 @@ ENGINES = ("host", "2.8", "2.34")  # as clients; five minutes each
 MACHINES = "/etc/nix/machines"
 SYSTEM = f"{platform.machine()}-linux"
 SERVE = "nix-store --serve"
-LONG_S = 120
+LONG_S = HANGS_S
 BIG = 8_000_000
 HELD = "touch /tmp/held; while ! [ -e /tmp/go ]; do sleep 0.02; done; hostname > $out"
 LEFT = "rm -rf /tmp/go /tmp/held /tmp/runs /tmp/exits /usr/local/bin/nix-store"

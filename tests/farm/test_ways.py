@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
-from lab import Host, connect, poll
+from lab import HANGS_S, Host, connect, poll
 from scene import (
     HOOK,
     INSTALLED,
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engines
 
 numbers = itertools.count()
 # A build that waited for the machine to be of use again would take 15 minutes.
-TIMEOUT_S = 60
+TIMEOUT_S = HANGS_S
 OWN = f"{SLOTS}/own"
 # A store in another place needs a sandbox, in which there has to be a shell.
 SANDBOX = "sandbox-paths = /bin /usr /lib /lib64\n"
