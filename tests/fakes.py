@@ -214,8 +214,8 @@ while True:
         time.sleep(30 if manners == "no line, no end" else 0)
         print("log of the build", file=sys.stderr, flush=True)
         time.sleep(30 if manners == "one line, no end" else 0)
-        for line in range(6 if manners == "a line each 0.5 s" else 0):
-            time.sleep(0.5)
+        for line in range(7 if manners == "a line each second" else 0):
+            time.sleep(1)
             print(line, file=sys.stderr, flush=True)
         if manners == "half-way":
             sys.stdout.buffer.write(bytes(12))
@@ -346,6 +346,8 @@ class Client:
         shutil.copy(HOOK, self.hook)
         # The fakes never recover, so there is nothing to wait for.
         self.constants = {"PAUSE_S": 0.4, "PAUSE_LIMIT_S": 5.0, "AWAY_TIMEOUT_S": 2.0}
+        # And a slow machine has time to start them.
+        self.constants |= {"REPLY_S": 30, "RETIRE_S": 30}
         for drv in (CAP_A_DRV, CAP_B_DRV):
             shutil.copy(TRANSCRIPTS / Path(drv).name, self.store)
         self.ssh = self.program("bin/ssh", SSH)

@@ -240,8 +240,8 @@ def test_an_error_leaves_the_terminal_as_it_was(people: People) -> None:
 
 
 def test_it_is_watched_also_if_stdin_is_no_terminal(people: People) -> None:
+    start = time.monotonic()
     with terminal(people, stdin=subprocess.DEVNULL) as shown:
-        start = time.monotonic()
         shown.see("left alone, ", 3)
         assert time.monotonic() > start + 1  # once a second
 
