@@ -62,8 +62,9 @@ exec /usr/bin/ssh "$@"
 
 KEEPER = f"sleep {SPARE_S}"  # which keeps a spare session
 
-# What a hook waits for before it takes a machine that is slow for one that is away.
-PATIENT = {"REPLY_S": 20, "RETIRE_S": 20}
+# With these no slow machine is taken for one that is away, or for one that is far, with
+# which spare sessions would be begun.
+PATIENT = {"REPLY_S": 20, "RETIRE_S": 20, "FAR_S": 1000}
 
 MAY_STAY = (
     "nix-daemon",

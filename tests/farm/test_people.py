@@ -554,6 +554,12 @@ def test_status_shows_what_runs_and_who_waits(nix: Scene) -> None:
     run = nix.start(f'builtins.genList (n: mk "s-${{toString n}}" "{WAITS}" {{}}) 15')
     poll(lambda: sum(map(len, map(running_on, nix.builders))) == 12, "12")
     poll(lambda: len(status(nix)["waiting"]) == 3, "3 that wait")
+
+    def phases() -> list[str]:
+        machines = status(nix)["machines"]
+        return [found["phase"] for m in machines for found in m["building"]]
+
+    poll(lambda: phases() == ["building"] * 12, "12 that wait for their builds")
     said = status(nix)
     hooks = nix.client.run("pgrep", "-f", f"{INSTALLED} [0-9]").stdout.split()
     for machine, builder in zip(said["machines"], nix.builders):
