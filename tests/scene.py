@@ -355,7 +355,7 @@ def outage(nix: Scene, host: str) -> str:
 
 def text_of(file: Path) -> str:
     """What it says; nothing if it is gone, as a hook may remove it at any moment."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return file.read_text(errors="replace")
     return ""
 
