@@ -12,6 +12,7 @@ from scene import (
     HOOK,
     INSTALLED,
     Scene,
+    change_hook,
     distrustful,
     forget,
     other,
@@ -50,6 +51,7 @@ def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
     forget(hosts)
+    change_hook(hosts)
     yield hosts
     hosts.settle()
 

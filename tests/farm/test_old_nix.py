@@ -23,6 +23,7 @@ from scene import (
     PRELUDE,
     TESTS,
     Scene,
+    change_hook,
     end_masters,
     scene,
     suitable,
@@ -152,6 +153,7 @@ class OldNix(NamedTuple):
 def hosts(client_engine: str) -> Iterator[Scene]:
     with scene(client_engine, client_engine, client_engine) as running:
         running.client.copy(TESTS / "delay.py", "/usr/local/bin/delay.py")
+        change_hook(running)
         yield running
 
 
