@@ -32,7 +32,7 @@ from lab import Host, Inside, Lab, connect, engine, is_taken, poll
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
 INSTALLED = "/usr/local/bin/nix_build_remote.py"
 CLIENTS, BUILDERS, SLOTS = 3, 4, 2
-TOLERANCE_S = 10  # for a build that lost its session to end
+TOLERANCE_S = 30  # for a build that lost its session to end
 GIVE_UP_S = 600
 
 # Every derivation reads two earlier ones, and notes down what else runs on its machine.
@@ -306,7 +306,7 @@ class Chaos:
 
     def left(self) -> list[str]:
         with contextlib.suppress(Exception):
-            poll(lambda: not self.busy(), "the end", timeout=60)
+            poll(lambda: not self.busy(), "the end")
         directory = self.client.path("/nix/var/nix/current-load")
         locks = [path for path in directory.rglob("*") if path.is_file()]
         return [*self.busy(), *(path.name for path in locks if is_taken(path))]

@@ -9,10 +9,11 @@ late, not slow: as much as comes in may be under way at once.
     ssh -o ProxyCommand="delay.py %h %p turns FILE" HOST
 
 counts round trips instead, while FILE exists: what the server says is held back until
-both have been silent for a while, and then arrives at once. If the client has said
-something since the last time, that was a round trip, and FILE gets a line: the time, and
-how many bytes the client and the server have said. So nothing depends on how fast the
-server is, and what the client does not wait for counts for nothing.
+both have been silent for a while, in which all processes here have slept, and then
+arrives at once. If the client has said something since the last time, that was a round
+trip, and FILE gets a line: the time, and how many bytes the client and the server have
+said. So nothing depends on how fast they are, and what the client does not wait for
+counts for nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ CHUNK_BYTES = 256 * 1024
 # fills it, and then the source has to wait, as TCP would make it.
 UNDER_WAY_BYTES = 256 * 1024 * 1024
 # For the client to say all that it can say without an answer. Longer only takes longer.
-SILENCE_S = 0.5
+# In several looks, so that there are some also if we, as all others, stood still meanwhile.
+LOOKS, LOOK_S = 10, 0.05
 
 
 class Direction:
@@ -94,17 +96,26 @@ class Answers(Direction):
         self.notes = notes
         self.known = (0, 0)  # bytes that had come there and back at the last turn
         self.free = 0  # bytes that may go: what was held when there was silence
+        self.looks = 0  # that have found silence, one after another
+        self.looked = 0.0  # when we last looked
 
     def due_in(self) -> float | None:
         if self.queue and not self.free:
             counts = os.path.exists(self.notes)
-            silent_at = max(self.last, self.there.last) + SILENCE_S
-            left = silent_at - time.monotonic()
-            if counts and left > 0:
-                return left
-            self.free = self.held
+            if counts and not self.is_silent():
+                return LOOK_S
+            self.looks, self.free = 0, self.held
             self.turn(counts)
         return 0.0 if self.queue else None
+
+    def is_silent(self) -> bool:
+        """Whether enough looks, this being one if it is time for it, have found silence."""
+        now = time.monotonic()
+        if now >= self.looked + LOOK_S:
+            is_new = max(self.last, self.there.last) > self.looked
+            self.looks = 0 if is_new or somebody_works() else self.looks + 1
+            self.looked = now
+        return self.looks >= LOOKS
 
     def give(self) -> bool:
         before = self.held
@@ -120,6 +131,19 @@ class Answers(Direction):
         if asked and counts:
             with open(self.notes, "a") as file:
                 file.write(f"{time.time():.3f} {asked} {answered}\n")
+
+
+def somebody_works() -> bool:
+    """Whether another process here runs, or would if it could."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                state = file.read().rpartition(b")")[2].split()[0]
+        except OSError:  # it has just ended
+            continue
+        if state in (b"R", b"D") and int(name) != os.getpid():
+            return True
+    return False
 
 
 def relay(ways: list[Direction]) -> None:

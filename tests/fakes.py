@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from lab import HANGS_S
 from launcher import assigned, launcher
 
 HOOK = Path(__file__).resolve().parent.parent / "nix_build_remote.py"
@@ -91,7 +92,7 @@ import pathlib, signal, sys
 
 if "-G" in sys.argv:  # it has no configuration to show
     sys.exit(1)
-signal.alarm(10)  # rather than wait for ever for bytes that do not come
+signal.alarm(300)  # rather than wait for ever for bytes that do not come
 sent = open({sent!r}, "wb")
 lines = pathlib.Path({script!r}).read_text(encoding="utf-8").splitlines()
 for mark, text in ((line[0], line[2:]) for line in lines):
@@ -124,7 +125,7 @@ with open({journal!r}, "a") as journal:
     print(repr(("ssh", sys.argv[1:], options, "")), file=journal)
 
 def listen():
-    signal.alarm(20)
+    signal.alarm(40)
     (path,) = (word[14:] for word in sys.argv if word[:14] == "-oControlPath=")
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)
@@ -213,8 +214,8 @@ while True:
         time.sleep(30 if manners == "no line, no end" else 0)
         print("log of the build", file=sys.stderr, flush=True)
         time.sleep(30 if manners == "one line, no end" else 0)
-        for line in range(6 if manners == "a line each 0.5 s" else 0):
-            time.sleep(0.5)
+        for line in range(7 if manners == "a line each second" else 0):
+            time.sleep(1)
             print(line, file=sys.stderr, flush=True)
         if manners == "half-way":
             sys.stdout.buffer.write(bytes(12))
@@ -345,6 +346,8 @@ class Client:
         shutil.copy(HOOK, self.hook)
         # The fakes never recover, so there is nothing to wait for.
         self.constants = {"PAUSE_S": 0.4, "PAUSE_LIMIT_S": 5.0, "AWAY_TIMEOUT_S": 2.0}
+        # And a slow machine has time to start them.
+        self.constants |= {"REPLY_S": 30, "RETIRE_S": 30}
         for drv in (CAP_A_DRV, CAP_B_DRV):
             shutil.copy(TRANSCRIPTS / Path(drv).name, self.store)
         self.ssh = self.program("bin/ssh", SSH)
@@ -418,7 +421,7 @@ class Client:
             input=stdin,
             capture_output=True,
             env={name: value for name, value in self.environ.items() if value},
-            timeout=30,
+            timeout=HANGS_S,
             check=False,
         )
         lines = done.stderr.decode().splitlines()

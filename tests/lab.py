@@ -50,6 +50,8 @@ BUILD_USERS = 32
 OWN_MOUNTS = ("/nix", "/nix/store", "/nix/var", "/opt", "/usr", "/var")
 # What the init of a host waits for, with a number that no test would use.
 IDLE = "sleep 2147083"
+# What takes longer hangs. No test depends on how fast a machine is, so this is never near.
+HANGS_S = 300
 
 T = TypeVar("T")
 
@@ -83,7 +85,7 @@ def unavailable() -> str | None:
     return None
 
 
-def poll(found: Callable[[], T], what: str, *, timeout: float = 60) -> T:
+def poll(found: Callable[[], T], what: str, *, timeout: float = HANGS_S) -> T:
     """Wait until `found` returns something true, and return that."""
     deadline = time.monotonic() + timeout
     while not (value := found()):
@@ -94,12 +96,14 @@ def poll(found: Callable[[], T], what: str, *, timeout: float = 60) -> T:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether somebody holds the lock of that file."""
-    with path.open("r+b") as file:
-        try:
+    """Whether somebody holds the lock of that file, if it is there."""
+    try:
+        with path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
     return False
 
 
@@ -381,7 +385,7 @@ class Host:
         env: Mapping[str, str] | None = None,
         input: str | bytes | None = None,
         check: bool = True,
-        timeout: float = 120,
+        timeout: float = HANGS_S,
         user: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside; with `check`, any failure of it is the test's."""
@@ -518,15 +522,21 @@ class Host:
 
     def stop_sshd(self, *, sessions: bool = False) -> None:
         """Stop listening; with `sessions`, end the connections there are, too."""
-        victims = [self.sshd_pid] if self.sshd_pid else []
-        if sessions:  # "sshd: root@notty", from OpenSSH 9.8 on "sshd-session: ..."
-            names = [(pid, line.split()[0]) for pid, line in self.processes()]
-            victims += [pid for pid, name in names if name.startswith("sshd")]
-        self.signal(signal.SIGKILL, *victims)
-        # until then another cannot listen
         ended = f"the end of sshd on {self.name}"
-        poll(lambda: not any(map(self.is_running, victims)), ended)
+        if listener := self.sshd_pid:
+            self.signal(signal.SIGKILL, listener)
+            # until then another cannot listen, and this one may begin a session
+            poll(lambda: not self.is_running(listener), ended)
+        while sessions and (found := self._sshd_sessions()):
+            self.signal(signal.SIGKILL, *found)
+            poll(lambda: not any(map(self.is_running, found)), ended)
         self.path("/run/sshd.pid").unlink(missing_ok=True)
+
+    def _sshd_sessions(self) -> list[int]:
+        """Those that run: "sshd: root@notty", from OpenSSH 9.8 on "sshd-session: ..."."""
+        names = [(pid, line.split()[0]) for pid, line in self.processes()]
+        found = [pid for pid, name in names if name.startswith("sshd")]
+        return [pid for pid in found if self.is_running(pid)]
 
     def is_running(self, pid: int) -> bool:
         """Whether that process of the host's has not let go of its files yet."""
@@ -562,9 +572,14 @@ class Host:
         with self.path("/var/log/nix-daemon.log").open("ab") as log:
             argv += ["nix-daemon", "--daemon"]  # as systemd does
             daemon = self.popen(*argv, stdout=log, stderr=log)
-        socket = "/nix/var/nix/daemon-socket/socket"
-        poll(lambda: self.path(socket).exists(), f"nix-daemon on {self.name}")
+        poll(self._daemon_listens, f"nix-daemon on {self.name}")
         return daemon
+
+    def _daemon_listens(self) -> bool:
+        """Whether it does; its socket is there before, and after it was killed."""
+        lines = Path(f"/proc/{self.pid}/net/unix").read_text().splitlines()
+        listening = [line.split() for line in lines if " 00010000 " in line]
+        return any(words[-1].endswith("/socket") for words in listening)
 
     def _add_build_users(self) -> None:
         names = [f"nixbld{n}" for n in range(1, BUILD_USERS + 1)]

@@ -8,6 +8,7 @@ Nothing is built on the client itself, unless a test gives nix-build `-j1`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import re
 import signal
 import subprocess
@@ -20,11 +21,13 @@ import pytest
 from lab import (
     ENGINES,
     ENGINES_DIR,
+    HANGS_S,
     Host,
     Inside,
     Lab,
     connect,
     engine,
+    is_taken,
     poll,
     unavailable,
 )
@@ -58,6 +61,10 @@ exec /usr/bin/ssh "$@"
 """
 
 KEEPER = f"sleep {SPARE_S}"  # which keeps a spare session
+
+# With these no slow machine is taken for one that is away, or for one that is far, with
+# which spare sessions would be begun.
+PATIENT = {"REPLY_S": 20, "RETIRE_S": 20, "FAR_S": 1000}
 
 MAY_STAY = (
     "nix-daemon",
@@ -113,7 +120,7 @@ class Run(NamedTuple):
 
         poll(gone, "the end of nix-build")
 
-    def end(self, timeout: float = 60) -> Outcome:
+    def end(self, timeout: float = HANGS_S) -> Outcome:
         out, _ = self.process.communicate(timeout=timeout)
         return Outcome(self.process.returncode, out.decode().split(), self.log)
 
@@ -149,7 +156,7 @@ class Scene(NamedTuple):
         *options: str,
         check: bool = True,
         env: Mapping[str, str] | None = None,
-        timeout: float = 90,
+        timeout: float = HANGS_S,
         user: str | None = None,
     ) -> Outcome:
         """Run nix-build; unless told not to `check`, its failure is the test's."""
@@ -262,7 +269,7 @@ def change_hook(
 ) -> None:
     """Install the hook with other values of some of its constants; see launcher.py."""
     nix.client.copy(HOOK, CHANGED)
-    changes = [*assigned(constants), *statements]
+    changes = [*assigned({**PATIENT, **constants}), *statements]
     nix.client.write(INSTALLED, launcher(CHANGED, *changes, after=after), 0o755)
 
 
@@ -312,10 +319,45 @@ def begun(nix: Scene, host: str) -> int:
     return sum(line.endswith(f"-- {host}") for line in lines)
 
 
+@contextlib.contextmanager
+def nobody_chooses(nix: Scene) -> Iterator[None]:
+    """Hold the main lock: who chose now would take a lock that we look at for taken."""
+    path = nix.client.path(SLOTS) / "main-lock"
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(FileNotFoundError):
+            file = held.enter_context(path.open("r+b"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def places(nix: Scene) -> list[str]:
+    """What is written at each place in line where a hook stands."""
+    with nobody_chooses(nix):
+        files = nix.client.path(SLOTS).glob("own/line-*")
+        return [text_of(file) for file in files if is_taken(file)]
+
+
+def stand(nix: Scene, count: int) -> None:
+    """Wait until so many hooks stand in line, and have written down for what."""
+
+    def are_there() -> bool:
+        said = places(nix)
+        return len(said) == count and all(said)
+
+    poll(are_there, f"{count} in line")
+
+
 def outage(nix: Scene, host: str) -> str:
     """What is noted down of that host: failures, since, until, words; or nothing."""
     notes = nix.client.path(f"{SLOTS}/own").glob(f"*{host}[.-]*down")
-    return next((note.read_text() for note in notes), "")
+    return "".join(map(text_of, notes))
+
+
+def text_of(file: Path) -> str:
+    """What it says; nothing if it is gone, as a hook may remove it at any moment."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return file.read_text(errors="replace")
+    return ""
 
 
 def go_away(builder: Host, how: str = "refusing") -> None:

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import fakes
 import pytest
-from lab import connect, poll
+from lab import HANGS_S, connect, poll
 from scene import (
-    HOOK,
-    INSTALLED,
     SLOTS,
     Scene,
     change_hook,
@@ -47,8 +45,7 @@ SSHD_CONF = "/etc/ssh/sshd_config"
 SSHD_LOG = "/var/log/sshd.log"
 # What ssh says when something goes wrong with a shared connection.
 NOISE = re.compile(r"mux_|refused by peer|multiplex|ControlSocket|Control socket")
-SOON_S = 60
-LONG_S = 120
+SOON_S = LONG_S = HANGS_S
 
 numbers = itertools.count()
 
@@ -88,8 +85,7 @@ def logins(nix: Scene, builder: int = 0) -> int:
 
 
 def sockets(nix: Scene) -> list[Path]:
-    found = nix.client.path(SLOTS).rglob("*")
-    return [path for path in found if stat.S_ISSOCK(path.lstat().st_mode)]
+    return [path for path in nix.client.path(SLOTS).rglob("*") if path.is_socket()]
 
 
 def configure(nix: Scene, text: str) -> None:
@@ -118,7 +114,7 @@ def nix(hosts: Scene) -> Iterator[Scene]:
     """One builder, no connection, no slot files, and the settings of everybody."""
     end_masters(hosts)
     hosts.client.run("rm", "-rf", SLOTS, "/root/.ssh/config", "/root/.ssh/user")
-    hosts.client.copy(HOOK, INSTALLED)
+    change_hook(hosts)
     for builder in hosts.builders:
         builder.run("sh", "-c", f"rm -rf /tmp/go /tmp/held-*; : > {SSHD_LOG}")
     hosts.machines("b1 - - 4\n")
@@ -194,8 +190,8 @@ def test_an_idle_connection_ends_by_itself(nix: Scene) -> None:
 
 
 def test_a_connection_in_use_is_not_idle(nix: Scene) -> None:
-    change_hook(nix, IDLE_S=1)
-    outcome = nix.build(one("sleep 2.5; hostname > $out"))
+    change_hook(nix, IDLE_S=4)  # more than a hook takes to begin its session
+    outcome = nix.build(one("sleep 6; hostname > $out"))
     assert nix.client.read(outcome.output) == "b1\n"
     assert logins(nix) == 1
 
@@ -353,6 +349,7 @@ def test_a_stale_socket_is_no_obstacle(nix: Scene) -> None:
 
 def test_a_master_that_stands_still_is_not_used_again(nix: Scene) -> None:
     """Its machine is well, and builds again over a new connection."""
+    change_hook(nix, REPLY_S=5, RETIRE_S=2)
     nix.machines("b1 - - 1\n")
     nix.build(one())
     still = masters(nix)
@@ -371,6 +368,7 @@ def test_a_master_whose_socket_takes_no_more_calls_is_not_used_again(
     nix: Scene,
 ) -> None:
     """As that of one that stands still when many have called: to call it would wait."""
+    change_hook(nix, REPLY_S=5, RETIRE_S=2)
     nix.build(one())
     still = masters(nix)
     nix.client.signal(signal.SIGSTOP, *still)
@@ -684,7 +682,7 @@ def test_proc_may_show_the_processes_of_others(nix: Scene) -> None:
     """That of the machine, in a container whose own processes have other numbers."""
     command = nix.nix_build(one("cat ${builtins.toFile ''small'' ''text''} > $out"))
     apart = ("unshare", "--pid", "--fork", "--kill-child")
-    outcome = nix.launch(*apart, *command).end(30)
+    outcome = nix.launch(*apart, *command).end()
     assert outcome.status == 0, outcome.log
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from lab import Host, connect, engine, is_taken, poll
 from scene import (
-    HOOK,
     INSTALLED,
     SLOTS,
     Run,
@@ -56,8 +55,11 @@ def looked(nix: Scene, host: str = "b1") -> str:
         notes = [*nix.client.path(f"{SLOTS}/own").glob(f"*{host}.look")]
         return notes[0].read_text() if notes else ""
 
-    poll(lambda: found().endswith("\nend\n"), f"what {host} says of itself")
-    return found()
+    def answer() -> str:
+        said = found()
+        return said if said.endswith("\nend\n") else ""
+
+    return poll(answer, f"what {host} says of itself")
 
 
 def people(nix: Scene, *words: str) -> Any:
@@ -89,11 +91,12 @@ def colleague(nix: Scene) -> Iterator[Scene]:
     """Another client of the same builder."""
     name = nix.client.engine.name
     client = nix.client.lab.host("colleague", engine(name), nix_conf="max-jobs = 0\n")
-    client.copy(HOOK, INSTALLED)
     connect(client, nix.builder)
     client.run("nix-store", "--init")
     theirs = Scene(client, nix.builders)
     theirs.machines("b1 - - 4\n")
+    for each in (nix, theirs):  # a slow builder has not answered within seconds
+        change_hook(each, LOOK_WAIT_S=60)
     yield theirs
     client.stop()
 
@@ -102,11 +105,10 @@ def colleague(nix: Scene) -> Iterator[Scene]:
 def test_two_clients_together_take_its_slots_and_one_more_at_most(
     nix: Scene, colleague: Scene
 ) -> None:
-    change_hook(nix)
     runs = [s.start(many(s.client.name, 10, SECONDS)) for s in (nix, colleague)]
     counts = counts_until_both_end(nix.builder, runs)
     too_many = [count for count in counts if count > 5]
-    assert len(too_many) < 20 * SECONDS  # no longer than two builds
+    assert len(too_many) < len(counts) / 2  # two builds of the four or five in a row
     assert max(counts) < 8
 
 
@@ -115,24 +117,24 @@ def test_a_client_that_comes_later_leaves_the_slots_to_who_has_them(
     nix: Scene, colleague: Scene
 ) -> None:
     theirs = colleague.start(many("long", 4, 600))
-    poll(lambda: running(nix.builder) == 4, "their builds", timeout=30)
+    poll(lambda: running(nix.builder) == 4, "their builds")
     assert nix.build(many("ours", 3)).status == 0  # one after another
     ours = nix.start(many("more", 3, 600))
-    poll(lambda: running(nix.builder) == 5, "one of ours", timeout=30)
+    poll(lambda: running(nix.builder) == 5, "one of ours")
     why = "4 builds of other clients"
-    poll(lambda: why in people(nix, "explain")["left-out"][0]["reason"], why)
+    poll(lambda: why in str(people(nix, "explain")["left-out"]), why)
     shown = people(nix, "status")["machines"][0]
     assert (shown["taken"], shown["others"]) == (1, 4)
     theirs.interrupt()
-    poll(lambda: running(nix.builder) == 3, "all of ours", timeout=30)
+    poll(lambda: running(nix.builder) == 3, "all of ours")
     ours.interrupt()
 
 
 def test_who_does_not_look_takes_all_slots(nix: Scene, colleague: Scene) -> None:
     theirs = colleague.start(many("blind", 4, 600))
-    poll(lambda: running(nix.builder) == 4, "their builds", timeout=30)
+    poll(lambda: running(nix.builder) == 4, "their builds")
     ours = nix.start(many("sighted", 4, 600), env={"NIX_BLIND_HOOK": "1"})
-    poll(lambda: running(nix.builder) == 8, "all of ours", timeout=30)
+    poll(lambda: running(nix.builder) == 8, "all of ours")
     for run in (theirs, ours):
         run.interrupt()
 
@@ -149,7 +151,7 @@ def test_our_own_builds_are_not_taken_for_those_of_others(nix: Scene) -> None:
     nix.machines("nix@b1 - - 12\n")
     try:
         run = nix.start(many("daemon", 12, 600))
-        poll(lambda: running(there) == 12, "all of them", timeout=60)
+        poll(lambda: running(there) == 12, "all of them")
         assert "\nbuilds 0\n" in looked(nix)
         run.interrupt()
     finally:
@@ -184,7 +186,7 @@ def test_a_builder_without_room_gets_no_builds_until_it_has_room_again(
         assert re.search(r"has only \d+ MiB \(\d+%\) free in its store", left_out)
         nix.builder.run("rm", "/nix/junk")
         names = (f"again{number}" for number in range(100))
-        poll(lambda: builder_of(nix, next(names)) == "b1\n", "builds on b1", timeout=30)
+        poll(lambda: builder_of(nix, next(names)) == "b1\n", "builds on b1")
     finally:
         nix.clear()
         nix.builder.run("umount", "-l", "/nix")
@@ -229,6 +231,7 @@ def test_a_login_that_allows_only_nix_store_is_not_asked_again(nix: Scene) -> No
     try:
         nix.build(many("only", 4))
         note = next(nix.client.path(f"{SLOTS}/own").glob("*b1.look"))
+        poll(lambda: not is_taken(note), "the end of the answer")
         said = note.read_text()
         assert "\nend\n" not in said.partition("\nasked")[2]
         nix.build(many("more", 4))
@@ -241,7 +244,8 @@ def test_a_look_that_hangs_costs_no_build(nix: Scene) -> None:
     nix.builder.write("/usr/local/bin/df", "#!/bin/sh\nexec sleep 1000\n", 0o755)
     try:
         nix.build(many("beside", 3))
-        assert nix.builder.run("pkill", "-c", "-f", "^sleep 1000").stdout == "1\n"
+        end = ("pkill", "-f", "^sleep 1000")
+        poll(lambda: not nix.builder.run(*end, check=False).returncode, "what hangs")
     finally:
         nix.builder.run("rm", "/usr/local/bin/df")
 
@@ -273,12 +277,15 @@ def test_a_connection_ends_when_idle_whatever_a_look_does(
     if hangs:
         nix.builder.write("/usr/local/bin/df", "#!/bin/sh\nexec sleep 1000\n", 0o755)
     try:
-        nix.build(many(f"idle-{hangs}-", 1))
-        assert masters(nix)
+        script = "while ! [ -e /tmp/idle ]; do sleep 0.02; done; echo > $out"
+        run = nix.start(f'mk "idle-{hangs}" "{script}" {{}}')
+        poll(lambda: masters(nix), "the connection")
+        nix.builder.write("/tmp/idle", "")
+        assert run.end().status == 0
         poll(lambda: not masters(nix), "the end of the idle connection")
     finally:
         nix.builder.run("pkill", "-f", "^sleep 1000", check=False)
-        nix.builder.run("rm", "-f", "/usr/local/bin/df")
+        nix.builder.run("rm", "-f", "/usr/local/bin/df", "/tmp/idle")
 
 
 @pytest.mark.engines

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from lab import connect
+from lab import HANGS_S, connect, poll
 from scene import (
     HOOK,
     INSTALLED,
     Scene,
+    change_hook,
     distrustful,
     forget,
     other,
@@ -20,7 +21,7 @@ from scene import (
     version,
 )
 
-LONG_S = 60
+LONG_S = HANGS_S
 CONF = f"""
 max-jobs = {{jobs}}
 build-hook = {INSTALLED}
@@ -50,6 +51,7 @@ def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
     forget(hosts)
+    change_hook(hosts)
     yield hosts
     hosts.settle()
 
@@ -136,10 +138,16 @@ def test_a_head_node_sends_on_what_others_send_it(nix: Scene) -> None:
     nix.builder.write("/etc/nix/nix.conf", f"{conf}\n{CONF.format(jobs=1)}")
     nix.builder.write("/etc/nix/machines", "b2 - - 4\n")
     name = f"sent-{next(numbers)}"
-    each = f'mk "{name}-${{toString n}}" "sleep 1; hostname > $out" {{}}'
+    script = "touch /tmp/at-$name; while ! [ -e /tmp/go ]; do sleep 0.02; done"
+    each = f'mk "{name}-${{toString n}}" "{script}; hostname > $out" {{}}'
     command = nix.nix_build(f"builtins.genList (n: {each}) 5")[:3]
-    command += ["--store", "ssh-ng://b1", "--max-jobs", "0"]
-    outputs = nix.client.run(*command, timeout=LONG_S).stdout.split()
-    built = {nix.builder.read(output).strip() for output in outputs}
+    run = nix.launch(*command, "--store", "ssh-ng://b1", "--max-jobs", "0")
+    begun = [host.path("/tmp").glob for host in nix.builders]
+    poll(lambda: sum(len([*g(f"at-{name}*")]) for g in begun) == 5, "all at once")
+    for host in nix.builders:
+        host.write("/tmp/go", "")
+    outcome = run.end()
+    assert outcome.status == 0, outcome.log
+    built = {nix.builder.read(output).strip() for output in outcome.outputs}
     nix.builder.write("/etc/nix/nix.conf", conf)
     assert built == {"b1", "b2"}

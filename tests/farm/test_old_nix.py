@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import pytest
-from lab import FarmError, Host, Inside, poll
+from lab import HANGS_S, FarmError, Host, Inside, poll
 from scene import (
     DRIVER,
     HOOK,
@@ -23,6 +23,7 @@ from scene import (
     PRELUDE,
     TESTS,
     Scene,
+    change_hook,
     end_masters,
     scene,
     suitable,
@@ -31,7 +32,7 @@ from scene import (
 MACHINES = "/etc/old/machines"
 SLOTS = "/run/slots"
 ENVIRON = {"NIX_REMOTE_SYSTEMS": MACHINES, "NIX_CURRENT_LOAD": SLOTS}
-TIMEOUT_S = 60
+TIMEOUT_S = HANGS_S
 SESSION = "nix-store --serve"
 
 every_version = pytest.mark.parametrize("version", ["1.0", "1.2", "1.11"])
@@ -152,6 +153,7 @@ class OldNix(NamedTuple):
 def hosts(client_engine: str) -> Iterator[Scene]:
     with scene(client_engine, client_engine, client_engine) as running:
         running.client.copy(TESTS / "delay.py", "/usr/local/bin/delay.py")
+        change_hook(running)
         yield running
 
 

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
+from lab import HANGS_S
 from scene import HOOK, Scene, forget, masters, other, scene, suitable, valid, version
 
-TIMEOUT_S = 60  # for a build that takes 1; one that hangs would do so for hours
+TIMEOUT_S = HANGS_S  # one that hangs would do so for hours
 TRACE = "/tmp/trace"
 PREFIX = "/opt/program"
 REPLY = bytes.fromhex("cbee525400000000").decode("latin-1")  # a builder's first word

@@ -14,19 +14,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from lab import Host, is_taken, poll
-from scene import INSTALLED, PRELUDE, SLOTS, Run, Scene, registered, scene, version
+from lab import HANGS_S, Host, is_taken, poll
+from scene import (
+    INSTALLED,
+    PRELUDE,
+    SLOTS,
+    Run,
+    Scene,
+    change_hook,
+    registered,
+    scene,
+    version,
+)
 
 POLL = ("--option", "build-poll-interval", "1")
-SOON_S = 60
-LONG_S = 120
+SOON_S = LONG_S = HANGS_S
 
-# Notes down on the builder how many builds run there as it begins.
+# Notes down on the builder how many builds run there as it begins; none ends before the
+# test says so.
 COUNTED = """
   mkdir -p /tmp/running
   touch /tmp/running/$name
   ls /tmp/running | wc -l >> /tmp/counts
-  sleep 1
+  while ! [ -e /tmp/go ]; do sleep 0.02; done
+  sleep 0.2
   rm /tmp/running/$name
   echo > $out
 """
@@ -50,6 +61,15 @@ def many(label: str, count: int) -> str:
 
 def most_at_once(builder: Host) -> int:
     return max(map(int, builder.read("/tmp/counts").split()))
+
+
+def fill(*builders: Host) -> None:
+    """Wait until two builds run on each, and then let all go on."""
+    for builder in builders:
+        running = builder.path("/tmp/running").glob
+        poll(lambda: len([*running("*")]) > 1, f"two builds on {builder.name}")  # noqa: B023
+    for builder in builders:
+        builder.write("/tmp/go", "")
 
 
 def slot_directory(nix: Scene) -> Path:
@@ -115,6 +135,7 @@ def take(nix: Scene, machine: str, slots: int) -> list[int]:
 @pytest.fixture(scope="module")
 def hosts(client_engine: str) -> Iterator[Scene]:
     with scene(client_engine, client_engine, client_engine) as running:
+        change_hook(running)
         yield running
 
 
@@ -123,7 +144,7 @@ def nix(hosts: Scene) -> Iterator[Scene]:
     """No slot files, nothing counted, and no build from an earlier test."""
     hosts.client.run("rm", "-rf", SLOTS)
     for builder in hosts.builders:
-        builder.run("rm", "-rf", "/tmp/running", "/tmp/counts")
+        builder.run("rm", "-rf", "/tmp/running", "/tmp/counts", "/tmp/go")
     yield hosts
     for process in hosts.client.processes():
         if "nix-build " in process.cmdline:
@@ -137,6 +158,7 @@ def nix(hosts: Scene) -> Iterator[Scene]:
 def test_two_nix_processes_never_exceed_the_slots(nix: Scene) -> None:
     nix.machines("b1 - - 2\nb2 - - 2\n")
     both = [nix.start(many(label, 12), *POLL) for label in ("left", "right")]
+    fill(*nix.builders)
     assert [run.end(LONG_S).status for run in both] == [0, 0]
     assert [most_at_once(builder) for builder in nix.builders] == [2, 2]
 
@@ -147,13 +169,16 @@ def test_ours_and_the_stock_hook_together_never_exceed_the_slots(nix: Scene) -> 
     nix.client.write("/tmp/stock.nix", PRELUDE + many("stock", 5))
     stock = nix.client.popen("nix-build", "/tmp/stock.nix", "--no-out-link", *POLL)
     ours = nix.start(many("ours", 5), *POLL)
+    fill(nix.builder)
     assert (ours.end(LONG_S).status, stock.wait(LONG_S)) == (0, 0)
     assert most_at_once(nix.builder) == 2
 
 
 def test_two_lines_for_one_host_share_its_slots(nix: Scene) -> None:
     nix.machines("b1 - - 2\nb1 - - 2 4\n")
-    nix.build(many("shared", 6), *POLL)
+    run = nix.start(many("shared", 6), *POLL)
+    fill(nix.builder)
+    assert run.end().status == 0
     assert most_at_once(nix.builder) == 2
 
 

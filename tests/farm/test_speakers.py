@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from lab import Host, connect, poll
+from lab import HANGS_S, Host, connect, poll
 from scene import (
-    HOOK,
     INSTALLED,
     Outcome,
     Scene,
@@ -20,10 +19,11 @@ from scene import (
     end_masters,
     other,
     scene,
+    text_of,
 )
 
 # A build that waited for the machine to be of use again would take 15 minutes.
-TIMEOUT_S = 60
+TIMEOUT_S = HANGS_S
 GREETS = '#!/bin/sh\necho "Welcome to the builder!"\nexec /bin/sh "$@"\n'
 numbers = itertools.count()
 
@@ -38,6 +38,7 @@ def hosts(client_engine: str) -> Iterator[Scene]:
 @pytest.fixture
 def nix(hosts: Scene) -> Iterator[Scene]:
     with cleared(hosts) as nix:
+        change_hook(nix)
         yield nix
 
 
@@ -127,6 +128,7 @@ def test_a_user_whom_the_daemon_does_not_allow_is_told_at_once(
     with scene(
         client_engine, client_engine, builder_conf="allowed-users = root\n"
     ) as nix:
+        change_hook(nix)
         user = newcomer(nix)
         nix.builder.start_daemon()
         assert f"allowed-users in nix.conf there must name {user}" in told(refused(nix))
@@ -163,12 +165,11 @@ def test_an_sshd_that_refuses_this_host_for_a_while_is_waited_for(nix: Scene) ->
     try:
         run = nix.start(f'mk "job-{next(numbers)}" "echo > $out" {{}}')
         run.says("wait a minute")
-        poll(lambda: run.ended or closed.stat().st_size > 9, "ten tries", timeout=60)
+        poll(lambda: run.ended or len(text_of(closed)) > 9, "ten tries")
     finally:
         closes.kill()
         closes.communicate()
         nix.builder.start_sshd()
-        nix.client.copy(HOOK, INSTALLED)
     assert run.end().status == 0, run.log
 
 
@@ -190,6 +191,7 @@ def test_a_machine_that_lacks_what_its_line_claims_is_left_for_another(
     """And the line is named, once: the next build does not try there first."""
     builder = other(pytestconfig, client_engine)
     with scene(client_engine, builder, builder) as nix:
+        change_hook(nix)
         with nix.builders[1].path("/etc/nix/nix.conf").open("a") as conf:
             conf.write("system-features = quantum\n")
         nix.machines("b1 - - 4 8 quantum\nb2 - - 4 1 quantum\n")

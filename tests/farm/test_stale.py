@@ -14,8 +14,6 @@ from held import NOISY, afresh, at_work, let_go, two_builders
 from lab import Inside
 from scene import Scene, change_hook, lose_connections, valid
 
-LONG_S = 120
-
 numbers = itertools.count()
 
 
@@ -76,9 +74,9 @@ def test_a_lock_on_the_only_machine_is_told_of_and_waited_for(nix: Scene) -> Non
     meet(nix)
     expression = noisy()
     with hold(nix, nix.output(expression)):
-        run = nix.start(expression, "--max-silent-time", "1")
+        run = nix.start(expression, "--max-silent-time", "6")
         run.says("is waiting for lock on")
-        nix.builder.run("sleep", "2")
+        nix.builder.run("sleep", "8")
     at_work(run, nix.builder)
     let_go(nix.builder)
     assert run.end().status == 0
@@ -88,7 +86,7 @@ def test_a_lock_on_the_only_machine_is_told_of_and_waited_for(nix: Scene) -> Non
 def test_a_lock_on_the_builder_is_told_of_and_waited_for_only_so_long(
     nix: Scene,
 ) -> None:
-    change_hook(nix, STILL_S=1, STALLED_S=3)
+    change_hook(nix, STILL_S=1, STALLED_S=6)
     meet(nix)
     expression = noisy()
     with hold(nix, nix.output(expression)):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lab import HANGS_S
+
 TESTS = Path(__file__).resolve().parent.parent
 IN_A_CHROOT = 'mount --rbind / "$1"; exec chroot "$1" "$2" -c "$3"'
 ENTERS_ITS_OWN_NAMESPACE = """
@@ -25,6 +27,11 @@ def test_the_farm_stays_within_a_chroot(tmp_path: Path) -> None:
     command += [sys.executable, ENTERS_ITS_OWN_NAMESPACE]
     environ = {**os.environ, "PYTHONPATH": str(TESTS)}
     done = subprocess.run(
-        command, env=environ, capture_output=True, text=True, timeout=60, check=False
+        command,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_S,
+        check=False,
     )
     assert done.stdout == "inside\n", done.stderr

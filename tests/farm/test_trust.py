@@ -11,8 +11,6 @@ from collections.abc import Iterator
 
 import pytest
 from scene import (
-    HOOK,
-    INSTALLED,
     Scene,
     change_hook,
     forget,
@@ -157,7 +155,7 @@ def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
 @pytest.fixture
 def nix(hosts: Scene) -> Scene:
     forget(hosts)
-    hosts.client.copy(HOOK, INSTALLED)
+    change_hook(hosts)
     victim = hosts.output(f'mk "victim-{next(numbers)}" "hostname > $out" {{}}')
     hosts.builder.write("/tmp/victim", victim)
     return hosts

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lab import poll
-from scene import Scene, distrustful, end_masters, masters, other, scene
+from lab import Host, poll
+from scene import Scene, distrustful, end_masters, masters, other, scene, text_of
 from test_connections import sockets
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -20,7 +20,6 @@ NOTES = "/tmp/turns"
 PROXY = f"ProxyCommand /usr/local/bin/delay.py %h %p turns {NOTES}\n"
 # ssh's own probes of a silent line would be turns, too.
 UNPROBED = {"NIX_SSHOPTS": "-oServerAliveInterval=0"}
-UNDER_WAY_S = 0.5  # what a session leaves under way has arrived by then
 # Says three lines to a `cat` on the builder, each when it has heard the one before.
 ASK = """\
 mkfifo /tmp/lines
@@ -67,11 +66,28 @@ def turns(nix: Scene, talk: Callable[[], object]) -> list[str]:
 def turns_with_spare(nix: Scene, talk: Callable[[], object]) -> list[str]:
     """The same with the spare session that the last build has begun."""
     poll(lambda: not nix.hooks(), "the end of all hooks")
-    time.sleep(UNDER_WAY_S)
+    rest(nix)
     connection = masters(nix)
     noted = count(nix, talk)
     assert masters(nix) == connection != []
     return noted
+
+
+def rest(nix: Scene) -> None:
+    """Wait until what sessions have left under way has arrived: until nobody works any more."""
+
+    def nobody_works() -> bool:
+        time.sleep(0.05)
+        found = [(host, pid) for host in nix.everybody for pid, _ in host.processes()]
+        return not {"R", "D"} & {state(host, pid) for host, pid in found}
+
+    poll(lambda: all(nobody_works() for _ in range(10)), "rest")
+
+
+def state(host: Host, pid: int) -> str:
+    """Of that process, such as R: it runs; X if it has ended."""
+    stat = text_of(host.path(f"/proc/{pid}/stat"))
+    return (stat.rpartition(")")[2].split() or ["X"])[0]
 
 
 def count(nix: Scene, talk: Callable[[], object]) -> list[str]:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
-from lab import Host, connect, poll
+from lab import HANGS_S, Host, connect, poll
 from scene import (
     HOOK,
     INSTALLED,
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engines
 
 numbers = itertools.count()
 # A build that waited for the machine to be of use again would take 15 minutes.
-TIMEOUT_S = 60
+TIMEOUT_S = HANGS_S
 OWN = f"{SLOTS}/own"
 # A store in another place needs a sandbox, in which there has to be a shell.
 SANDBOX = "sandbox-paths = /bin /usr /lib /lib64\n"
@@ -64,6 +64,7 @@ def hosts(client_engine: str, pytestconfig: pytest.Config) -> Iterator[Scene]:
 @pytest.fixture
 def nix(hosts: Scene) -> Scene:
     forget(hosts)
+    change_hook(hosts)
     return hosts
 
 
@@ -252,8 +253,8 @@ def test_other_builds_leave_a_login_that_may_not_write_alone(limited: Scene) -> 
             for name, before in zip(names, ["null", *names])
         )
         outcome = nix.build(f"let {links} in {names[-1]}")
-        # Twice if who finds out was lost once on the way, and so forgot the reason.
-        assert outcome.log.count("is not allowed") <= 2, outcome.log
+        # Again if who finds out was lost on the way, and so forgot the reason.
+        assert outcome.log.count("is not allowed") < len(names), outcome.log
     finally:
         nix.client.copy(HOOK, INSTALLED)
 
@@ -389,6 +390,7 @@ def test_a_build_stays_where_no_machine_is_better(
 
 def test_a_build_leaves_if_this_machine_is_busier(nix: Scene) -> None:
     """The first is built here for as long as it takes to build the second elsewhere."""
+    change_hook(nix, BEGIN_S=60)  # which a slow Nix may need
     nix.machines("localhost - - 4 1\nb1 - - 4 1\n")
     number = str(next(numbers))
     run = nix.start(TWO.replace("NUMBER", number), "--option", "max-jobs", "2")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import poll
+from lab import HANGS_S, poll
 from scene import HOOK
 
 
@@ -44,7 +44,7 @@ class People:
         """What it says, on either output."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with self.start(*words, stdin=subprocess.DEVNULL, **pipes) as process:
-            said, _ = process.communicate(timeout=30)
+            said, _ = process.communicate(timeout=HANGS_S)
         assert process.returncode == status, said
         return said.decode()
 
@@ -190,7 +190,7 @@ class Terminal:
 
     def end(self) -> int:
         """Its exit status; meanwhile it may write more than a terminal holds."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGS_S
         while self.process.poll() is None:
             assert time.monotonic() < deadline, self.seen
             if select.select([self.ours], [], [], 0.1)[0]:
@@ -240,8 +240,8 @@ def test_an_error_leaves_the_terminal_as_it_was(people: People) -> None:
 
 
 def test_it_is_watched_also_if_stdin_is_no_terminal(people: People) -> None:
+    start = time.monotonic()
     with terminal(people, stdin=subprocess.DEVNULL) as shown:
-        start = time.monotonic()
         shown.see("left alone, ", 3)
         assert time.monotonic() > start + 1  # once a second
 

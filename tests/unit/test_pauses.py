@@ -61,8 +61,8 @@ def test_a_pause_says_by_whom_until_when_and_why(
 ) -> None:
     monkeypatch.setenv("SUDO_USER", "alice")
     write(slots, "paused", pause_text("3d", "a new\n disk"))
-    day = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(time.time() + 3 * 86400))
     words, until = slots.pause(B1)
+    day = time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(until))
     assert words == f"paused by alice until {day} (a new disk)"
     assert until == pytest.approx(time.time() + 3 * 86400, abs=600)
 
