@@ -3459,15 +3459,23 @@ class Answer:
         self.is_heard = False
         session.awaited.append(self)
 
-    def get(self, time_s: float | None = None) -> Any:
-        """The answer; Late if it does not come in time."""
+    def get(self, within_s: float = math.inf) -> Any:
+        """The answer; Late if it does not come in time, or Unreachable if it is the first."""
+        session, until = self.session, time.monotonic() + within_s
         while not self.is_heard:
-            if not self.session.awaited:  # it was to be heard, in vain
+            if not session.awaited:  # it was to be heard, in vain
                 raise SessionLost("the builder's answers cannot be told apart any more")
-            first = self.session.awaited.pop(0)
-            within = time_s if first is self and time_s is not None else first.time_s
-            first.value = first.hear(time.monotonic() + within)
-            first.is_heard = self.session.is_useful = True
+            first = session.awaited.pop(0)
+            limit = math.inf if session.is_useful else session.deadline
+            try:
+                limit = min(limit, until, time.monotonic() + first.time_s)
+                first.value = first.hear(limit)
+            except Late as error:
+                if session.is_useful:
+                    raise
+                raise error.become(Unreachable) from None
+            first.is_heard = True
+            session.is_useful = first is not session.greeting
         return self.value
 
 
@@ -3572,17 +3580,19 @@ class Session:
     the greeting, then the log of the build.
     """
 
-    def __init__(self, seat: Seat, patience_s: float) -> None:
+    def __init__(self, seat: Seat) -> None:
         self.seat = seat
-        self.deadline = time.monotonic() + patience_s  # for the first answer
         self.proof = seat.connection.proof()  # what is known of it before it greets
-        self.version: int | None = None  # of the protocol, once it has greeted
+        # Of the protocol, as it is or as it must be; 0 if not known.
+        self.version = self.proof.version if self.proof else 0
         self.awaited: list[Answer] = []  # in the order in which they will come
+        self.greeting = Answer(self, self.hear_greeting, math.inf)
+        self.deadline = time.monotonic() + seat.greeting_s  # for that, and one answer
         self.tail = b""  # of stderr
         self.activities = Activities()  # in stderr, if
         self.tells = seat.tells()  # it is to tell of them
         self.inbox = bytearray()  # what it said and nobody has read yet
-        self.is_useful = False  # whether it has answered anything
+        self.is_useful = False  # whether it has answered anything: that needs its store
         self.unasked: float = math.inf  # archives to ask for, before there is an end
         self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
         # How long a running build may take, and say nothing, before we end it.
@@ -3596,33 +3606,29 @@ class Session:
         self.stdout = numbers[1]
         self.stderr: int | None = numbers[2]  # None: it has ended
         os.set_blocking(numbers[0], False)
-        try:
-            self.write(GREETING)
-        except BaseException:
-            self.cancel()
-            raise
+        self.write(GREETING)
 
-    def greet(self) -> None:
-        """Read the answer to our hello; SessionLost, with ssh's own words, if it fails.
-        Questions may be asked before: it saves a round trip."""
+    def hear_greeting(self, until: float) -> None:
+        """Read the answer to our hello; SessionLost, with ssh's own words, if it fails."""
         try:
-            magic = self.read(8, min(self.deadline, time.monotonic() + REPLY_S))
+            magic = self.read(8, min(until, time.monotonic() + REPLY_S))
         except Late:
             if not self.seat.connection.answers():
                 words = "the connection to it does not answer"
                 raise Late(words).become(SessionLost) from None
             said = " ".join(printable(decode(self.tail)).split()) or "nothing"
             self.seat.ssh.warn(f"lets us wait for nix-store, and says: {said}")
-            magic = self.read(8, self.deadline)
+            magic = self.read(8, until)
         if magic != integer(SERVE_REPLY):
             raise self.no_greeting(magic)
-        version = read_integer(self.reader(self.deadline))
+        version = read_integer(self.reader(until))
         if version >> 8 != 2:
             spoken = f"serve protocol {version >> 8}.{version & 255}"
             raise SessionLost(f"its Nix is older than 1.8, or no Nix ({spoken})")
-        self.version = min(SERVE_VERSION, version)
-        if self.proof and self.proof.version != self.version:  # we have relied on that
+        version, relied_on = min(SERVE_VERSION, version), self.version
+        if relied_on not in (0, version):
             raise SessionLost("its Nix is not the one that it was")
+        self.version = version
         words = decode(self.tail)
         if means(words, "UNSEATED"):  # ssh then made a connection of its own
             self.seat.lose()
@@ -3641,11 +3647,6 @@ class Session:
         error.lasting, error.remedy = True, CHATTY
         return error
 
-    @property
-    def spoken(self) -> int:
-        """The version of the protocol, as it is or as it must be; 0 if not known."""
-        return self.version or (self.proof.version if self.proof else 0)
-
     def pipes(self) -> list[int]:
         """Where it may say something."""
         return [self.stdout] if self.stderr is None else [self.stdout, self.stderr]
@@ -3653,7 +3654,7 @@ class Session:
     def pump(self, ready: set[int]) -> None:
         """Take in what has arrived on these: an answer, ssh's words, or the log.  What comes
         with the greeting belongs to the log, and is left until that has been read."""
-        greets = self.version is None and self.stdout in ready
+        greets = not self.greeting.is_heard and self.stdout in ready
         if self.stderr in ready and not greets:
             self.take_log(os.read(self.stderr, 65536))
         if self.stdout in ready:
@@ -3668,13 +3669,14 @@ class Session:
         """Pass some of its stderr on to Nix; no data means its end."""
         if not data:
             self.stderr = None
-        self.last = time.monotonic() if data and self.version else self.last
+        greeted = self.greeting.is_heard
+        self.last = time.monotonic() if data and greeted else self.last
         data = self.activities.plain(data)
         told = data
         if self.is_silent:  # if it refuses us, we go on in another way or elsewhere
             lines = data.splitlines(keepends=True)
             told = b"".join(line for line in lines if not refuses(decode(line)))
-        if told and self.version:
+        if told and greeted:
             write_all(LOG, told)
             self.first = self.last if self.is_silent else self.first
             self.is_silent = False
@@ -3765,7 +3767,8 @@ class Session:
         program with more than 128 if it was killed."""
         words = self.last_words()
         status = self.process.returncode
-        began = "the connection was lost: " if self.version and status == 255 else ""
+        greeted = self.greeting.is_heard
+        began = "the connection was lost: " if greeted and status == 255 else ""
         who = "nix-store" if self.seat.way.here else "ssh"
         text = f"{began}{words or 'the session ended'} ({who}'s exit status {status})"
         fresh = not self.is_useful and 0 <= status <= 128
@@ -3773,7 +3776,7 @@ class Session:
         error = heard(Refused if speaker == "far" else SessionLost, text, speaker)
         if fresh and self.tells:
             self.seat.is_plain = True
-        if status == 255 and not self.version and not words:
+        if status == 255 and not greeted and not words:
             error.lasting, error.remedy = None, USELESS
         if fresh and status == 0 and not words:  # so ends nix-daemon for other users
             error.meaning, error.remedy = "DAEMON", DAEMON
@@ -3804,24 +3807,15 @@ class Session:
         time_s = SUBSTITUTE_TIMEOUT_S if substitute else ANSWER_TIMEOUT_S
         return Answer(self, lambda until: set(read_strings(self.reader(until))), time_s)
 
-    def first_answer(self, answer: Answer) -> Any:
-        """The greeting, and the answer to the first question, which needs the builder's store,
-        and so tells that it is of use; Unreachable if that does not come in time."""
-        try:
-            self.greet()
-            return answer.get(self.deadline - time.monotonic())
-        except Late as error:
-            raise error.become(Unreachable) from None
-
     def infos_answer(self) -> Answer:
         """The answer to infos_question, when that was sent: a dict of PathInfo."""
-        hear = lambda until: read_infos(self.reader(until), self.spoken)
+        hear = lambda until: read_infos(self.reader(until), self.version)
         return Answer(self, hear, ANSWER_TIMEOUT_S)
 
     def build_options(self, nix: Nix) -> bytes:
         """Nix's settings that concern a build, as this version of the protocol wants."""
         numbers = [nix.number("max-silent-time"), nix.number("timeout")]
-        version = self.spoken
+        version = self.version
         if version >= 0x202:
             numbers.append(nix.number("max-build-log-size"))
         if version >= 0x203:
@@ -3861,9 +3855,9 @@ class Session:
         if by_path:  # a mask from 100 up: 1 a timeout, 2 a hash mismatch, ...
             kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
             return kind, message
-        if self.spoken >= 0x203:
+        if self.version >= 0x203:
             read(4 * 8)  # times built, non-deterministic, start, stop
-        if self.spoken >= 0x206:
+        if self.version >= 0x206:
             words = read_strings(read, 2)
             names = (name.rpartition("!")[2] for name in words[::2])
             self.realised.update(zip(names, words[1::2]))
@@ -4292,7 +4286,7 @@ class Relay:
 
     def answer(self, command: int) -> None:
         """Answer one command; what we do not know, the builder is asked."""
-        version = self.session.spoken
+        version = self.session.version
         if command == SERVE_HELLO:  # which may come again after an error of its own
             self.read(8)  # its version
             # 2.32 and newer speak to no builder before 2.1, whose dialect we can translate.
@@ -4367,7 +4361,7 @@ class Relay:
         tail += string(read_string(self.read))
         head = integer(ADD_TO_STORE_NAR) + string(path) + deriver + digest
         head, tail = head + references + when + integer(size) + tail, b""
-        if self.session.spoken < 0x205:  # in the dialect of nix-store --export
+        if self.session.version < 0x205:  # in the dialect of nix-store --export
             head = integer(IMPORT_PATHS) + integer(1)
             tail = integer(EXPORT_MAGIC) + string(path) + references + deriver
             tail += integer(0) + integer(0)  # without a signature; no more paths
@@ -4482,7 +4476,7 @@ class Copier:
         self.target = "builder" if since_2 else ssh.machine.destination
         # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
-        self.fetches_joined = since_2 and session.spoken >= HASHES_SINCE
+        self.fetches_joined = since_2 and session.version >= HASHES_SINCE
 
     def start(self, way: str, command: list[str], **more: str) -> Relay:
         """Start a program that copies "to" or "from" the builder."""
@@ -4812,22 +4806,19 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
 
 def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
     """The same in the way that the seat takes; raises SessionLost, too."""
-    session: Session | None = None
+    session, left = Session(seat), max(1.0, deadline - time.monotonic())
     try:
-        left = max(1.0, deadline - time.monotonic())
-        session = Session(seat, min(GREETING_TIMEOUT_S, left))
         answer = session.ask_valid([path])
         job, soon = seat.way.is_job, min(REPLY_S, left)
         if session.proof or (job and not wait_readable([session.stdout], soon)):
             return session
-        if session.first_answer(answer):
+        if answer.get(min(GREETING_TIMEOUT_S, left)):
             make_sure_of_another_store(site, session)
-        seat.prove(session.spoken)
+        seat.prove(session.version)
         return session
     except BaseException as error:
-        if session:
-            session.cancel()
-        refused = isinstance(error, SessionLost) and session and session.tells
+        session.cancel()
+        refused = isinstance(error, SessionLost) and session.tells
         if refused and seat.is_plain:  # it may be refused that
             return open_in_one_way(site, seat, path, deadline)
         raise
@@ -5031,14 +5022,13 @@ class Attempt:
         """Ask which inputs are there, which also keeps them there.  If the machine is known
         to have had them all, it is asked to build at once, too."""
         session, digests = self.session, self.derivation.digests()
-        empty = session.ask_valid([]) if session.version else None  # takes just a turn
+        empty = (
+            session.ask_valid([]) if session.is_useful else None
+        )  # takes just a turn
         answer = session.ask_valid(self.inputs, self.substitute)
-        if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
+        if session.version and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
         self.site.outages.look_again(self.machine)
-        if session.version is None:  # and Nix no longer waits for our reply
-            session.deadline = time.monotonic() + session.seat.greeting_s
-            session.first_answer(session.awaited[0])
         if empty:
             begin = time.monotonic()
             empty.get()
@@ -5093,10 +5083,10 @@ class Attempt:
         """Ask in the way that only trusted users may, but in which nothing else need be
         sent; and for what the fetch will need."""
         self.built, session = None, self.session
-        if self.derivation.is_floating and session.spoken < 0x206:
+        if self.derivation.is_floating and session.version < 0x206:
             why = "its Nix is too old for a content-addressed derivation"
             raise NotHere(why, BuildBroken(self.failed(Error(why))))
-        if session.spoken >= 0x201 and self.trusted:
+        if session.version >= 0x201 and self.trusted:
             encoded = self.derivation.encode(self.inputs)
             then = self.questions_behind()
             self.built = session.ask_to_build(self.path, encoded, self.nix, then)
@@ -5115,7 +5105,7 @@ class Attempt:
         # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it;
         # and srun says that a job has ended badly.
         way = session.seat.way
-        looks_first = session.spoken >= 0x204 and not way.here and not way.is_job
+        looks_first = session.version >= 0x204 and not way.here and not way.is_job
         if len(outputs) == 1 and looks_first:
             session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += b"".join(map(dump_question, session.activities.absent))
@@ -5127,7 +5117,7 @@ class Attempt:
         self.trace("build-remote-done")
         if status:
             self.session.finish()
-            if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
+            if self.nix.enabled("keep-failed") and self.session.version >= 0x207:
                 # In the words of the stock hook, for which Nix's own tests look.
                 text = "The failed build directory was kept on the remote builder"
                 name = self.machine.name
@@ -5189,7 +5179,7 @@ class Attempt:
         """The status in the words of a daemon there, which loses it if we are untrusted; some
         are only in the log of that of 2.3."""
         last = decode(self.session.tail).rstrip().rpartition("\n")[2]
-        words = message if self.session.spoken >= 0x206 else f"{message} {last}"
+        words = message if self.session.version >= 0x206 else f"{message} {last}"
         is_fixed = any(output.hash for output in self.derivation.outputs)
         broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
         told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
@@ -5206,12 +5196,11 @@ class Attempt:
             self.talk.say(INFO, f"'{self.machine.name}' {text}")
         self.session.finish()
         self.session.cancel()
-        self.session = Session(seat, seat.greeting_s)
-        answer = self.session.ask_valid(self.inputs, self.substitute)
-        self.session.greet()
+        self.session = Session(seat)
+        there = self.session.ask_valid(self.inputs, self.substitute).get()
         self.copier.end()
         self.copier = Copier(self.site, self.session, self.wanted.locks)
-        self.send_inputs(answer.get())
+        self.send_inputs(there)
 
     def ask_by_closure(self) -> Answer:
         """Ask in the way that is open to untrusted users, and the only one on builders before
@@ -6053,12 +6042,11 @@ class Inspection:
         from timeit import repeat
 
         self.phase = "asking nix-store"
-        session = Session(self.seat, GREETING_TIMEOUT_S)
+        session = Session(self.seat)
         try:
-            session.greet()
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
             self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
-        except SessionLost as error:
+        except (SessionLost, Unreachable) as error:
             refused = isinstance(error, Refused)
             if refused and self.seat.other_way() and self.seat.chosen:
                 return self.find_nix()
@@ -6077,7 +6065,7 @@ class Inspection:
         self.seat.keep_way()  # hooks are to find what we have found,
         self.site.outages.end(self.machine)  # and to leave it alone no longer
         version = self.facts.get("nix", "").rpartition(" ")[2]
-        protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
+        protocol = f"{session.version >> 8}.{session.version & 255}"
         text = f"nix-store {version}, serve protocol {protocol}"
         if self.seat.way.here and self.seat.way.there:
             text = "that login allows only nix-daemon, with which nix-store here talks"
