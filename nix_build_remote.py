@@ -4486,10 +4486,9 @@ class Copier:
 
     # Sending
 
-    def send(self, paths: set[str], substitute: bool, there: set[str]) -> None:
+    def send(self, paths: set[str], there: set[str]) -> None:
         """Copy the closures of these paths to the builder, of which it has those."""
-        flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
-        command = [self.program, *flags, self.target, *self.nix.options()]
+        command = [self.program, "--to", self.target, *self.nix.options()]
         there, lacking = set(there), paths - there
         for batch in batches(sorted(paths)):
             relay = self.start("to", [*command, *batch])
@@ -4961,8 +4960,8 @@ class Attempt:
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.doing = f"build '{self.path}'"  # for messages
         self.trusted = True  # whether we may build a bare derivation, as far as we know
-        self.built: Answer | None = None  # to the question to build, if it was asked
-        self.infos: Answer | None = None  # what the builder says of the outputs
+        # What becomes of the build, and what the builder says of the outputs, once asked.
+        self.asked: list[Answer] = []
         self.phase = "connecting"  # one of PHASES
         self.paths: dict[str, str] = {}  # of a floating derivation's outputs, by name
 
@@ -4979,11 +4978,7 @@ class Attempt:
             there = self.ask_for_inputs()
             self.site.outages.end(self.machine)
             self.trace("build-remote")
-            self.begin("sending", "send the inputs of", "to")
-            self.send_inputs(there)
-            self.trace("build-remote-start")
-            self.begin("building", "build", "on")
-            infos = self.build()
+            infos = self.build(there)
             self.begin("fetching", "fetch the outputs of", "from")
             self.leave_slot()
             self.fetch(infos)
@@ -5026,7 +5021,7 @@ class Attempt:
             session.ask_valid([]) if session.is_useful else None
         )  # takes just a turn
         answer = session.ask_valid(self.inputs, self.substitute)
-        if session.version and digests <= {*self.site.slots.digests(self.machine)}:
+        if self.is_bare and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
         self.site.outages.look_again(self.machine)
         if empty:
@@ -5035,44 +5030,89 @@ class Attempt:
             session.seat.connection.change(is_far=time.monotonic() - begin > FAR_S)
         return set(answer.get())
 
-    def send_inputs(self, there: set[str]) -> None:
-        """Make the builder have, and keep, all inputs (to ask has locked what is there), and
-        ask it to build, if it was not asked already."""
-        lacking = set(self.inputs) - there
-        if lacking and self.built:
-            note(self.site.slots.file(self.machine, "paths"), "")  # it has lost some
-            self.begin("building", "build", "on")  # as it may be able to all the same
-            self.hear_too_early(self.built)
-        elif lacking:
-            self.send(lacking, there, self.ask_to_build)
-        elif not self.built:
-            self.ask_to_build()
+    @property
+    def is_bare(self) -> bool:
+        """Whether the derivation goes along with the question to build, as builders from 1.10
+        on let trusted users do; else its closure must be there."""
+        return self.trusted and self.session.version >= 0x201
 
-    def hear_too_early(self, built: Answer) -> None:
-        """Hear what became of a build for which inputs were lacking, and begin again if that
-        is why it failed, or if the builder does not trust us."""
+    def build(self, there: set[str]) -> Infos:
+        """Build on the builder, which has those of the inputs; returns what it says of the
+        outputs."""
+        while not (ended := self.try_to_build(there)):
+            there = self.reconnect()
+        self.trace("build-remote-done")
+        status, message = ended
+        if status:
+            self.session.finish()
+            if self.nix.enabled("keep-failed") and self.session.version >= 0x207:
+                # In the words of the stock hook, for which Nix's own tests look.
+                text = "The failed build directory was kept on the remote builder"
+                name = self.machine.name
+                self.talk.say(WARN, f"{text} due to `--keep-failed`: '{name}'.")
+            raise self.verdict(status, message)
+        if self.derivation.is_floating:
+            return self.find_outputs()
+        return dict(self.asked[1].get())
+
+    def try_to_build(self, there: set[str]) -> tuple[int, str] | None:
+        """Make the builder have, and keep, what the build needs (to ask has locked what is
+        there), and build; returns status and message.  None if a new session may do better:
+        it was asked before it had all inputs, or does not trust us."""
+        lacking, early = {*self.inputs} - there, bool(self.asked)
+        self.begin("sending", "send the inputs of", "to")
+        if early and lacking:  # it has lost some, but may be able to all the same
+            note(self.site.slots.file(self.machine, "paths"), "")
+        elif not early:
+            self.send(lacking if self.is_bare else {*lacking, self.path}, there)
+        self.trace("build-remote-start")
+        self.begin("building", "build", "on")
         try:
-            failed = built.get()[0] in (REJECTED, TRANSIENT, MISC, DEPENDENCY)
-        except SessionLost:
-            if not refuses(decode(self.session.tail), "LIMITED"):
+            status, message = self.asked[0].get()
+        except SessionLost as error:
+            tail = decode(self.session.tail)
+            if self.derivation.is_floating and means(tail, "LACKS"):
+                raise NotHere(str(error), BuildBroken(self.failed(error))) from None
+            if not (self.is_bare and refuses(tail, "LIMITED")):
                 raise
-            failed = True
-        if failed:
-            self.begin("sending", "send the inputs of", "to")
-            self.reconnect()
+            self.distrust()
+            return None
+        if early and lacking and status in (REJECTED, TRANSIENT, MISC, DEPENDENCY):
+            return None
+        return status, message
 
-    def send(self, paths: set[str], there: set[str], ask: Callable[[], None]) -> None:
-        """Send these paths to the builder, of which it has those, and ask it for what comes
-        next, which does not wait for it to say that it has them."""
-        substitute = self.substitute and self.path not in paths
+    def distrust(self) -> None:
+        """Remember that the builder does not trust its user to build a bare derivation."""
+        self.trusted = False
+        self.session.seat.connection.change(trusted=False)
+        text = f"{UNTRUSTED_USER}; sending the derivation's closure"
+        self.talk.say(INFO, f"'{self.machine.name}' {text}")
+
+    def reconnect(self) -> set[str]:
+        """Have a new session in place of one that has ended, or will; returns which of the
+        inputs are there, which it keeps."""
+        self.copier.end()
+        self.session.finish()
+        self.session.cancel()
+        self.session, self.asked = Session(self.session.seat), []
+        there = self.session.ask_valid(self.inputs, self.substitute).get()
+        self.copier = Copier(self.site, self.session, self.wanted.locks)
+        return set(there)
+
+    def send(self, paths: set[str], there: set[str]) -> None:
+        """Send these paths to the builder, of which it has those, and ask it to build, which
+        does not wait for it to say that it has them."""
+        if not paths:
+            self.ask_to_build()
+            return
         with UploadLock(self.site.slots, self.machine, paths) as waited:
             if waited:
                 there = there | self.session.ask_valid(paths).get()
                 paths = paths - there
-            self.copier.send(paths, substitute, there)
+            self.copier.send(paths, there)
             try:
                 answer = self.session.ask_valid(paths)
-                ask()
+                self.ask_to_build()
                 paths = paths - answer.get()
             except SessionLost as error:  # it may refuse so late what was sent
                 raise self.copier.blame_for_sending(paths, str(error)) from None
@@ -5080,17 +5120,15 @@ class Attempt:
             raise SessionLost(f"it still lacks {min(paths)} after that was sent")
 
     def ask_to_build(self) -> None:
-        """Ask in the way that only trusted users may, but in which nothing else need be
-        sent; and for what the fetch will need."""
-        self.built, session = None, self.session
+        """Ask the builder for the build, and for what the fetch will need."""
+        session = self.session
         if self.derivation.is_floating and session.version < 0x206:
             why = "its Nix is too old for a content-addressed derivation"
             raise NotHere(why, BuildBroken(self.failed(Error(why))))
-        if session.version >= 0x201 and self.trusted:
-            encoded = self.derivation.encode(self.inputs)
-            then = self.questions_behind()
-            self.built = session.ask_to_build(self.path, encoded, self.nix, then)
-            self.infos = session.infos_answer()
+        encoded = self.derivation.encode(self.inputs) if self.is_bare else None
+        then = self.questions_behind()
+        built = session.ask_to_build(self.path, encoded, self.nix, then)
+        self.asked = [built, session.infos_answer()]
         # Meanwhile, what need not wait for the build:
         session.seat.prepare()
         self.copier.prepare_to_fetch(self.outputs)
@@ -5110,34 +5148,6 @@ class Attempt:
             session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += b"".join(map(dump_question, session.activities.absent))
         return questions
-
-    def build(self) -> Infos:
-        """Build on the builder; returns what it says of the outputs."""
-        status, message = self.hear_how_it_went()
-        self.trace("build-remote-done")
-        if status:
-            self.session.finish()
-            if self.nix.enabled("keep-failed") and self.session.version >= 0x207:
-                # In the words of the stock hook, for which Nix's own tests look.
-                text = "The failed build directory was kept on the remote builder"
-                name = self.machine.name
-                self.talk.say(WARN, f"{text} due to `--keep-failed`: '{name}'.")
-            raise self.verdict(status, message)
-        infos = dict(self.infos.get()) if self.infos else {}
-        return self.find_outputs() if self.derivation.is_floating else infos
-
-    def hear_how_it_went(self) -> tuple[int, str]:
-        """Status and message of the build, in a way that the builder lets us, or NotHere."""
-        try:
-            return tuple((self.built or self.ask_by_closure()).get())
-        except SessionLost as error:
-            tail = decode(self.session.tail)
-            if self.derivation.is_floating and means(tail, "LACKS"):
-                raise NotHere(str(error), BuildBroken(self.failed(error))) from None
-            if not refuses(tail, "LIMITED"):
-                raise
-        self.reconnect()
-        return tuple(self.ask_by_closure().get())
 
     def find_outputs(self) -> Infos:
         """Learn which paths the outputs of a floating derivation have got."""
@@ -5184,37 +5194,6 @@ class Attempt:
         broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
         told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
         return told.get(heard(Error, words, "far").meaning, MISC)
-
-    def reconnect(self) -> None:
-        """Have a new session, which keeps the inputs alive, since the old one has ended: maybe
-        as the builder does not trust its user to build a bare derivation."""
-        seat, self.built = self.session.seat, None
-        if refuses(decode(self.session.tail), "LIMITED"):
-            self.trusted = False
-            seat.connection.change(trusted=False)
-            text = f"{UNTRUSTED_USER}; sending the derivation's closure"
-            self.talk.say(INFO, f"'{self.machine.name}' {text}")
-        self.session.finish()
-        self.session.cancel()
-        self.session = Session(seat)
-        there = self.session.ask_valid(self.inputs, self.substitute).get()
-        self.copier.end()
-        self.copier = Copier(self.site, self.session, self.wanted.locks)
-        self.send_inputs(there)
-
-    def ask_by_closure(self) -> Answer:
-        """Ask in the way that is open to untrusted users, and the only one on builders before
-        1.10; for that the derivation's closure must be there."""
-        session = self.session
-
-        def ask() -> None:
-            then = self.questions_behind()
-            self.built = session.ask_to_build(self.path, None, self.nix, then)
-            self.infos = session.infos_answer()
-
-        self.send({self.path}, set(), ask)
-        assert self.built
-        return self.built
 
     def leave_slot(self) -> None:
         """Let the next build start while we fetch, unless as many fetch already as may
