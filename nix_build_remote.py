@@ -4286,24 +4286,20 @@ class Relay:
 
     def answer(self, command: int) -> None:
         """Answer one command; what we do not know, the builder is asked."""
-        version = self.session.version
         if command == SERVE_HELLO:  # which may come again after an error of its own
             self.read(8)  # its version
             # 2.32 and newer speak to no builder before 2.1, whose dialect we can translate.
-            self.reply(integer(SERVE_REPLY) + integer(max(version, 0x205)))
+            self.reply(integer(SERVE_REPLY) + integer(max(self.session.version, 0x205)))
         elif command == QUERY_VALID_PATHS:
             flags, asked = self.read(16), set(read_strings(self.read))
-            valid = asked & self.there
             if not asked <= self.there | self.lacking:
                 read = self.ask(integer(command) + flags + strings(sorted(asked)))
-                valid = set(read_strings(read))
-            self.reply(strings(sorted(valid)))
-        elif command == QUERY_PATH_INFOS:
+                self.there |= set(read_strings(read))
+            self.reply(strings(sorted(asked & self.there)))
+        elif command == QUERY_PATH_INFOS:  # of what it sends: only whether that lacks
             asked = set(read_strings(self.read))
-            infos = {path: self.infos[path] for path in asked & self.infos.keys()}
-            if self.way == "to" and not asked <= self.lacking and version >= 0x204:
-                infos = read_infos(self.ask(infos_question(asked)), version)
-            self.reply(b"".join(info.encode() for info in infos.values()) + string(""))
+            infos = (self.infos[path].encode() for path in asked & self.infos.keys())
+            self.reply(b"".join(infos) + string(""))
         elif command == QUERY_CLOSURE:  # in that of what it is offered is nothing else
             self.read(8)  # whether outputs of derivations are meant, too
             self.reply(strings(p for p in read_strings(self.read) if p in self.infos))
@@ -4351,7 +4347,6 @@ class Relay:
         built here, signatures and content address; and its archive, of that size."""
         path = read_string(self.read)
         self.there.add(path)
-        self.lacking.discard(path)
         deriver = string(read_string(self.read))
         digest = string(read_string(self.read))
         references, when = strings(read_strings(self.read)), self.read(8)
@@ -4504,19 +4499,15 @@ class Copier:
     def blame_for_sending(self, paths: Iterable[str], problem: str) -> Error:
         """The error to raise: the builder's fault, unless a path is gone or spoilt here."""
         lost = self.lost_session()
-        tail = decode(self.session.tail)
-        _, spoilt, words = tail.partition("hash mismatch importing")
-        store, files = self.nix.store, map(self.nix.store.file, paths)
-        gone = not store.is_cache and not all(map(os.path.lexists, files))
-        here = gone
-        said = " ".join(f"{spoilt}{words}".split())
-        told = [str(lost), problem] if lost else [problem]
-        problem = said or "; ".join(dict.fromkeys(told))
-        # It found them odd, or says that they are spoilt.
-        if not gone and (spoilt or not lost or lost.lasting is None):
-            words = self.verify(sorted(paths))
-            here, problem = bool(words), words or problem
-        return heard(Error, problem) if here else self.with_words(lost, problem)
+        _, spoilt, words = decode(self.session.tail).partition(
+            "hash mismatch importing"
+        )
+        if spoilt:
+            lost, problem = None, " ".join(f"{spoilt}{words}".split())
+        # If it found them odd, or says that they are spoilt, we look.
+        is_known = lost and lost.lasting is not None
+        wrong = "" if is_known else self.verify(sorted(paths))
+        return heard(Error, wrong) if wrong else self.lost_with(lost, problem)
 
     def lost_session(self) -> SessionLost | None:
         """What it has ended with; None if in peace, for what nobody has, or not at all."""
@@ -4525,9 +4516,11 @@ class Copier:
         self.session.drain()
         return None if self.session.activities.are_over else self.session.lost()
 
-    def with_words(self, lost: SessionLost | None, words: str) -> SessionLost:
-        """A lost session in these words; whether it lasts we may know better than they."""
-        error = heard(SessionLost, words)
+    def lost_with(self, lost: SessionLost | None, problem: str) -> SessionLost:
+        """The end of a session and what else is wrong, as one error; the end may tell better
+        whether that lasts."""
+        told = [str(lost), problem] if lost else [problem]
+        error = heard(SessionLost, "; ".join(dict.fromkeys(told)))
         if lost and lost.lasting is not None:
             error.lasting = lost.lasting
         return error
@@ -4562,8 +4555,7 @@ class Copier:
         if problem := relay.run(len(infos), give, infos):
             # As the outputs could be built, it mostly is the fault of our store.
             if lost := self.lost_session():
-                words = "; ".join(dict.fromkeys((str(lost), problem)))
-                raise self.with_words(lost, words)
+                raise self.lost_with(lost, problem)
             raise Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
 
     def start_to_fetch(self, paths: list[str]) -> Relay:
