@@ -4943,12 +4943,12 @@ class Attempt:
     """One try of a build on the machine of a slot, from connecting to the outputs."""
 
     def __init__(self, build: Build, slot: Slot) -> None:
-        self.wanted, self.site, self.slot = build, build.site, slot
+        self.site, self.slot, self.machine = build.site, slot, slot.machine
+        self.nix, self.talk = self.site.nix, self.site.talk
         self.start = time.monotonic()
         self.path, self.derivation = build.path, build.derivation
-        self.inputs, self.outputs = build.inputs, build.outputs
-        self.nix, self.talk = self.site.nix, self.site.talk
-        self.machine = slot.machine
+        self.inputs, self.outputs, self.locks = build.inputs, build.outputs, build.locks
+        self.has_rivals = len(build.fit) > 1  # whether another machine might do
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.doing = f"build '{self.path}'"  # for messages
         self.trusted = True  # whether we may build a bare derivation, as far as we know
@@ -4962,10 +4962,10 @@ class Attempt:
         self.begin("connecting", "connect for", "to")
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
         seat = self.site.seat(self.machine)
-        seat.has_rivals = len(self.wanted.fit) > 1
+        seat.has_rivals = self.has_rivals
         self.session = session or open_session(self.site, seat, self.path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
-        self.copier = Copier(self.site, self.session, self.wanted.locks)
+        self.copier = Copier(self.site, self.session, self.locks)
         try:
             there = self.ask_for_inputs()
             self.site.outages.end(self.machine)
@@ -5088,7 +5088,7 @@ class Attempt:
         self.session.cancel()
         self.session, self.asked = Session(self.session.seat), []
         there = self.session.ask_valid(self.inputs, self.substitute).get()
-        self.copier = Copier(self.site, self.session, self.wanted.locks)
+        self.copier = Copier(self.site, self.session, self.locks)
         return set(there)
 
     def send(self, paths: set[str], there: set[str]) -> None:
@@ -5236,7 +5236,8 @@ class Build:
         self.slot: Slot | None = None
         self.session: Session | None = None
         self.inputs: list[str] = []  # the paths that are to be on the builder
-        self.outputs: list[str] = []  # those that are to be here
+        self.outputs: list[str] = []  # those that are to be here,
+        self.locks = OutputLocks(site.nix.store, [])  # and the locks on them
         self.said: set[str] = set()  # what is said once for each build
         self.machine, self.attempts = "", 0  # where it is, and how many there were
         self.cause: Error | None = None  # of the error that it ends with
