@@ -4839,15 +4839,6 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
         raise SameStore("it is this very machine; builds would wait for ever")
 
 
-class Failure(NamedTuple):
-    """An attempt that failed: after how many seconds, where and why, and in which of PHASES."""
-
-    took: float
-    machine: Machine
-    error: Error
-    phase: str = "connecting"
-
-
 class Retry(NamedTuple):
     """Where a build goes on after a failure."""
 
@@ -4877,30 +4868,32 @@ class Retries:
         # began; to wait for a slot while others are well is not counted.
         self.tried_s: float | None = None
 
-    def after(self, failure: Failure) -> Retry:
-        """The next turn; raises the error to end with if there is none."""
-        error, machine = failure.error, failure.machine
+    def after(
+        self, error: Error, machine: Machine, *, phase: str, took: float
+    ) -> Retry:
+        """The next turn, when that has ended an attempt in one of PHASES, which took so many
+        seconds; raises the error to end with if there is none."""
         again = machine in self.avoided
         if isinstance(error, Away) and self.verdict:
             raise self.verdict
         if isinstance(error, NotHere):
             self.verdict = self.verdict_of(error, machine)
-        self.count(failure)
+        self.count(error, phase in ("building", "fetching"), took)
         self.avoided.add(machine)
         pause_s, machines = 0.0, [m for m in self.fit if m not in self.avoided]
         once_more = isinstance(error, SessionLost) and not again
         once_more = once_more and not isinstance(error, Stuck)
-        shunned = machine if failure.phase in ("sending", "building") else None
+        shunned = machine if phase in ("sending", "building") else None
         if once_more:
             machines = [*machines, machine] if shunned else [machine]
         elif not machines:
             pause_s, machines = self.start_over(error), self.fit
-        unknown = failure.phase == "connecting" and not isinstance(error, Away)
+        unknown = phase == "connecting" and not isinstance(error, Away)
         outage = isinstance(error, Unreachable) or (unknown and again)
         impatient = once_more or self.verdict is not None
-        renew = unknown and not outage
         need = self.need._replace(machines=machines, shunned=shunned)
-        return Retry(need._replace(impatient=impatient), pause_s, outage, renew)
+        need = need._replace(impatient=impatient)
+        return Retry(need, pause_s, outage, renew=outage or unknown)
 
     def verdict_of(self, error: NotHere, machine: Machine) -> Error:
         """What to end with if no other can do it; raises that if none is left.  One other
@@ -4912,16 +4905,16 @@ class Retries:
             raise error.verdict
         return error.verdict
 
-    def count(self, failure: Failure) -> None:
-        """Take note of a failure; raises it if there have been too many."""
-        error, begun = failure.error, failure.phase in ("building", "fetching")
+    def count(self, error: Error, begun: bool, took: float) -> None:
+        """Take note of a failure, of a build that has begun or not; raises it if there have
+        been too many."""
         # What is in a log may be anything, so that of a running build says nothing.
         self.may_pass |= error.lasting is not True or begun
         blamed = begun or error.lasting is not False
         lost = isinstance(error, SessionLost) and not isinstance(error, Stuck)
         self.losses += 1 if lost and blamed else 0
         is_first = self.tried_s is None or begun
-        self.tried_s = 0.0 if is_first else (self.tried_s or 0.0) + failure.took
+        self.tried_s = 0.0 if is_first else (self.tried_s or 0.0) + took
         if self.losses > LOSSES or self.tried_s > AWAY_TIMEOUT_S:
             raise error
 
@@ -5304,7 +5297,7 @@ class Build:
         machine, took = attempt.machine, time.monotonic() - attempt.start
         took = 0.0 if isinstance(error, Away) else took
         try:
-            retry = self.retries.after(Failure(took, machine, error, attempt.phase))
+            retry = self.retries.after(error, machine, phase=attempt.phase, took=took)
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
@@ -5314,7 +5307,7 @@ class Build:
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
         if retry.outage:
             self.site.outages.note(machine, attempt.slot.outage, error)
-        if retry.outage or retry.renew:
+        if retry.renew:
             self.site.retire(machine)
         if retry.pause_s:
             if despair := self.site.outages.despair(self.fit):
