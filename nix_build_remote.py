@@ -4111,9 +4111,6 @@ class Relay:
         given: dict[str, Any] = {"stdin": reads, "pass_fds": JOINED}
         try:
             self.process = self.programs.start(command, environ, "stderr", **given)
-        except Error:
-            self.hang_up()
-            raise
         finally:
             os.close(reads)
             os.close(writes)
@@ -4745,24 +4742,17 @@ class UploadLock:
     def take_or_rival(self) -> Lock | None:
         """Take one of the locks; or, if that has to wait, return the one to wait for."""
         with self.slots.main_lock():
-            opened = [*map(Lock, self.files)]
-            free = [lock for lock in opened if lock.hold()]
-            busy = [lock for lock in opened if lock not in free]
-            rivals = [lock for lock in busy if self.shares(lock)]
-            chosen = (rivals or free or busy)[0]
-            for lock in opened:
-                if lock is not chosen:
-                    lock.release()
-            if chosen in busy:
-                return chosen
-            self.lock = chosen
-            chosen.write(" ".join(self.digests))
-        return None
+            rivals = [f for f in self.files if self.shares(Lock.said_by_holder(f))]
+            self.lock = None if rivals else Lock.take(*self.files)
+            if self.lock:
+                self.lock.write(" ".join(self.digests))
+                return None
+        return Lock([*rivals, *self.files][0])
 
-    def shares(self, lock: Lock) -> bool:
-        """Whether something of ours may be sent by who holds that lock."""
-        said = lock.read()
-        return not said or not self.digests.isdisjoint(said.split())
+    def shares(self, said: str | None) -> bool:
+        """Whether something of ours may be sent by who says that in a lock's file, if anybody
+        holds it."""
+        return said == "" or not self.digests.isdisjoint((said or "").split())
 
     def __exit__(self, *error: object) -> None:
         if self.lock:
