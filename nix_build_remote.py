@@ -3490,15 +3490,23 @@ class Answer:
         self.is_heard = False
         session.awaited.append(self)
 
-    def get(self, time_s: float | None = None) -> Any:
-        """The answer; Late if it does not come in time."""
+    def get(self, within_s: float = math.inf) -> Any:
+        """The answer; Late if it does not come in time, or Unreachable if it is the first."""
+        session, until = self.session, time.monotonic() + within_s
         while not self.is_heard:
-            if not self.session.awaited:  # it was to be heard, in vain
+            if not session.awaited:  # it was to be heard, in vain
                 raise SessionLost("the builder's answers cannot be told apart any more")
-            first = self.session.awaited.pop(0)
-            within = time_s if first is self and time_s is not None else first.time_s
-            first.value = first.hear(time.monotonic() + within)
-            first.is_heard = self.session.is_useful = True
+            first = session.awaited.pop(0)
+            limit = math.inf if session.is_useful else session.deadline
+            try:
+                limit = min(limit, until, time.monotonic() + first.time_s)
+                first.value = first.hear(limit)
+            except Late as error:
+                if session.is_useful:
+                    raise
+                raise error.become(Unreachable) from None
+            first.is_heard = True
+            session.is_useful = first is not session.greeting
         return self.value
 
 
@@ -3603,17 +3611,19 @@ class Session:
     the greeting, then the log of the build.
     """
 
-    def __init__(self, seat: Seat, patience_s: float) -> None:
+    def __init__(self, seat: Seat) -> None:
         self.seat = seat
-        self.deadline = time.monotonic() + patience_s  # for the first answer
         self.proof = seat.connection.proof()  # what is known of it before it greets
-        self.version: int | None = None  # of the protocol, once it has greeted
+        # Of the protocol, as it is or as it must be; 0 if not known.
+        self.version = self.proof.version if self.proof else 0
         self.awaited: list[Answer] = []  # in the order in which they will come
+        self.greeting = Answer(self, self.hear_greeting, math.inf)
+        self.deadline = time.monotonic() + seat.greeting_s  # for that, and one answer
         self.tail = b""  # of stderr
         self.activities = Activities()  # in stderr, if
         self.tells = seat.tells()  # it is to tell of them
         self.inbox = bytearray()  # what it said and nobody has read yet
-        self.is_useful = False  # whether it has answered anything
+        self.is_useful = False  # whether it has answered anything: that needs its store
         self.unasked: float = math.inf  # archives to ask for, before there is an end
         self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
         # How long a running build may take, and say nothing, before we end it.
@@ -3627,33 +3637,29 @@ class Session:
         self.stdout = numbers[1]
         self.stderr: int | None = numbers[2]  # None: it has ended
         os.set_blocking(numbers[0], False)
-        try:
-            self.write(GREETING)
-        except BaseException:
-            self.cancel()
-            raise
+        self.write(GREETING)
 
-    def greet(self) -> None:
-        """Read the answer to our hello; SessionLost, with ssh's own words, if it fails.
-        Questions may be asked before: it saves a round trip."""
+    def hear_greeting(self, until: float) -> None:
+        """Read the answer to our hello; SessionLost, with ssh's own words, if it fails."""
         try:
-            magic = self.read(8, min(self.deadline, time.monotonic() + REPLY_S))
+            magic = self.read(8, min(until, time.monotonic() + REPLY_S))
         except Late:
             if not self.seat.connection.answers():
                 words = "the connection to it does not answer"
                 raise Late(words).become(SessionLost) from None
             said = " ".join(printable(decode(self.tail)).split()) or "nothing"
             self.seat.ssh.warn(f"lets us wait for nix-store, and says: {said}")
-            magic = self.read(8, self.deadline)
+            magic = self.read(8, until)
         if magic != integer(SERVE_REPLY):
             raise self.no_greeting(magic)
-        version = read_integer(self.reader(self.deadline))
+        version = read_integer(self.reader(until))
         if version >> 8 != 2:
             spoken = f"serve protocol {version >> 8}.{version & 255}"
             raise SessionLost(f"its Nix is older than 1.8, or no Nix ({spoken})")
-        self.version = min(SERVE_VERSION, version)
-        if self.proof and self.proof.version != self.version:  # we have relied on that
+        version, relied_on = min(SERVE_VERSION, version), self.version
+        if relied_on not in (0, version):
             raise SessionLost("its Nix is not the one that it was")
+        self.version = version
         words = decode(self.tail)
         if means(words, "UNSEATED"):  # ssh then made a connection of its own
             self.seat.note_fewer()
@@ -3672,11 +3678,6 @@ class Session:
         error.lasting, error.remedy = True, CHATTY
         return error
 
-    @property
-    def spoken(self) -> int:
-        """The version of the protocol, as it is or as it must be; 0 if not known."""
-        return self.version or (self.proof.version if self.proof else 0)
-
     def pipes(self) -> list[int]:
         """Where it may say something."""
         return [self.stdout] if self.stderr is None else [self.stdout, self.stderr]
@@ -3684,7 +3685,7 @@ class Session:
     def pump(self, ready: set[int]) -> None:
         """Take in what has arrived on these: an answer, ssh's words, or the log.  What comes
         with the greeting belongs to the log, and is left until that has been read."""
-        greets = self.version is None and self.stdout in ready
+        greets = not self.greeting.is_heard and self.stdout in ready
         if self.stderr in ready and not greets:
             self.take_log(os.read(self.stderr, 65536))
         if self.stdout in ready:
@@ -3699,13 +3700,14 @@ class Session:
         """Pass some of its stderr on to Nix; no data means its end."""
         if not data:
             self.stderr = None
-        self.last = time.monotonic() if data and self.version else self.last
+        greeted = self.greeting.is_heard
+        self.last = time.monotonic() if data and greeted else self.last
         data = self.activities.plain(data)
         told = data
         if self.is_silent:  # if it refuses us, we go on in another way or elsewhere
             lines = data.splitlines(keepends=True)
             told = b"".join(line for line in lines if not refuses(decode(line)))
-        if told and self.version:
+        if told and greeted:
             write_all(LOG, told)
             self.first = self.last if self.is_silent else self.first
             self.is_silent = False
@@ -3796,7 +3798,8 @@ class Session:
         program with more than 128 if it was killed."""
         words = self.last_words()
         status = self.process.returncode
-        began = "the connection was lost: " if self.version and status == 255 else ""
+        greeted = self.greeting.is_heard
+        began = "the connection was lost: " if greeted and status == 255 else ""
         who = "nix-store" if self.seat.way.here else "ssh"
         text = f"{began}{words or 'the session ended'} ({who}'s exit status {status})"
         fresh = not self.is_useful and 0 <= status <= 128
@@ -3804,7 +3807,7 @@ class Session:
         error = heard(Refused if speaker == "far" else SessionLost, text, speaker)
         if fresh and self.tells:
             self.seat.is_plain = True
-        if status == 255 and not self.version and not words:
+        if status == 255 and not greeted and not words:
             error.lasting, error.remedy = None, USELESS
         if fresh and status == 0 and not words:  # so ends nix-daemon for other users
             error.meaning, error.remedy = "DAEMON", DAEMON
@@ -3835,24 +3838,15 @@ class Session:
         time_s = SUBSTITUTE_TIMEOUT_S if substitute else ANSWER_TIMEOUT_S
         return Answer(self, lambda until: set(read_strings(self.reader(until))), time_s)
 
-    def first_answer(self, answer: Answer) -> Any:
-        """The greeting, and the answer to the first question, which needs the builder's store,
-        and so tells that it is of use; Unreachable if that does not come in time."""
-        try:
-            self.greet()
-            return answer.get(self.deadline - time.monotonic())
-        except Late as error:
-            raise error.become(Unreachable) from None
-
     def infos_answer(self) -> Answer:
         """The answer to infos_question, when that was sent: a dict of PathInfo."""
-        hear = lambda until: read_infos(self.reader(until), self.spoken)
+        hear = lambda until: read_infos(self.reader(until), self.version)
         return Answer(self, hear, ANSWER_TIMEOUT_S)
 
     def build_options(self, nix: Nix) -> bytes:
         """Nix's settings that concern a build, as this version of the protocol wants."""
         numbers = [nix.number("max-silent-time"), nix.number("timeout")]
-        version = self.spoken
+        version = self.version
         if version >= 0x202:
             numbers.append(nix.number("max-build-log-size"))
         if version >= 0x203:
@@ -3892,9 +3886,9 @@ class Session:
         if by_path:  # a mask from 100 up: 1 a timeout, 2 a hash mismatch, ...
             kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
             return kind, message
-        if self.spoken >= 0x203:
+        if self.version >= 0x203:
             read(4 * 8)  # times built, non-deterministic, start, stop
-        if self.spoken >= 0x206:
+        if self.version >= 0x206:
             words = read_strings(read, 2)
             names = (name.rpartition("!")[2] for name in words[::2])
             self.realised.update(zip(names, words[1::2]))
@@ -4148,9 +4142,6 @@ class Relay:
         given: dict[str, Any] = {"stdin": reads, "pass_fds": JOINED}
         try:
             self.process = self.programs.start(command, environ, "stderr", **given)
-        except Error:
-            self.hang_up()
-            raise
         finally:
             os.close(reads)
             os.close(writes)
@@ -4323,24 +4314,20 @@ class Relay:
 
     def answer(self, command: int) -> None:
         """Answer one command; what we do not know, the builder is asked."""
-        version = self.session.spoken
         if command == SERVE_HELLO:  # which may come again after an error of its own
             self.read(8)  # its version
             # 2.32 and newer speak to no builder before 2.1, whose dialect we can translate.
-            self.reply(integer(SERVE_REPLY) + integer(max(version, 0x205)))
+            self.reply(integer(SERVE_REPLY) + integer(max(self.session.version, 0x205)))
         elif command == QUERY_VALID_PATHS:
             flags, asked = self.read(16), set(read_strings(self.read))
-            valid = asked & self.there
             if not asked <= self.there | self.lacking:
                 read = self.ask(integer(command) + flags + strings(sorted(asked)))
-                valid = set(read_strings(read))
-            self.reply(strings(sorted(valid)))
-        elif command == QUERY_PATH_INFOS:
+                self.there |= set(read_strings(read))
+            self.reply(strings(sorted(asked & self.there)))
+        elif command == QUERY_PATH_INFOS:  # of what it sends: only whether that lacks
             asked = set(read_strings(self.read))
-            infos = {path: self.infos[path] for path in asked & self.infos.keys()}
-            if self.way == "to" and not asked <= self.lacking and version >= 0x204:
-                infos = read_infos(self.ask(infos_question(asked)), version)
-            self.reply(b"".join(info.encode() for info in infos.values()) + string(""))
+            infos = (self.infos[path].encode() for path in asked & self.infos.keys())
+            self.reply(b"".join(infos) + string(""))
         elif command == QUERY_CLOSURE:  # in that of what it is offered is nothing else
             self.read(8)  # whether outputs of derivations are meant, too
             self.reply(strings(p for p in read_strings(self.read) if p in self.infos))
@@ -4388,7 +4375,6 @@ class Relay:
         built here, signatures and content address; and its archive, of that size."""
         path = read_string(self.read)
         self.there.add(path)
-        self.lacking.discard(path)
         deriver = string(read_string(self.read))
         digest = string(read_string(self.read))
         references, when = strings(read_strings(self.read)), self.read(8)
@@ -4398,7 +4384,7 @@ class Relay:
         tail += string(read_string(self.read))
         head = integer(ADD_TO_STORE_NAR) + string(path) + deriver + digest
         head, tail = head + references + when + integer(size) + tail, b""
-        if self.session.spoken < 0x205:  # in the dialect of nix-store --export
+        if self.session.version < 0x205:  # in the dialect of nix-store --export
             head = integer(IMPORT_PATHS) + integer(1)
             tail = integer(EXPORT_MAGIC) + string(path) + references + deriver
             tail += integer(0) + integer(0)  # without a signature; no more paths
@@ -4513,7 +4499,7 @@ class Copier:
         self.target = "builder" if since_2 else ssh.machine.destination
         # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
-        self.fetches_joined = since_2 and session.spoken >= HASHES_SINCE
+        self.fetches_joined = since_2 and session.version >= HASHES_SINCE
 
     def start(self, way: str, command: list[str], **more: str) -> Relay:
         """Start a program that copies "to" or "from" the builder."""
@@ -4523,10 +4509,9 @@ class Copier:
 
     # Sending
 
-    def send(self, paths: set[str], substitute: bool, there: set[str]) -> None:
+    def send(self, paths: set[str], there: set[str]) -> None:
         """Copy the closures of these paths to the builder, of which it has those."""
-        flags = ["--to", "--use-substitutes"] if substitute else ["--to"]
-        command = [self.program, *flags, self.target, *self.nix.options()]
+        command = [self.program, "--to", self.target, *self.nix.options()]
         there, lacking = set(there), paths - there
         for batch in batches(sorted(paths)):
             relay = self.start("to", [*command, *batch])
@@ -4542,19 +4527,15 @@ class Copier:
     def blame_for_sending(self, paths: Iterable[str], problem: str) -> Error:
         """The error to raise: the builder's fault, unless a path is gone or spoilt here."""
         lost = self.lost_session()
-        tail = decode(self.session.tail)
-        _, spoilt, words = tail.partition("hash mismatch importing")
-        store, files = self.nix.store, map(self.nix.store.file, paths)
-        gone = not store.is_cache and not all(map(os.path.lexists, files))
-        here = gone
-        said = " ".join(f"{spoilt}{words}".split())
-        told = [str(lost), problem] if lost else [problem]
-        problem = said or "; ".join(dict.fromkeys(told))
-        # It found them odd, or says that they are spoilt.
-        if not gone and (spoilt or not lost or lost.lasting is None):
-            words = self.verify(sorted(paths))
-            here, problem = bool(words), words or problem
-        return heard(Error, problem) if here else self.with_words(lost, problem)
+        _, spoilt, words = decode(self.session.tail).partition(
+            "hash mismatch importing"
+        )
+        if spoilt:
+            lost, problem = None, " ".join(f"{spoilt}{words}".split())
+        # If it found them odd, or says that they are spoilt, we look.
+        is_known = lost and lost.lasting is not None
+        wrong = "" if is_known else self.verify(sorted(paths))
+        return heard(Error, wrong) if wrong else self.lost_with(lost, problem)
 
     def lost_session(self) -> SessionLost | None:
         """What it has ended with; None if in peace, for what nobody has, or not at all."""
@@ -4563,9 +4544,11 @@ class Copier:
         self.session.drain()
         return None if self.session.activities.are_over else self.session.lost()
 
-    def with_words(self, lost: SessionLost | None, words: str) -> SessionLost:
-        """A lost session in these words; whether it lasts we may know better than they."""
-        error = heard(SessionLost, words)
+    def lost_with(self, lost: SessionLost | None, problem: str) -> SessionLost:
+        """The end of a session and what else is wrong, as one error; the end may tell better
+        whether that lasts."""
+        told = [str(lost), problem] if lost else [problem]
+        error = heard(SessionLost, "; ".join(dict.fromkeys(told)))
         if lost and lost.lasting is not None:
             error.lasting = lost.lasting
         return error
@@ -4600,8 +4583,7 @@ class Copier:
         if problem := relay.run(len(infos), give, infos):
             # As the outputs could be built, it mostly is the fault of our store.
             if lost := self.lost_session():
-                words = "; ".join(dict.fromkeys((str(lost), problem)))
-                raise self.with_words(lost, words)
+                raise self.lost_with(lost, problem)
             raise Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
 
     def start_to_fetch(self, paths: list[str]) -> Relay:
@@ -4791,24 +4773,17 @@ class UploadLock:
     def take_or_rival(self) -> Lock | None:
         """Take one of the locks; or, if that has to wait, return the one to wait for."""
         with self.slots.main_lock():
-            opened = [*map(Lock, self.files)]
-            free = [lock for lock in opened if lock.hold()]
-            busy = [lock for lock in opened if lock not in free]
-            rivals = [lock for lock in busy if self.shares(lock)]
-            chosen = (rivals or free or busy)[0]
-            for lock in opened:
-                if lock is not chosen:
-                    lock.release()
-            if chosen in busy:
-                return chosen
-            self.lock = chosen
-            chosen.write(" ".join(self.digests))
-        return None
+            rivals = [f for f in self.files if self.shares(Lock.said_by_holder(f))]
+            self.lock = None if rivals else Lock.take(*self.files)
+            if self.lock:
+                self.lock.write(" ".join(self.digests))
+                return None
+        return Lock([*rivals, *self.files][0])
 
-    def shares(self, lock: Lock) -> bool:
-        """Whether something of ours may be sent by who holds that lock."""
-        said = lock.read()
-        return not said or not self.digests.isdisjoint(said.split())
+    def shares(self, said: str | None) -> bool:
+        """Whether something of ours may be sent by who says that in a lock's file, if anybody
+        holds it."""
+        return said == "" or not self.digests.isdisjoint((said or "").split())
 
     def __exit__(self, *error: object) -> None:
         if self.lock:
@@ -4843,31 +4818,30 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
 
 def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
     """The same in the way that the seat takes; raises SessionLost, too."""
-    session: Session | None = None
+    session, left = Session(seat), max(1.0, deadline - time.monotonic())
     try:
-        left = max(1.0, deadline - time.monotonic())
-        session = Session(seat, min(GREETING_TIMEOUT_S, left))
         answer = session.ask_valid([path])
         job, soon = seat.way.is_job, min(REPLY_S, left)
         if session.proof or (job and not wait_readable([session.stdout], soon)):
             return session
-        prove(site, session, answer)
+        prove(site, session, answer, min(GREETING_TIMEOUT_S, left))
         return session
     except BaseException as error:
-        if session:
-            session.cancel()
-        refused = isinstance(error, SessionLost) and session and session.tells
+        session.cancel()
+        refused = isinstance(error, SessionLost) and session.tells
         if refused and seat.is_plain:  # it may be refused that
             return open_in_one_way(site, seat, path, deadline)
         raise
 
 
-def prove(site: Site, session: Session, answer: Answer) -> None:
+def prove(
+    site: Site, session: Session, answer: Answer, within_s: float = math.inf
+) -> None:
     """Hear the first answer, which says whether the derivation is there, and note what has
     led to the session; raises SameStore, too."""
-    if session.first_answer(answer):
+    if answer.get(within_s):
         make_sure_of_another_store(site, session)
-    session.seat.prove(session.spoken)
+    session.seat.prove(session.version)
 
 
 def make_sure_of_another_store(site: Site, session: Session) -> None:
@@ -4892,15 +4866,6 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
             run_here("--delete", mark)
     if same:
         raise SameStore("it is this very machine; builds would wait for ever")
-
-
-class Failure(NamedTuple):
-    """An attempt that failed: after how many seconds, where and why, and in which of PHASES."""
-
-    took: float
-    machine: Machine
-    error: Error
-    phase: str = "connecting"
 
 
 class Retry(NamedTuple):
@@ -4932,30 +4897,32 @@ class Retries:
         # began; to wait for a slot while others are well is not counted.
         self.tried_s: float | None = None
 
-    def after(self, failure: Failure) -> Retry:
-        """The next turn; raises the error to end with if there is none."""
-        error, machine = failure.error, failure.machine
+    def after(
+        self, error: Error, machine: Machine, *, phase: str, took: float
+    ) -> Retry:
+        """The next turn, when that has ended an attempt in one of PHASES, which took so many
+        seconds; raises the error to end with if there is none."""
         again = machine in self.avoided
         if isinstance(error, Away) and self.verdict:
             raise self.verdict
         if isinstance(error, NotHere):
             self.verdict = self.verdict_of(error, machine)
-        self.count(failure)
+        self.count(error, phase in ("building", "fetching"), took)
         self.avoided.add(machine)
         pause_s, machines = 0.0, [m for m in self.fit if m not in self.avoided]
         once_more = isinstance(error, SessionLost) and not again
         once_more = once_more and not isinstance(error, Stuck)
-        shunned = machine if failure.phase in ("sending", "building") else None
+        shunned = machine if phase in ("sending", "building") else None
         if once_more:
             machines = [*machines, machine] if shunned else [machine]
         elif not machines:
             pause_s, machines = self.start_over(error), self.fit
-        unknown = failure.phase == "connecting" and not isinstance(error, Away)
+        unknown = phase == "connecting" and not isinstance(error, Away)
         outage = isinstance(error, Unreachable) or (unknown and again)
         impatient = once_more or self.verdict is not None
-        renew = unknown and not outage
         need = self.need._replace(machines=machines, shunned=shunned)
-        return Retry(need._replace(impatient=impatient), pause_s, outage, renew)
+        need = need._replace(impatient=impatient)
+        return Retry(need, pause_s, outage, renew=outage or unknown)
 
     def verdict_of(self, error: NotHere, machine: Machine) -> Error:
         """What to end with if no other can do it; raises that if none is left.  One other
@@ -4967,16 +4934,16 @@ class Retries:
             raise error.verdict
         return error.verdict
 
-    def count(self, failure: Failure) -> None:
-        """Take note of a failure; raises it if there have been too many."""
-        error, begun = failure.error, failure.phase in ("building", "fetching")
+    def count(self, error: Error, begun: bool, took: float) -> None:
+        """Take note of a failure, of a build that has begun or not; raises it if there have
+        been too many."""
         # What is in a log may be anything, so that of a running build says nothing.
         self.may_pass |= error.lasting is not True or begun
         blamed = begun or error.lasting is not False
         lost = isinstance(error, SessionLost) and not isinstance(error, Stuck)
         self.losses += 1 if lost and blamed else 0
         is_first = self.tried_s is None or begun
-        self.tried_s = 0.0 if is_first else (self.tried_s or 0.0) + failure.took
+        self.tried_s = 0.0 if is_first else (self.tried_s or 0.0) + took
         if self.losses > LOSSES or self.tried_s > AWAY_TIMEOUT_S:
             raise error
 
@@ -4998,17 +4965,17 @@ class Attempt:
     """One try of a build on the machine of a slot, from connecting to the outputs."""
 
     def __init__(self, build: Build, slot: Slot) -> None:
-        self.wanted, self.site, self.slot = build, build.site, slot
+        self.site, self.slot, self.machine = build.site, slot, slot.machine
+        self.nix, self.talk = self.site.nix, self.site.talk
         self.start = time.monotonic()
         self.path, self.derivation = build.path, build.derivation
-        self.inputs, self.outputs = build.inputs, build.outputs
-        self.nix, self.talk = self.site.nix, self.site.talk
-        self.machine = slot.machine
+        self.inputs, self.outputs, self.locks = build.inputs, build.outputs, build.locks
+        self.has_alternatives = len(build.fit) > 1  # whether another machine might do
         self.substitute = self.nix.enabled("builders-use-substitutes")
         self.doing = f"build '{self.path}'"  # for messages
         self.trusted = True  # whether we may build a bare derivation, as far as we know
-        self.built: Answer | None = None  # to the question to build, if it was asked
-        self.infos: Answer | None = None  # what the builder says of the outputs
+        # What becomes of the build, and what the builder says of the outputs, once asked.
+        self.asked: list[Answer] = []
         self.phase = "connecting"  # one of PHASES
         self.paths: dict[str, str] = {}  # of a floating derivation's outputs, by name
 
@@ -5017,19 +4984,15 @@ class Attempt:
         self.begin("connecting", "connect for", "to")
         patience_s = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S
         seat = self.site.seat(self.machine)
-        seat.has_alternatives = len(self.wanted.fit) > 1
+        seat.has_alternatives = self.has_alternatives
         self.session = session or open_session(self.site, seat, self.path, patience_s)
         self.trusted = not self.session.proof or self.session.proof.trusted
-        self.copier = Copier(self.site, self.session, self.wanted.locks)
+        self.copier = Copier(self.site, self.session, self.locks)
         try:
             there = self.ask_for_inputs()
             self.site.outages.end(self.machine)
             self.trace("build-remote")
-            self.begin("sending", "send the inputs of", "to")
-            self.send_inputs(there)
-            self.trace("build-remote-start")
-            self.begin("building", "build", "on")
-            infos = self.build()
+            infos = self.build(there)
             self.begin("fetching", "fetch the outputs of", "from")
             self.leave_slot()
             self.fetch(infos)
@@ -5068,61 +5031,104 @@ class Attempt:
         """Ask which inputs are there, which also keeps them there.  If the machine is known
         to have had them all, it is asked to build at once, too."""
         session, digests = self.session, self.derivation.digests()
-        empty = session.ask_valid([]) if session.version else None  # takes just a turn
+        if not (
+            session.is_useful or session.proof
+        ):  # a job that has waited for its turn
+            prove(self.site, session, session.awaited[1])
+        empty = session.ask_valid([]) if session.is_useful else None  # takes a turn
         answer = session.ask_valid(self.inputs, self.substitute)
-        if session.spoken and digests <= {*self.site.slots.digests(self.machine)}:
+        if self.is_bare and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
         self.site.outages.look_again(self.machine)
-        if session.version is None:  # and Nix no longer waits for our reply
-            session.deadline = time.monotonic() + session.seat.greeting_s
-            if session.proof:
-                session.first_answer(session.awaited[0])
-            else:  # a job that has had to wait for its turn
-                prove(self.site, session, session.awaited[0])
         if empty:
             begin = time.monotonic()
             empty.get()
             session.seat.connection.change(is_far=time.monotonic() - begin > FAR_S)
         return set(answer.get())
 
-    def send_inputs(self, there: set[str]) -> None:
-        """Make the builder have, and keep, all inputs (to ask has locked what is there), and
-        ask it to build, if it was not asked already."""
-        lacking = set(self.inputs) - there
-        if lacking and self.built:
-            note(self.site.slots.file(self.machine, "paths"), "")  # it has lost some
-            self.begin("building", "build", "on")  # as it may be able to all the same
-            self.hear_too_early(self.built)
-        elif lacking:
-            self.send(lacking, there, self.ask_to_build)
-        elif not self.built:
-            self.ask_to_build()
+    @property
+    def is_bare(self) -> bool:
+        """Whether the derivation goes along with the question to build, as builders from 1.10
+        on let trusted users do; else its closure must be there."""
+        return self.trusted and self.session.version >= 0x201
 
-    def hear_too_early(self, built: Answer) -> None:
-        """Hear what became of a build for which inputs were lacking, and begin again if that
-        is why it failed, or if the builder does not trust us."""
+    def build(self, there: set[str]) -> Infos:
+        """Build on the builder, which has those of the inputs; returns what it says of the
+        outputs."""
+        while not (ended := self.try_to_build(there)):
+            there = self.reconnect()
+        self.trace("build-remote-done")
+        status, message = ended
+        if status:
+            self.session.finish()
+            if self.nix.enabled("keep-failed") and self.session.version >= 0x207:
+                # In the words of the stock hook, for which Nix's own tests look.
+                text = "The failed build directory was kept on the remote builder"
+                name = self.machine.name
+                self.talk.say(WARN, f"{text} due to `--keep-failed`: '{name}'.")
+            raise self.verdict(status, message)
+        if self.derivation.is_floating:
+            return self.find_outputs()
+        return dict(self.asked[1].get())
+
+    def try_to_build(self, there: set[str]) -> tuple[int, str] | None:
+        """Make the builder have, and keep, what the build needs (to ask has locked what is
+        there), and build; returns status and message.  None if a new session may do better:
+        it was asked before it had all inputs, or does not trust us."""
+        lacking, early = {*self.inputs} - there, bool(self.asked)
+        self.begin("sending", "send the inputs of", "to")
+        if early and lacking:  # it has lost some, but may be able to all the same
+            note(self.site.slots.file(self.machine, "paths"), "")
+        elif not early:
+            self.send(lacking if self.is_bare else {*lacking, self.path}, there)
+        self.trace("build-remote-start")
+        self.begin("building", "build", "on")
         try:
-            failed = built.get()[0] in (REJECTED, TRANSIENT, MISC, DEPENDENCY)
-        except SessionLost:
-            if not refuses(decode(self.session.tail), "LIMITED"):
+            status, message = self.asked[0].get()
+        except SessionLost as error:
+            tail = decode(self.session.tail)
+            if self.derivation.is_floating and means(tail, "LACKS"):
+                raise NotHere(str(error), BuildBroken(self.failed(error))) from None
+            if not (self.is_bare and refuses(tail, "LIMITED")):
                 raise
-            failed = True
-        if failed:
-            self.begin("sending", "send the inputs of", "to")
-            self.reconnect()
+            self.distrust()
+            return None
+        if early and lacking and status in (REJECTED, TRANSIENT, MISC, DEPENDENCY):
+            return None
+        return status, message
 
-    def send(self, paths: set[str], there: set[str], ask: Callable[[], None]) -> None:
-        """Send these paths to the builder, of which it has those, and ask it for what comes
-        next, which does not wait for it to say that it has them."""
-        substitute = self.substitute and self.path not in paths
+    def distrust(self) -> None:
+        """Remember that the builder does not trust its user to build a bare derivation."""
+        self.trusted = False
+        self.session.seat.connection.change(trusted=False)
+        text = f"{UNTRUSTED_USER}; sending the derivation's closure"
+        self.talk.say(INFO, f"'{self.machine.name}' {text}")
+
+    def reconnect(self) -> set[str]:
+        """Have a new session in place of one that has ended, or will; returns which of the
+        inputs are there, which it keeps."""
+        self.copier.end()
+        self.session.finish()
+        self.session.cancel()
+        self.session, self.asked = Session(self.session.seat), []
+        there = self.session.ask_valid(self.inputs, self.substitute).get()
+        self.copier = Copier(self.site, self.session, self.locks)
+        return set(there)
+
+    def send(self, paths: set[str], there: set[str]) -> None:
+        """Send these paths to the builder, of which it has those, and ask it to build, which
+        does not wait for it to say that it has them."""
+        if not paths:
+            self.ask_to_build()
+            return
         with UploadLock(self.site.slots, self.machine, paths) as waited:
             if waited:
                 there = there | self.session.ask_valid(paths).get()
                 paths = paths - there
-            self.copier.send(paths, substitute, there)
+            self.copier.send(paths, there)
             try:
                 answer = self.session.ask_valid(paths)
-                ask()
+                self.ask_to_build()
                 paths = paths - answer.get()
             except SessionLost as error:  # it may refuse so late what was sent
                 raise self.copier.blame_for_sending(paths, str(error)) from None
@@ -5130,17 +5136,15 @@ class Attempt:
             raise SessionLost(f"it still lacks {min(paths)} after that was sent")
 
     def ask_to_build(self) -> None:
-        """Ask in the way that only trusted users may, but in which nothing else need be
-        sent; and for what the fetch will need."""
-        self.built, session = None, self.session
-        if self.derivation.is_floating and session.spoken < 0x206:
+        """Ask the builder for the build, and for what the fetch will need."""
+        session = self.session
+        if self.derivation.is_floating and session.version < 0x206:
             why = "its Nix is too old for a content-addressed derivation"
             raise NotHere(why, BuildBroken(self.failed(Error(why))))
-        if session.spoken >= 0x201 and self.trusted:
-            encoded = self.derivation.encode(self.inputs)
-            then = self.questions_behind()
-            self.built = session.ask_to_build(self.path, encoded, self.nix, then)
-            self.infos = session.infos_answer()
+        encoded = self.derivation.encode(self.inputs) if self.is_bare else None
+        then = self.questions_behind()
+        built = session.ask_to_build(self.path, encoded, self.nix, then)
+        self.asked = [built, session.infos_answer()]
         # Meanwhile, what need not wait for the build:
         session.seat.prepare()
         self.copier.prepare_to_fetch(self.outputs)
@@ -5155,39 +5159,11 @@ class Attempt:
         # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it;
         # and srun says that a job has ended badly.
         way = session.seat.way
-        looks_first = session.spoken >= 0x204 and not way.here and not way.is_job
+        looks_first = session.version >= 0x204 and not way.here and not way.is_job
         if len(outputs) == 1 and looks_first:
             session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += b"".join(map(dump_question, session.activities.absent))
         return questions
-
-    def build(self) -> Infos:
-        """Build on the builder; returns what it says of the outputs."""
-        status, message = self.hear_how_it_went()
-        self.trace("build-remote-done")
-        if status:
-            self.session.finish()
-            if self.nix.enabled("keep-failed") and self.session.spoken >= 0x207:
-                # In the words of the stock hook, for which Nix's own tests look.
-                text = "The failed build directory was kept on the remote builder"
-                name = self.machine.name
-                self.talk.say(WARN, f"{text} due to `--keep-failed`: '{name}'.")
-            raise self.verdict(status, message)
-        infos = dict(self.infos.get()) if self.infos else {}
-        return self.find_outputs() if self.derivation.is_floating else infos
-
-    def hear_how_it_went(self) -> tuple[int, str]:
-        """Status and message of the build, in a way that the builder lets us, or NotHere."""
-        try:
-            return tuple((self.built or self.ask_by_closure()).get())
-        except SessionLost as error:
-            tail = decode(self.session.tail)
-            if self.derivation.is_floating and means(tail, "LACKS"):
-                raise NotHere(str(error), BuildBroken(self.failed(error))) from None
-            if not refuses(tail, "LIMITED"):
-                raise
-        self.reconnect()
-        return tuple(self.ask_by_closure().get())
 
     def find_outputs(self) -> Infos:
         """Learn which paths the outputs of a floating derivation have got."""
@@ -5229,43 +5205,11 @@ class Attempt:
         """The status in the words of a daemon there, which loses it if we are untrusted; some
         are only in the log of that of 2.3."""
         last = decode(self.session.tail).rstrip().rpartition("\n")[2]
-        words = message if self.session.spoken >= 0x206 else f"{message} {last}"
+        words = message if self.session.version >= 0x206 else f"{message} {last}"
         is_fixed = any(output.hash for output in self.derivation.outputs)
         broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
         told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
         return told.get(heard(Error, words, "far").meaning, MISC)
-
-    def reconnect(self) -> None:
-        """Have a new session, which keeps the inputs alive, since the old one has ended: maybe
-        as the builder does not trust its user to build a bare derivation."""
-        seat, self.built = self.session.seat, None
-        if refuses(decode(self.session.tail), "LIMITED"):
-            self.trusted = False
-            seat.connection.change(trusted=False)
-            text = f"{UNTRUSTED_USER}; sending the derivation's closure"
-            self.talk.say(INFO, f"'{self.machine.name}' {text}")
-        self.session.finish()
-        self.session.cancel()
-        self.session = Session(seat, seat.greeting_s)
-        answer = self.session.ask_valid(self.inputs, self.substitute)
-        self.session.greet()
-        self.copier.end()
-        self.copier = Copier(self.site, self.session, self.wanted.locks)
-        self.send_inputs(answer.get())
-
-    def ask_by_closure(self) -> Answer:
-        """Ask in the way that is open to untrusted users, and the only one on builders before
-        1.10; for that the derivation's closure must be there."""
-        session = self.session
-
-        def ask() -> None:
-            then = self.questions_behind()
-            self.built = session.ask_to_build(self.path, None, self.nix, then)
-            self.infos = session.infos_answer()
-
-        self.send({self.path}, set(), ask)
-        assert self.built
-        return self.built
 
     def leave_slot(self) -> None:
         """Let the next build start while we fetch, unless as many fetch already as may
@@ -5316,7 +5260,8 @@ class Build:
         self.slot: Slot | None = None
         self.session: Session | None = None
         self.inputs: list[str] = []  # the paths that are to be on the builder
-        self.outputs: list[str] = []  # those that are to be here
+        self.outputs: list[str] = []  # those that are to be here,
+        self.locks = OutputLocks(site.nix.store, [])  # and the locks on them
         self.said: set[str] = set()  # what is said once for each build
         self.machine, self.attempts = "", 0  # where it is, and how many there were
         self.cause: Error | None = None  # of the error that it ends with
@@ -5383,7 +5328,7 @@ class Build:
         machine, took = attempt.machine, time.monotonic() - attempt.start
         took = 0.0 if isinstance(error, Away) else took
         try:
-            retry = self.retries.after(Failure(took, machine, error, attempt.phase))
+            retry = self.retries.after(error, machine, phase=attempt.phase, took=took)
         except Error as last:
             raise self.final(attempt, last) from None
         if isinstance(error, NotHere) and error.meaning == "LACKS":
@@ -5393,7 +5338,7 @@ class Build:
             self.say_once(WARN, f"{attempt.failed(error)}; trying again")
         if retry.outage:
             self.site.outages.note(machine, attempt.slot.outage, error)
-        if retry.outage or retry.renew:
+        if retry.renew:
             self.site.retire(machine)
         if retry.pause_s:
             if despair := self.site.outages.despair(self.fit):
@@ -6097,12 +6042,11 @@ class Inspection:
         from timeit import repeat
 
         self.phase = "asking nix-store"
-        session = Session(self.seat, GREETING_TIMEOUT_S)
+        session = Session(self.seat)
         try:
-            session.greet()
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
             self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
-        except SessionLost as error:
+        except (SessionLost, Unreachable) as error:
             refused = isinstance(error, Refused)
             if refused and self.seat.other_way() and self.seat.chosen:
                 return self.find_nix()
@@ -6121,7 +6065,7 @@ class Inspection:
         self.seat.keep_way()  # hooks are to find what we have found,
         self.site.outages.end(self.machine)  # and to leave it alone no longer
         version = self.facts.get("nix", "").rpartition(" ")[2]
-        protocol = f"{session.spoken >> 8}.{session.spoken & 255}"
+        protocol = f"{session.version >> 8}.{session.version & 255}"
         text = f"nix-store {version}, serve protocol {protocol}"
         if self.seat.way.here and self.seat.way.there:
             text = "that login allows only nix-daemon, with which nix-store here talks"

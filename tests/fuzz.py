@@ -469,17 +469,21 @@ class Taker:
     def talking(self, case: bytes) -> Iterator[hook.Session]:
         stdout, _, stderr = case.partition(STDERR)
         self.seat.said = (stdout, stderr)
-        session = hook.Session(self.seat, 30)
+        session = hook.Session(self.seat)
         try:
             yield session
         finally:
             session.cancel()
 
+    def greeted(self, session: hook.Session) -> None:
+        """Have it be as if its builder had greeted."""
+        session.version, session.greeting.is_heard = 0x207, True
+        session.awaited = [a for a in session.awaited if a is not session.greeting]
+
     def session(self, case: bytes) -> bool:
         with self.talking(case) as session:
-            valid = session.ask_valid([PATH])
-            session.greet()
-            assert all(isinstance(path, str) for path in valid.get())
+            valid = session.ask_valid([PATH]).get()
+            assert all(isinstance(path, str) for path in valid)
             if session.version == 0x200:
                 status, message = session.ask_to_build(PATH, None, self.new).get()
             else:
@@ -495,12 +499,12 @@ class Taker:
             attempt = hook.Attempt(build, slot)
             attempt.session = session
             raise attempt.verdict(status, message)
-        return 0x200 <= (session.version or 0) <= 0x207
+        return 0x200 <= session.version <= 0x207
 
     def copying(self, case: bytes) -> bool:
         stderr, _, log = case.partition(STDERR)
         with self.talking(STDERR + log) as session:
-            session.version = 0x207
+            self.greeted(session)
             relay = self.relay(session, b"", stderr, len(case))
             relay.finish()
             relay.end()
@@ -513,7 +517,7 @@ class Taker:
         self, session: hook.Session, asked: bytes, stderr: bytes = b"", number: int = 1
     ) -> hook.Relay:
         """For a program that copies and has said this; `heard` is what it is told."""
-        session.version = 0x207
+        self.greeted(session)
         FakeRelay.heard, FakeRelay.said = self.directory / "heard", (asked, stderr)
         relay = FakeRelay(session, "to", "local")
         relay.talk = self.talks[number % 2]
@@ -523,7 +527,7 @@ class Taker:
     def infos(self, case: bytes) -> bool:
         """What a builder says of the outputs that it has built."""
         with self.talking(case) as session:
-            session.version = 0x207
+            self.greeted(session)
             session.write(hook.infos_question([PATH]))
             infos = session.infos_answer().get()
             assert all(info.addressed_path() != PATH for info in infos.values())

@@ -122,7 +122,9 @@ class Builder:
             data.append(pack(0))
         whole = b"".join(data) + pack(0)
         command = [REAL, "--import"]
-        subprocess.run(command, input=whole, stdout=subprocess.DEVNULL, check=True)
+        done = subprocess.run(command, check=False, input=whole, stdout=sys.stderr)
+        if done.returncode:
+            sys.exit(1)  # it has said why
         self.client.say(pack(1))
 
     def options(self) -> bytes:

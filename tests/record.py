@@ -64,6 +64,8 @@ def record_calls(nix: Scene, folder: Path) -> None:
 class Here(hook.Seat):
     """A session with the nix-store of a host of the lab, without ssh."""
 
+    greeting_s = 30
+
     def __init__(self, host: Host) -> None:
         nothing: Any = None
         self.host = host
@@ -101,8 +103,7 @@ class Recorder(hook.Session):
 def record_session(host: Host, folder: Path) -> None:
     with tempfile.TemporaryFile() as log:
         os.dup2(log.fileno(), 4)
-        session = Recorder(Here(host), 30)
-        session.greet()
+        session = Recorder(Here(host))
         session.ask_valid([f"/nix/store/{'0' * 32}-nothing"]).get()
         for build in RECORDED_BUILDS:
             nix = hook.Nix(False, {"timeout": str(build.timeout)}, {})

@@ -463,6 +463,17 @@ def test_an_untrusted_user_builds_from_signed_inputs(
         assert running.locks() == []
 
 
+def test_a_login_that_nix_1_11_does_not_trust_is_tried_twice(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    """It refuses what is not signed, such as a derivation, as often as that is sent."""
+    with distrustful(client_engine, other(pytestconfig, client_engine)) as running:
+        running.builder.copy(TESTS / "old_serve.py", "/usr/local/bin/nix-store")
+        outcome = running.build(INPUT, check=False)
+        assert outcome.status and "cannot send the inputs of '" in outcome.log
+        assert outcome.log.count("copying path '") == 2
+
+
 def test_an_untrusted_user_builds_a_whole_graph(
     client_engine: str, pytestconfig: pytest.Config
 ) -> None:

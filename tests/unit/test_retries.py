@@ -15,7 +15,6 @@ from nix_build_remote import (
     BuildBroken,
     BuildFailed,
     Error,
-    Failure,
     Late,
     Machine,
     Need,
@@ -55,6 +54,16 @@ def retries_on(*machines: Machine) -> Retries:
     return Retries(Need("/nix/store/x.drv", frozenset(), 0, [*machines]))
 
 
+def failed(
+    retries: Retries,
+    took: float,
+    machine: Machine,
+    error: Error,
+    phase: str = "connecting",
+) -> Retry:
+    return retries.after(error, machine, phase=phase, took=took)
+
+
 def where(retry: Retry) -> str:
     return " ".join(machine.host for machine in retry.need.machines)
 
@@ -63,8 +72,7 @@ def play(retries: Retries, steps: list[Step]) -> list[Retry]:
     """Each failure in turn; all but the last must go where it says."""
     turns = []
     for step in steps:
-        failure = Failure(1, *step[:2], step.phase)
-        turns.append(retries.after(failure))
+        turns.append(failed(retries, 1, step.machine, step.error, step.phase))
         assert where(turns[-1]) == step.goes_to, step
     return turns
 
@@ -122,12 +130,12 @@ def test_a_build_ends(steps: list[Step], last: Step, end: Error) -> None:
     retries = retries_on(B1, B2)
     play(retries, steps)
     with pytest.raises(type(end), match=str(end)[:9]):
-        retries.after(Failure(9, last.machine, last.error, last.phase))
+        failed(retries, 9, last.machine, last.error, last.phase)
 
 
 def test_the_only_machine_that_could_not_do_it_ends_the_build() -> None:
     with pytest.raises(BuildBroken):
-        retries_on(B1).after(Failure(0, B1, NOT_HERE, "building"))
+        failed(retries_on(B1), 0, B1, NOT_HERE, "building")
 
 
 def test_a_failed_build_is_no_failure_of_a_machine() -> None:
@@ -139,9 +147,7 @@ def test_a_failed_build_is_no_failure_of_a_machine() -> None:
 def test_a_machine_that_may_hold_locks_for_a_lost_session_is_shunned(
     built: bool,
 ) -> None:
-    retry = retries_on(B1, B2).after(
-        Failure(0, B1, LOST, "fetching" if built else "building")
-    )
+    retry = failed(retries_on(B1, B2), 0, B1, LOST, "fetching" if built else "building")
     assert retry.need.shunned == (None if built else B1)
 
 
@@ -149,7 +155,7 @@ def test_a_build_ends_after_some_losses() -> None:
     retries, steps = retries_on(B1), [Step(B1, LOST, "b1", "building")] * LOSSES
     play(retries, steps)
     with pytest.raises(SessionLost):
-        retries.after(Failure(9, B1, LOST, "building"))
+        failed(retries, 9, B1, LOST, "building")
 
 
 def test_losses_that_the_network_is_to_blame_for_do_not_count() -> None:
@@ -165,15 +171,15 @@ def test_odd_losses_before_a_build_count() -> None:
     retries = retries_on(B1)
     play(retries, [Step(B1, ODD, "b1", "sending")] * LOSSES)
     with pytest.raises(SessionLost):
-        retries.after(Failure(9, B1, ODD, "sending"))
+        failed(retries, 9, B1, ODD, "sending")
 
 
 def test_a_build_is_tried_only_so_long() -> None:
     retries = retries_on(B1)
     for _ in range(2):  # what the first took does not count
-        retries.after(Failure(AWAY_TIMEOUT_S - 100, B1, REFUSED))
+        failed(retries, AWAY_TIMEOUT_S - 100, B1, REFUSED)
     with pytest.raises(Unreachable):
-        retries.after(Failure(101, B1, REFUSED))
+        failed(retries, 101, B1, REFUSED)
 
 
 def test_who_has_waited_long_for_a_slot_is_not_given_up_at_the_next_failure() -> None:
@@ -190,15 +196,15 @@ def test_the_pauses_count_as_time_in_which_it_is_tried() -> None:
     retries, paused = retries_on(B1), 0.0
     with pytest.raises(Unreachable):
         while True:
-            paused += retries.after(Failure(0, B1, REFUSED)).pause_s
+            paused += failed(retries, 0, B1, REFUSED).pause_s
     assert AWAY_TIMEOUT_S < paused < 2 * AWAY_TIMEOUT_S
 
 
 def test_the_time_counts_anew_when_a_build_has_begun() -> None:
     retries = retries_on(B1)
-    retries.after(Failure(0, B1, REFUSED))
+    failed(retries, 0, B1, REFUSED)
     for _ in range(2):
-        retries.after(Failure(AWAY_TIMEOUT_S + 1, B1, LOST, "building"))
+        failed(retries, AWAY_TIMEOUT_S + 1, B1, LOST, "building")
 
 
 def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
@@ -215,10 +221,10 @@ def test_pauses_grow_and_come_only_when_all_have_failed() -> None:
 @pytest.mark.parametrize(
     "steps, outage, renew, impatient",
     [
-        ([Step(B1, REFUSED, "b2")], True, False, False),
+        ([Step(B1, REFUSED, "b2")], True, True, False),
         ([Step(B1, LOST, "b1")], False, True, True),
         ([Step(B1, LOST, "b2 b1", "sending")], False, False, True),
-        ([Step(B1, LOST, "b1"), Step(B1, LOST, "b2")], True, False, False),
+        ([Step(B1, LOST, "b1"), Step(B1, LOST, "b2")], True, True, False),
         ([Step(B1, NOT_HERE, "b2", "sending")], False, False, True),
     ],
     ids=["unreachable", "no greeting", "greeted", "no greeting twice", "could not"],

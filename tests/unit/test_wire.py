@@ -371,10 +371,9 @@ def replay(version: str, directory: Path) -> Replay:
     sent = fakes.fake_player(directory, version)
     nix = Nix(False, {}, {"PATH": str(directory)})
     machine, programs = Machine.parse("machines:1", "b1", nix), Programs(Talk(nix))
-    session = Session(Seat(Ssh.find(machine, nix, programs, str(directory))), 30)
+    session = Session(Seat(Ssh.find(machine, nix, programs, str(directory))))
     try:
         with log_to(directory / "log"):
-            session.greet()
             valid = ask(session, f"/nix/store/{'0' * 32}-nothing")
             results = [
                 session.ask_to_build(
@@ -388,7 +387,7 @@ def replay(version: str, directory: Path) -> Replay:
     finally:
         session.cancel()
     log = (directory / "log").read_text(encoding="utf-8")
-    return Replay(session.version or 0, valid, results, sent.read_bytes(), log)
+    return Replay(session.version, valid, results, sent.read_bytes(), log)
 
 
 @pytest.fixture(scope="module")
