@@ -2816,13 +2816,17 @@ class Programs:
             os.close(writes)
 
     def output(
-        self, command: list[str], environ: dict[str, str], within_s: float | None = None
+        self,
+        command: list[str],
+        environ: dict[str, str],
+        within_s: float | None = None,
+        **options: Any,
     ) -> tuple[int, str, str]:
         """Run it; returns its exit status, and what it wrote on stdout and stderr.  What has
         not ended in time is killed: a negative status, and no words."""
         import subprocess
 
-        process = self.start(command, environ, "stdout", "stderr")
+        process = self.start(command, environ, "stdout", "stderr", **options)
         said = b"", b""
         try:
             with suppress(subprocess.TimeoutExpired):
@@ -5804,20 +5808,12 @@ class Screen:
         text = "\n".join(lines)
         if self.json:  # what is watched is one line each time
             text = json.dumps(value, indent=None if self.watch else 2)
-        elif self.watch and self.terminal:
-            text = "\x1b[H\x1b[J" + "\n".join(self.fit(lines))
+        elif self.watch and self.terminal:  # which cuts what is longer than a row
+            room = max(0, self.height - 2)
+            if len(lines) > room + 1:
+                lines = [*lines[:room], f"... and {len(lines) - room} lines more"]
+            text = "\x1b[?7l\x1b[H\x1b[J" + "\n".join(lines) + "\x1b[?7h"
         print(text, flush=self.watch)
-
-    def fit(self, lines: list[str]) -> list[str]:
-        """As many as there is room for, and how many more there are; a long one takes
-        several rows."""
-        from itertools import accumulate
-
-        rows = accumulate(math.ceil(len(line) / self.width) or 1 for line in lines)
-        shown = sum(row < self.height for row in rows)
-        if more := len(lines) - shown:
-            lines = [*lines[: max(0, shown - 1)], f"... and {more + 1} lines more"]
-        return lines
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -5931,31 +5927,18 @@ COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
 def hear(
-    process: subprocess.Popen[bytes], data: bytes, within_s: float
-) -> tuple[bytes, bytes]:
-    """What a program says on stdout and stderr when it is told that, but no more than it was
-    asked for; if it has not ended in time, that alone."""
-    tell_all(process, data)
-    said = {pipe.fileno(): b"" for pipe in (process.stdout, process.stderr) if pipe}
-    running, deadline = select.poll(), time.monotonic() + within_s
-    for pipe in said:
-        running.register(pipe, select.POLLIN)
-    left = len(said)
-    while left:
-        ready = running.poll(max(0.0, 1000 * (deadline - time.monotonic())))
-        if not ready:
-            return b"", f"no answer within {within_s:.0f} s".encode()
-        for pipe, _ in ready:
-            more = os.read(pipe, HEARD_LIMIT_BYTES)
-            said[pipe] += more
-            if not more:
-                running.unregister(pipe)
-                left -= 1
-        if max(map(len, said.values())) > HEARD_LIMIT_BYTES:
-            return b"", b"it says far more than it was asked for"
+    process: subprocess.Popen[bytes], programs: Programs, environ: dict[str, str]
+) -> str:
+    """What a program says, but no more than it was asked for; or that it has not ended in
+    time, or says far too much."""
+    head = find_program("head", program_directories(environ))
+    limit, within, pipe = f"-c{HEARD_LIMIT_BYTES}", LOGIN_TIMEOUT_S, process.stdout
+    ended, said, _ = programs.output([head, limit], environ, within, stdin=pipe)
     status_within(process, 1)
-    answer, words = said.values()
-    return answer, words
+    if ended != 0:
+        return f"no answer within {LOGIN_TIMEOUT_S} s"
+    is_whole = len(encode(said)) < HEARD_LIMIT_BYTES
+    return said if is_whole else "it says far more than it was asked for"
 
 
 class Inspection:
@@ -5970,14 +5953,12 @@ class Inspection:
         self.phase = "waiting"  # what is done now, for people
         self.facts: dict[str, str] = {}  # what ASK and LOOK say
         self.done = False
-        self.pause: dict[str, Any] = {"paused": None, "until": None}  # see pause_of
         self.process: subprocess.Popen[bytes] | None = None  # nix-build
 
     def run(self) -> None:
         """As far as it goes: each step needs the ones before."""
         try:
             self.site = Site(self.nix, Talk(self.nix), Slots.find(self.nix))
-            self.pause = pause_of(self.site.slots, self.machine)
             self.seat = self.site.new_seat(self.machine)
             # What was found out before may have changed.
             self.seat.chosen, self.seat.is_plain = 0, True
@@ -5995,8 +5976,9 @@ class Inspection:
         """For programs; it is well if nothing is wrong, up to the build."""
         states = {found["what"]: found["state"] for found in self.found}
         well = "build" in states and WRONG not in states.values()
+        pause = pause_of(Slots.find(self.nix), self.machine)
         value = {"machine": self.machine.name, "where": self.machine.where}
-        return {**value, "well": well, **self.pause, "findings": self.found}
+        return {**value, "well": well, **pause, "findings": self.found}
 
     def add(self, what: str, state: str, *words: str) -> bool:
         """Note a finding for that column; returns whether there is a point in going on.  words:
@@ -6011,6 +5993,8 @@ class Inspection:
 
     def log_in(self) -> bool:
         """By an ssh of its own: a shared one may be older than what has changed."""
+        import subprocess
+
         self.phase = "logging in"
         if not self.machine.ways:
             return not self.add("build", OK, "here", "it is this machine")
@@ -6023,15 +6007,16 @@ class Inspection:
             remedy += f" && ssh-copy-id {self.names['LOGIN']}"
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
         self.asked = int(time.time())
-        process = self.seat.start("sh")
-        answer, words = hear(process, encode(ASK + LOOK), LOGIN_TIMEOUT_S)
+        process = self.seat.start("sh", stderr=subprocess.STDOUT)
+        tell_all(process, encode(ASK + LOOK))
+        said = hear(process, self.site.programs, self.seat.ssh.environ)
         end(process)
         self.answered = int(time.time())
-        self.facts = facts(decode(answer))
+        self.facts = facts(said)
         if is_word(user := self.facts.get("user", "")):  # people will paste it
             self.names["USER"] = user
         refused = process.returncode in (255, -9)  # by ssh; or we have killed it
-        return self.refused(decode(words), key) if refused else True
+        return self.refused(said, key) if refused else True
 
     def refused(self, words: str, key: str) -> bool:
         """Tell of ssh's own words, or ours if they are clearer, and what to type."""
@@ -6290,7 +6275,7 @@ def wrong_hook(nix: Nix) -> Iterator[str]:
 
 def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Try each machine, and say what is wrong and what to do."""
-    machines, complaints = machines_named(options.names, nix)
+    machines, complaints = machines_named(options.MACHINE, nix)
     if machines:
         make_slots(nix)
     note = unused(nix)
@@ -6408,42 +6393,35 @@ def overview(slots: Slots, machines: list[Machine]) -> dict[str, list[dict[str, 
     """How things are with these machines, and who waits; Error if we may not read that.
     Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
-        with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
-            loads = [load_of(slots, machine) for machine in machines]
-            return {"machines": loads, "waiting": waiters_in(slots)}
-    except FileNotFoundError:  # no hook has ever run
-        return {"machines": [*map(idle, machines)], "waiting": []}
+        with suppress(FileNotFoundError), open(f"{slots.path}/main-lock", "rb"):
+            pass  # if a hook has ever run, it is there, and is ours
+        loads = [load_of(slots, machine) for machine in machines]
+        return {"machines": loads, "waiting": waiters_in(slots)}
     except OSError as error:
         raise Error(f"cannot read {error.filename}; try it as root") from None
 
 
-def idle(machine: Machine) -> dict[str, Any]:
-    """How things are with a machine that nobody uses.
+def load_of(slots: Slots, machine: Machine) -> dict[str, Any]:
+    """How things are with one machine.
 
     here: whether it is this machine; taken: its slots that are, load: by others, too;
     away: its outage, closed: why it gets no new builds, else None; look: what it said.
     """
-    value: dict[str, Any] = {"machine": machine.name, "where": machine.where}
-    value |= {"here": not machine.ways, "speed": machine.speed}
-    value |= {"slots": machine.max_jobs, "taken": 0, "load": 0, "others": 0}
-    value |= {"building": [], "fetching": [], "away": None, "closed": None, "look": {}}
-    return value
-
-
-def load_of(slots: Slots, machine: Machine) -> dict[str, Any]:
-    """How things are with one machine."""
-    numbers = range(machine.max_jobs)
-    places = f"{slots.path}/{machine.slots}-", slots.file(machine, "fetch-")
-    said = (held(slots, [f"{place}{n}" for n in numbers]) for place in places)
-    building, fetching = ([*map(holder_of, its.values())] for its in said)
+    fetches = [slots.file(machine, f"fetch-{n}") for n in range(machine.max_jobs)]
+    building, fetching = (
+        [*map(holder_of, held(slots, files).values())]
+        for files in (slots.files(machine), fetches)
+    )
     outage, loads = Outages(slots).of(machine), {machine: len(building)}
     slots.admits(machine, loads)
     look, closed = slots.look(machine), slots.refused.get(machine) or None
-    value = {**idle(machine), "taken": len(building), "load": loads[machine]}
-    value |= {"building": building, "fetching": fetching, "others": look.others}
+    value: dict[str, Any] = {"machine": machine.name, "where": machine.where}
+    value |= {"here": not machine.ways, "speed": machine.speed}
+    value |= {"slots": machine.max_jobs, "taken": len(building)}
+    value |= {"load": loads[machine], "others": look.others}
+    value |= {"building": building, "fetching": fetching, "look": look.said}
     away = outage and {**outage._asdict(), "until": outage.until or None}
-    value |= {"away": away, "look": look.said, "closed": None if outage else closed}
-    return value
+    return {**value, "away": away, "closed": None if outage else closed}
 
 
 def waiters_in(slots: Slots) -> list[dict[str, Any]]:
@@ -6460,10 +6438,12 @@ def waiters_in(slots: Slots) -> list[dict[str, Any]]:
 
 def held(slots: Slots, paths: list[str]) -> dict[str, str]:
     """Those locks that somebody holds, and what they say; nobody takes us for a holder."""
+    there = [*filter(os.path.lexists, paths)]
+    if not there:  # perhaps no hook has ever run
+        return {}
     with slots.main_lock() as lock:
         if slots.is_stuck:
             raise Error(f"somebody holds {lock.path} (fuser says who)")
-        there = filter(os.path.lexists, paths)
         said = {path: Lock.said_by_holder(path) for path in there}
     return {path: text for path, text in said.items() if text is not None}
 
@@ -6501,7 +6481,7 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     """The same, once."""
     from itertools import groupby
 
-    machines, complaints = machines_named(options.names, nix)
+    machines, complaints = machines_named(options.MACHINE, nix)
     value, lines = overview(Slots.find(nix), machines), []
     loads, waiters = value.values()
     if options.watch:  # what there is no room for is at the end
@@ -6601,7 +6581,7 @@ def pause_text(length: str, why: str) -> str:
 
 def slots_of(options: Namespace, nix: Nix) -> tuple[Slots, list[Machine]]:
     """The slots that hooks count, and the named machines."""
-    machines, _ = machines_named(options.names, nix)
+    machines, _ = machines_named(options.MACHINE, nix)
     if here := [called(machine.name) for machine in machines if not machine.ways]:
         raise Error(f"{here[0]} is this machine: Nix itself builds here")
     return make_slots(nix), machines
@@ -6610,7 +6590,7 @@ def slots_of(options: Namespace, nix: Nix) -> tuple[Slots, list[Machine]]:
 def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Send a machine no new builds until `resume`; those that run there come to their end."""
     slots, machines = slots_of(options, nix)
-    text = pause_text(options.time, options.why)
+    text = pause_text(vars(options)["for"], options.why)
     # Who has looked before that has a slot then, and nobody takes the file for one that is over.
     with slots.main_lock():
         for machine in machines:
@@ -6651,10 +6631,10 @@ def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]
     import json
 
     features = frozenset(listed(options.features))
-    if not options.derivation:
+    if not options.DERIVATION:
         system = options.system or nix.settings["system"]
         return Request(False, system, "", features), frozenset()
-    path = options.derivation
+    path = options.DERIVATION
     if "/" not in path and not os.path.exists(path):
         path = f"{nix.store.real}/{path}"
     path = os.path.realpath(path)
@@ -6698,26 +6678,8 @@ def why_not(machine: Machine, load: dict[str, Any], request: Request, nix: Nix) 
     return f"is full: {taken} slots are taken, {others}, its memory is short {short}"
 
 
-def choice(
-    loads: dict[Machine, dict[str, Any]], request: Request, nix: Nix
-) -> dict[str, Any]:
-    """Where a build would go now: the machines that could take it, the best first; the
-    others, and why not; and whether Nix here might build it itself."""
-    for machine, load in loads.items():
-        load["reason"] = why_not(machine, load, request, nix)
-        load["rank"] = rank(machine, load["load"])[0]
-    order = lambda m: (*rank(m, loads[m]["load"]), -loads[m]["inputs"])
-    ranked = [m for m in sorted(loads, key=order) if not loads[m]["reason"]]
-    value: dict[str, Any] = {"derivation": request.derivation}
-    value |= {"system": request.system, "features": sorted(request.features)}
-    value["here"] = might_build_itself(nix, request)
-    value["machines"] = [loads[machine] for machine in ranked]
-    value["left-out"] = [load for load in loads.values() if load["reason"]]
-    return value
-
-
 def choice_lines(value: dict[str, Any], screen: Screen) -> list[str]:
-    """The same for people."""
+    """Where a build would go, for people."""
     features = ", ".join(value["features"]) or "no features"
     what = f"{value['derivation'] or 'A build'} needs {value['system']} and {features}."
     rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
@@ -6751,14 +6713,21 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
         found = overview(slots, machines)["machines"]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
-        found = [*map(idle, machines)]
+        found = overview(Slots("/nowhere"), machines)["machines"]
     loads = dict(zip(machines, found))
-    for machine in machines:
-        loads[machine]["inputs"] = slots.known(machine, digests)
-    value = {**choice(loads, request, nix), "complaints": complaints}
-    lines = choice_lines(value, screen) + screen.wrap("", *complaints)
-    screen.show(value, lines)
-    return 0 if value["machines"] else 1
+    for machine, load in loads.items():
+        load["inputs"] = slots.known(machine, digests)
+        load["reason"] = why_not(machine, load, request, nix)
+        load["rank"] = rank(machine, load["load"])[0]
+    order = lambda m: (*rank(m, loads[m]["load"]), -loads[m]["inputs"])
+    ranked = [loads[m] for m in sorted(loads, key=order) if not loads[m]["reason"]]
+    value: dict[str, Any] = {"derivation": request.derivation}
+    value |= {"system": request.system, "features": sorted(request.features)}
+    value |= {"here": might_build_itself(nix, request), "machines": ranked}
+    value["left-out"] = [load for load in loads.values() if load["reason"]]
+    value["complaints"] = complaints
+    screen.show(value, choice_lines(value, screen) + screen.wrap("", *complaints))
+    return 0 if ranked else 1
 
 
 # ---- history and metrics ------------------------------------------------------------
@@ -6876,40 +6845,35 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 # ---- Command line -------------------------------------------------------------------
 
-COMMANDS = (check, status, explain, pause, resume, history, metrics)
+# What each takes, as argparse puts it: how many words, and options, some with more.
+COMMANDS = {
+    check: "MACHINE*",
+    status: "MACHINE* --watch",
+    explain: "DERIVATION? --system=x86_64-linux --features=kvm,big-parallel",
+    pause: "MACHINE+ --for=2h --why=TEXT --wait",
+    resume: "MACHINE+",
+    history: "--failed --machine=MACHINE --since=2d",
+    metrics: "",
+}
 
 
 def parse_options(arguments: list[str]) -> Namespace:
     """What people want of us."""
     import argparse
 
-    names = " | ".join(run.__name__ for run in COMMANDS)
-    usage = f"nix_build_remote.py {names} | --help | --version"
-    parser = argparse.ArgumentParser(prog="nix_build_remote.py", usage=usage)
-    verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
-    for run in COMMANDS:
+    parser = argparse.ArgumentParser(prog="nix_build_remote.py")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for run, takes in COMMANDS.items():
         part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         part.set_defaults(run=run, watch=False)
-        add = part.add_argument
-        add("--machines", default="", metavar="FILE", help="instead of the hook's")
-        add("--json", action="store_true", help="for programs")
-        if run is explain:
-            add("derivation", nargs="?", metavar="DERIVATION")
-            add("--system", default="", help="such as x86_64-linux")
-            add("--features", default="", help="such as kvm,big-parallel")
-        elif run in (check, status, pause, resume):
-            count = "*" if run in (check, status) else "+"
-            add("names", nargs=count, metavar="MACHINE")
-        elif run is history:
-            add("--failed", action="store_true", help="only failures")
-            add("--machine", default="", help="only what was there")
-            add("--since", metavar="2d", help="only the last 2 days")
-        if run is pause:
-            add("--for", default="", dest="time", help="such as 90s, 30m, 2h or 1d")
-            add("--why", default="", metavar="TEXT", help="for others")
-            add("--wait", action="store_true", help="till no build is left there")
-        if run is status:
-            add("--watch", action="store_true", help="renew each second")
+        for word in f"{takes} --json --machines=FILE".split():
+            name, _, more = word.partition("=")
+            if not name.startswith("--"):
+                part.add_argument(name[:-1], nargs=name[-1])
+            elif more:
+                part.add_argument(name, default="", metavar=more)
+            else:
+                part.add_argument(name, action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -6942,7 +6906,7 @@ def run_for_people(arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     """What Nix or people start; returns the exit status."""
     first, last = arguments[0] if arguments else "", arguments[-1] if arguments else ""
-    by_nix = last.isdigit() and first not in (run.__name__ for run in COMMANDS)
+    by_nix = last.isdigit() and first not in [run.__name__ for run in COMMANDS]
     try:
         return run_hook(arguments) if by_nix else run_for_people(arguments)
     except Stop as stop:
