@@ -965,12 +965,10 @@ class Talk:
         elif nix.since_2_3:
             self.levels = (0, 1, 2, 3, 5)
         self.started = 0  # how many activities have been
-        # Their numbers; each is a part of the one before (for us: Nix is told no parent).
-        self.running: list[int] = []
-        # Of the path that is copied now: bytes so far, and in all; when that was told, last.
-        self.moved = self.size = 0
-        self.told = 0.0
-        self.paths = self.expected = 0  # that are copied, so far and in all
+        # Of those that go on, the number, how much is done, and of how much; each is a part
+        # of the one before (for us: Nix is told no parent).
+        self.running: list[tuple[int, int, int]] = []
+        self.told = 0.0  # when Nix was last told how much is done
         self.tally = Tally()  # of the build that we were asked of last
 
     def write(self, line: str) -> None:
@@ -991,13 +989,14 @@ class Talk:
         for line in printable(text).splitlines():
             self.write(f" {line}" if line[:2] in ("# ", "@ ") else line)
 
-    def begin(self, depth: int, text: str, *fields: str) -> None:
+    def begin(self, depth: int, text: str, *fields: str, size: int = 0) -> None:
         """Begin an activity for the progress bar of 2.x; what runs at that depth, or deeper,
-        is over.  depth: 0 for a step of the build, 1 for paths copied in it, 2 for each."""
+        is over.  depth: 0 for a step of the build, 1 for so many paths copied in it, 2 for each,
+        of so many bytes."""
         self.end(depth)
         if not self.old:
             self.started += 1
-            self.running.append(self.started)
+            self.running.append((self.started, 0, size))
             values = ",".join(map(quoted, fields))
             level = self.levels[INFO if depth else TALKATIVE]
             kind = (0, COPY_PATHS, COPY_PATH)[depth]
@@ -1005,38 +1004,28 @@ class Talk:
             tail = f'"text":{quoted(text)},"parent":0,"fields":[{values}]'
             self.write(f'@nix {{"action":"start",{head},{tail}}}')
 
-    def begin_paths(self, count: int) -> None:
-        """Begin to copy so many paths."""
-        self.paths, self.expected = 0, count
-        self.begin(1, f"copying {count} paths")
-
-    def begin_path(self, size: int, text: str, *fields: str) -> None:
-        """Begin to copy one, of so many bytes."""
-        self.moved, self.size = 0, size
-        self.begin(2, text, *fields)
-
     def progress(self, more: int) -> None:
         """Tell that so many bytes more were copied, at most every 0.1 s and at the end."""
         self.tally.bytes[self.tally.phase] += more
-        self.moved = min(self.moved + more, self.size)
-        is_whole = self.moved == self.size
-        if self.running[2:] and (is_whole or time.monotonic() > self.told + 0.1):
-            self.told = time.monotonic()
-            self.tell_progress(2, self.moved, self.size)
-            if is_whole:
-                self.end(2)
-                self.paths += 1
-                self.tell_progress(1, self.paths, max(self.paths, self.expected))
+        if self.running[2:] and self.advance(2, more):
+            self.end(2)
+            self.advance(1, 1)
 
-    def tell_progress(self, depth: int, done: int, expected: int) -> None:
-        """Tell how far the activity at that depth is."""
-        head = f'"action":"result","id":{self.running[depth]},"type":{PROGRESS}'
-        self.write(f'@nix {{{head},"fields":[{done},{expected},0,0]}}')
+    def advance(self, depth: int, more: int) -> bool:
+        """Tell that the activity at that depth has done so much more; whether that is all."""
+        number, done, size = self.running[depth]
+        done = min(done + more, size)
+        self.running[depth] = number, done, size
+        if done == size or depth == 1 or time.monotonic() > self.told + 0.1:
+            self.told = time.monotonic()
+            head = f'"action":"result","id":{number},"type":{PROGRESS}'
+            self.write(f'@nix {{{head},"fields":[{done},{size},0,0]}}')
+        return done == size
 
     def end(self, depth: int = 0) -> None:
         """End the activities at that depth and deeper."""
         while len(self.running) > depth:
-            self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
+            self.write(f'@nix {{"action":"stop","id":{self.running.pop()[0]}}}')
 
     def say_failure(self, error: Error) -> None:
         """Show what we end with, as Nix does its own errors."""
@@ -1129,13 +1118,7 @@ OWN_STORES = ("auto", "daemon", "local")  # of this machine, without any scheme
 # How people name the machine that they are on:
 THIS_MACHINE = ("localhost", "ssh://localhost", "ssh-ng://localhost")
 SERVE = ("nix-store", "--serve", "--write")
-PREFIXES = (
-    "sudo",
-    "doas",
-    "env",
-    "nice",
-    "ionice",
-)  # of a command, which begins at once
+PREFIXES = ["sudo", "doas", "env", "nice", "ionice"]  # of a command that begins at once
 
 
 class Way(NamedTuple):
@@ -1192,10 +1175,12 @@ class Machine(NamedTuple):
         given = ["" if field == "-" else field for field in text.split()] + [""] * 8
         uri, systems, key, jobs, speed, supported, mandatory, host_key = given[:8]
         try:
-            destination, port, parameters = parse_uri(uri)
+            base, parameters = split_parameters(uri)
+            destination, port = parse_destination(base, parameters)
             if not "".join(given).isprintable():
                 raise ValueError(f"{text!r} has characters that cannot be printed")
             known = listed(systems) or (nix.settings.get("system", ""),)
+            features = listed(f"{supported},{mandatory}")
             name = machine_name(uri, nix)
             uploads = file_name(name, in_lix=nix.is_lix)
             pinned = host_key or parameters.get("base64-ssh-public-host-key", "")
@@ -1215,7 +1200,7 @@ class Machine(NamedTuple):
                 mandatory=frozenset(listed(mandatory)),
                 host_key=parse_host_key(pinned),
                 compress=parameters.get("compress") in ("true", "yes", "1"),
-                ways=parse_ways(uri, {*listed(supported), *listed(mandatory)}, nix),
+                ways=parse_ways(base, parameters, nix, features),
             )
         except ValueError as error:
             raise Error(f"{where}: {error}") from None
@@ -1282,15 +1267,22 @@ def file_name(text: str, *, in_lix: bool = False) -> str:
     return f"{name[:50]}-{sha256.hex()[:32]}"
 
 
-def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
-    """[user@]host, "" for a store here, port and parameters; ValueError says what is wrong."""
-    base, parameters = split_parameters(uri)
+def is_here(base: str) -> bool:
+    """Whether a program here opens that store.  For Nix, too, localhost is no ssh."""
+    scheme, separator, _ = base.rpartition("://")
+    is_own = base.removesuffix("/") in THIS_MACHINE or base in OWN_STORES
+    is_path = not separator and base.startswith("/")
+    return is_own or is_path or scheme in ("local", "unix")
+
+
+def parse_destination(base: str, parameters: dict[str, str]) -> tuple[str, int]:
+    """[user@]host, "" for a store here, and port; ValueError says what is wrong."""
     scheme, separator, authority = base.rpartition("://")
-    if is_here(base, parameters) or base.removesuffix("/") in THIS_MACHINE:
-        return "", 0, parameters
+    if is_here(base):
+        return "", 0
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
         hint = "use ssh://[user@]host[:port]"
-        raise ValueError(f"{uri!r} is no store to build in; {hint}")
+        raise ValueError(f"{base!r} is no store to build in; {hint}")
     user, at, rest = authority.removesuffix("/" if separator else "").rpartition("@")
     if separator:
         user, rest = unquote(user), unquote(rest)
@@ -1300,7 +1292,7 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     for name in sorted(parameters.keys() - PARAMETERS.split()):  # we shall not obey it
         known = "this hook does not support the parameter"
         raise ValueError(f"{known} {name!r}; the machine can be used without it")
-    return user + at + host, port, parameters
+    return user + at + host, port
 
 
 def parse_host(text: str) -> tuple[str, int]:
@@ -1337,26 +1329,20 @@ def is_word(text: str) -> bool:
     return text[:1] not in ("", "-", "%") and text.isprintable() and not strange
 
 
-def is_here(base: str, parameters: dict[str, str]) -> bool:
-    """Whether a program here opens that store.  For Nix, too, localhost is no ssh."""
-    scheme, separator, authority = base.rpartition("://")
-    if scheme in ("local", "unix") or base in OWN_STORES:
-        return True
-    another = authority == "localhost" and "remote-store" in parameters
-    return another or (not separator and base.startswith("/"))
-
-
-def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
+def parse_ways(
+    base: str, parameters: dict[str, str], nix: Nix, offered: tuple[str, ...]
+) -> tuple[Way, ...]:
     """What that store URI makes of a session.  offered: the features that its line lists;
     as with Nix's own hook, a store here has no others."""
-    base, parameters = split_parameters(uri)
-    if base.removesuffix("/") in THIS_MACHINE and "remote-store" not in parameters:
+    is_this = base.removesuffix("/") in THIS_MACHINE
+    if is_this and "remote-store" not in parameters:
         return ()
     program = parameters.get("remote-program", "").split()
-    store, here = parameters.get("remote-store", ""), is_here(base, parameters)
-    if here and base not in ("localhost", "ssh://localhost"):
-        offered = offered.union(parameters.pop("system-features", "").split())
-        program, store = [], with_parameters(base, parameters)
+    store, here = parameters.get("remote-store", ""), is_here(base)
+    if here and not is_this:
+        rest = {**parameters}
+        offered += (*rest.pop("system-features", "").split(),)
+        program, store = [], with_parameters(base, rest)
     stored = ("--store", store) if store else ()
     if not "".join([*program, store]).isprintable():
         raise ValueError("its parameters have characters that cannot be printed")
@@ -1364,7 +1350,7 @@ def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
         raise ValueError("Nix 1.x can use only the usual store of a host")
     serve = (*(program or SERVE[:1]), *SERVE[1:], *stored)
     if here:
-        features = ("--option", "system-features", " ".join(sorted(offered)))
+        features = ("--option", "system-features", " ".join(sorted({*offered})))
         return (Way(here=(*serve, *features)),)
     if not base.startswith("ssh-ng:") or nix.old:
         return (Way(for_shell(serve)),)
@@ -4145,7 +4131,7 @@ class Relay:
 
     def run(self, count: int, join: Callable[..., None], *given: Any) -> str:
         """Have it copy so many paths; returns what is wrong, or ""."""
-        self.talk.begin_paths(count)
+        self.talk.begin(1, f"copying {count} paths", size=count)
         try:
             with suppress(CopyEnded):
                 join(*given)
@@ -4177,7 +4163,7 @@ class Relay:
         ends = (self.here, machine) if self.way == "to" else (machine, self.here)
         if self.talk.old:
             self.talk.say(INFO, line)
-        self.talk.begin_path(size, line, path, *ends)
+        self.talk.begin(2, line, path, *ends, size=size)
 
     def tell(self, data: bytes) -> None:
         """Pass a line of the program's stderr on to Nix."""
@@ -6247,12 +6233,10 @@ def unused(nix: Nix) -> str:
     import filecmp
 
     mine, words = os.path.realpath(__file__), hook_words(nix)
-    if any(os.path.isfile(w) and filecmp.cmp(w, mine, shallow=False) for w in words):
-        program = find_program("nix-store", nix_directories(nix.environ))
-        _, said, _ = Programs(Talk(nix)).output([program, "--version"], nix.environ)
-        # 2.0 to 2.9 take no arguments there.
-        if len(words) == 1 or parse_version(said) >= (2, 10):
-            return ""
+    is_mine = lambda word: os.path.isfile(word) and filecmp.cmp(word, mine, False)
+    # 2.0 to 2.9 take no arguments there; 2.10 brought that setting.
+    if any(map(is_mine, words)) and (len(words) == 1 or "ignore-try" in nix.settings):
+        return ""
     now = " ".join(words) or "not set"
     name = "NIX_BUILD_HOOK" if nix.old else "build-hook"
     text = f"Note: Nix here does not use this hook now ({name} is {now}); to do: "
