@@ -5895,7 +5895,6 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
 # What check runs on the builder before LOOK.
 ASK = """\
 exec 2> /dev/null
-echo "begin ."
 echo "user $(id -un)"
 for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
     /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
@@ -5908,7 +5907,7 @@ export NIX_CONFIG='extra-experimental-features = nix-command'
 
 # What every Nix offers, or so few builds require that it is no loss not to claim it.
 RARE_FEATURES = "benchmark nixos-test uid-range ca-derivations recursive-nix"
-UNSAID = UNKNOWN, "-", "it does not say"
+UNSAID = UNKNOWN, "-", "that cannot be found out"
 COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
@@ -5935,7 +5934,7 @@ class Inspection:
         self.machine, self.nix, self.folder = machine, nix, folder
         self.names = machine.names
         self.there = f"ssh {self.names.get('LOGIN', '')}"  # begins what is typed there
-        self.found: list[dict[str, str]] = []  # see add
+        self.found: dict[str, dict[str, str]] = {}  # see add
         self.phase = "waiting"  # what is done now, for people
         self.facts: dict[str, str] = {}  # what ASK and LOOK say
         self.done = False
@@ -5960,22 +5959,18 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         """For programs; it is well if nothing is wrong, up to the build."""
-        states = {found["what"]: found["state"] for found in self.found}
+        states = {what: found["state"] for what, found in self.found.items()}
         well = "build" in states and WRONG not in states.values()
         pause = pause_of(Slots.find(self.nix), self.machine)
         value = {"machine": self.machine.name, "where": self.machine.where}
-        return {**value, "well": well, **pause, "findings": self.found}
+        return {**value, "well": well, **pause, "findings": [*self.found.values()]}
 
     def add(self, what: str, state: str, *words: str) -> bool:
         """Note a finding for that column; returns whether there is a point in going on.  words:
         brief ones for the table, a text, and what to type or to write if it is wrong."""
         found = dict(zip(("brief", "text", "remedy"), (*words, "")))
-        self.found.append({"what": what, "state": state, **found})
+        self.found[what] = {"what": what, "state": state, **found}
         return state != WRONG
-
-    def unknown(self, text: str, *columns: str) -> bool:
-        """Note why these cannot be found out, which is no reason to stop."""
-        return all(self.add(what, UNKNOWN, "-", text) for what in columns)
 
     def log_in(self) -> bool:
         """By an ssh of its own: a shared one may be older than what has changed."""
@@ -5985,7 +5980,7 @@ class Inspection:
         if not self.machine.ways:
             return not self.add("build", OK, "here", "it is this machine")
         if not self.seat.way.there:
-            return self.unknown("it is a store here", "ssh", "login")
+            return self.add("ssh", *UNSAID) and self.add("login", *UNSAID)
         key = os.path.expanduser(self.machine.key)
         if key and "%" not in key and not os.path.isfile(key):  # ssh goes on without it
             make = f"ssh-keygen -t ed25519 -N '' -f {key}"
@@ -5997,12 +5992,14 @@ class Inspection:
         tell_all(process, encode(ASK + LOOK))
         said = hear(process, self.site.programs, self.seat.ssh.environ)
         end(process)
-        self.answered = int(time.time())
-        self.facts = facts(said)
-        if is_word(user := self.facts.get("user", "")):  # people will paste it
+        self.answered, self.facts = int(time.time()), facts(said)
+        user = self.facts.get("user", "")
+        if is_word(user):  # people will paste it
             self.names["USER"] = user
-        refused = process.returncode in (255, -9)  # by ssh; or we have killed it
-        return self.refused(said, key) if refused else True
+        if process.returncode in (255, -9):  # by ssh; or we have killed it
+            return self.refused(said, key)
+        self.add("ssh", OK, "ok", "reached")
+        return self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
 
     def refused(self, words: str, key: str) -> bool:
         """Tell of ssh's own words, or ours if they are clearer, and what to type."""
@@ -6028,7 +6025,9 @@ class Inspection:
         try:
             session.greet()
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
-            self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
+            took = f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms"
+            if self.seat.way.there:
+                self.add("ssh", OK, took, f"reached, round trip {took}")
         except SessionLost as error:
             refused = isinstance(error, Refused)
             if refused and self.seat.other_way() and self.seat.chosen:
@@ -6036,11 +6035,8 @@ class Inspection:
             place, remedy = self.facts.get("place"), error.remedy_for(self.names)
             if place and only(place, PLAIN):  # people will paste it
                 remedy = remedy.replace("/DIR/nix-store", place)
-            if "begin" in self.facts:
-                self.logged_in()
             self.add("nix", WRONG, "FAILED", str(error), remedy)
-            if "begin" in self.facts:
-                self.add("disk", *self.disk())  # if that is full, that is why
+            self.add("disk", *self.disk())  # if that is full, that is why
             return False
         finally:
             session.cancel()
@@ -6067,24 +6063,11 @@ class Inspection:
             elif "." not in file:
                 Connection(self.seat.ssh, path).retire()
 
-    def logged_in(self, round_trip: str = "") -> None:
-        """Note that ssh works, if that is what we use."""
-        if self.found:
-            return
-        text = f"reached, round trip {round_trip}" if round_trip else "reached"
-        self.add("ssh", OK, round_trip or "ok", text)
-        user = self.facts.get("user")
-        self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
-
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
-        if "begin" not in self.facts:
-            bare = "that login allows nothing but nix-store"
-            text = bare if self.seat.way.there else "it is a store here"
-            return self.unknown(text, "offers", "disk", "clock", "cores")
-        found = {"offers": self.offers(), "disk": self.disk(), "clock": self.clock()}
-        found["cores"] = self.cores()
-        return not [what for what in found if not self.add(what, *found[what])]
+        steps = (self.offers, self.disk, self.clock, self.cores)
+        right = [self.add(step.__name__, *step()) for step in steps]
+        return all(right)
 
     def offers(self) -> tuple[str, ...]:
         """Systems and features; only 2.x tells."""
@@ -6113,7 +6096,7 @@ class Inspection:
 
     def disk(self) -> tuple[str, ...]:
         """How much room its store has, if there is one yet."""
-        look = Look({"disk": self.facts.get("disk", ""), "asked": str(self.answered)})
+        look = Look({"disk": self.facts.get("disk", ""), "asked": str(time.time())})
         free, remedy = amount(1024 * look.number("disk", 1)), "nix-collect-garbage -d"
         if look.closed:
             text = f"it {look.closed}: no builds go there"
@@ -6153,7 +6136,7 @@ class Inspection:
             return self.add("build", WRONG, "CLOSED", text, f"{self.there} rm {CLOSED}")
         if os.geteuid() != 0 and not os.access(self.nix.store.real, os.W_OK):
             text = "not tried: the daemon builds here, so try it as root"
-            return self.unknown(text, "build")
+            return self.add("build", UNKNOWN, "-", text)
         os.mkdir(self.folder)
         hook = os.path.realpath(__file__)
         if not os.access(hook, os.X_OK):  # build-hook names Python, and then this file
