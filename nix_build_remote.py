@@ -967,12 +967,10 @@ class Talk:
         elif nix.since_2_3:
             self.levels = (0, 1, 2, 3, 5)
         self.started = 0  # how many activities have been
-        # Their numbers; each is a part of the one before (for us: Nix is told no parent).
-        self.running: list[int] = []
-        # Of the path that is copied now: bytes so far, and in all; when that was told, last.
-        self.moved = self.size = 0
-        self.told = 0.0
-        self.paths = self.expected = 0  # that are copied, so far and in all
+        # Of those that go on, the number, how much is done, and of how much; each is a part
+        # of the one before (for us: Nix is told no parent).
+        self.running: list[tuple[int, int, int]] = []
+        self.told = 0.0  # when Nix was last told how much is done
         self.tally = Tally()  # of the build that we were asked of last
 
     def write(self, line: str) -> None:
@@ -993,13 +991,14 @@ class Talk:
         for line in printable(text).splitlines():
             self.write(f" {line}" if line[:2] in ("# ", "@ ") else line)
 
-    def begin(self, depth: int, text: str, *fields: str) -> None:
+    def begin(self, depth: int, text: str, *fields: str, size: int = 0) -> None:
         """Begin an activity for the progress bar of 2.x; what runs at that depth, or deeper,
-        is over.  depth: 0 for a step of the build, 1 for paths copied in it, 2 for each."""
+        is over.  depth: 0 for a step of the build, 1 for so many paths copied in it, 2 for each,
+        of so many bytes."""
         self.end(depth)
         if not self.old:
             self.started += 1
-            self.running.append(self.started)
+            self.running.append((self.started, 0, size))
             values = ",".join(map(quoted, fields))
             level = self.levels[INFO if depth else TALKATIVE]
             kind = (0, COPY_PATHS, COPY_PATH)[depth]
@@ -1007,38 +1006,28 @@ class Talk:
             tail = f'"text":{quoted(text)},"parent":0,"fields":[{values}]'
             self.write(f'@nix {{"action":"start",{head},{tail}}}')
 
-    def begin_paths(self, count: int) -> None:
-        """Begin to copy so many paths."""
-        self.paths, self.expected = 0, count
-        self.begin(1, f"copying {count} paths")
-
-    def begin_path(self, size: int, text: str, *fields: str) -> None:
-        """Begin to copy one, of so many bytes."""
-        self.moved, self.size = 0, size
-        self.begin(2, text, *fields)
-
     def progress(self, more: int) -> None:
         """Tell that so many bytes more were copied, at most every 0.1 s and at the end."""
         self.tally.bytes[self.tally.phase] += more
-        self.moved = min(self.moved + more, self.size)
-        is_whole = self.moved == self.size
-        if self.running[2:] and (is_whole or time.monotonic() > self.told + 0.1):
-            self.told = time.monotonic()
-            self.tell_progress(2, self.moved, self.size)
-            if is_whole:
-                self.end(2)
-                self.paths += 1
-                self.tell_progress(1, self.paths, max(self.paths, self.expected))
+        if self.running[2:] and self.advance(2, more):
+            self.end(2)
+            self.advance(1, 1)
 
-    def tell_progress(self, depth: int, done: int, expected: int) -> None:
-        """Tell how far the activity at that depth is."""
-        head = f'"action":"result","id":{self.running[depth]},"type":{PROGRESS}'
-        self.write(f'@nix {{{head},"fields":[{done},{expected},0,0]}}')
+    def advance(self, depth: int, more: int) -> bool:
+        """Tell that the activity at that depth has done so much more; whether that is all."""
+        number, done, size = self.running[depth]
+        done = min(done + more, size)
+        self.running[depth] = number, done, size
+        if done == size or depth == 1 or time.monotonic() > self.told + 0.1:
+            self.told = time.monotonic()
+            head = f'"action":"result","id":{number},"type":{PROGRESS}'
+            self.write(f'@nix {{{head},"fields":[{done},{size},0,0]}}')
+        return done == size
 
     def end(self, depth: int = 0) -> None:
         """End the activities at that depth and deeper."""
         while len(self.running) > depth:
-            self.write(f'@nix {{"action":"stop","id":{self.running.pop()}}}')
+            self.write(f'@nix {{"action":"stop","id":{self.running.pop()[0]}}}')
 
     def say_failure(self, error: Error) -> None:
         """Show what we end with, as Nix does its own errors."""
@@ -1131,13 +1120,7 @@ OWN_STORES = ("auto", "daemon", "local")  # of this machine, without any scheme
 # How people name the machine that they are on:
 THIS_MACHINE = ("localhost", "ssh://localhost", "ssh-ng://localhost")
 SERVE = ("nix-store", "--serve", "--write")
-PREFIXES = (
-    "sudo",
-    "doas",
-    "env",
-    "nice",
-    "ionice",
-)  # of a command, which begins at once
+PREFIXES = ["sudo", "doas", "env", "nice", "ionice"]  # of a command that begins at once
 
 
 class Way(NamedTuple):
@@ -1194,10 +1177,12 @@ class Machine(NamedTuple):
         given = ["" if field == "-" else field for field in text.split()] + [""] * 8
         uri, systems, key, jobs, speed, supported, mandatory, host_key = given[:8]
         try:
-            destination, port, parameters = parse_uri(uri)
+            base, parameters = split_parameters(uri)
+            destination, port = parse_destination(base, parameters)
             if not "".join(given).isprintable():
                 raise ValueError(f"{text!r} has characters that cannot be printed")
             known = listed(systems) or (nix.settings.get("system", ""),)
+            features = listed(f"{supported},{mandatory}")
             name = machine_name(uri, nix)
             uploads = file_name(name, in_lix=nix.is_lix)
             pinned = host_key or parameters.get("base64-ssh-public-host-key", "")
@@ -1217,7 +1202,7 @@ class Machine(NamedTuple):
                 mandatory=frozenset(listed(mandatory)),
                 host_key=parse_host_key(pinned),
                 compress=parameters.get("compress") in ("true", "yes", "1"),
-                ways=parse_ways(uri, {*listed(supported), *listed(mandatory)}, nix),
+                ways=parse_ways(base, parameters, nix, features),
             )
         except ValueError as error:
             raise Error(f"{where}: {error}") from None
@@ -1284,15 +1269,22 @@ def file_name(text: str, *, in_lix: bool = False) -> str:
     return f"{name[:50]}-{sha256.hex()[:32]}"
 
 
-def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
-    """[user@]host, "" for a store here, port and parameters; ValueError says what is wrong."""
-    base, parameters = split_parameters(uri)
+def is_here(base: str) -> bool:
+    """Whether a program here opens that store.  For Nix, too, localhost is no ssh."""
+    scheme, separator, _ = base.rpartition("://")
+    is_own = base.removesuffix("/") in THIS_MACHINE or base in OWN_STORES
+    is_path = not separator and base.startswith("/")
+    return is_own or is_path or scheme in ("local", "unix")
+
+
+def parse_destination(base: str, parameters: dict[str, str]) -> tuple[str, int]:
+    """[user@]host, "" for a store here, and port; ValueError says what is wrong."""
     scheme, separator, authority = base.rpartition("://")
-    if is_here(base, parameters) or base.removesuffix("/") in THIS_MACHINE:
-        return "", 0, parameters
+    if is_here(base):
+        return "", 0
     if scheme not in ("ssh", "ssh-ng") and (separator or "/" in base):
         hint = "use ssh://[user@]host[:port]"
-        raise ValueError(f"{uri!r} is no store to build in; {hint}")
+        raise ValueError(f"{base!r} is no store to build in; {hint}")
     user, at, rest = authority.removesuffix("/" if separator else "").rpartition("@")
     if separator:
         user, rest = unquote(user), unquote(rest)
@@ -1302,7 +1294,7 @@ def parse_uri(uri: str) -> tuple[str, int, dict[str, str]]:
     for name in sorted(parameters.keys() - PARAMETERS.split()):  # we shall not obey it
         known = "this hook does not support the parameter"
         raise ValueError(f"{known} {name!r}; the machine can be used without it")
-    return user + at + host, port, parameters
+    return user + at + host, port
 
 
 def parse_host(text: str) -> tuple[str, int]:
@@ -1339,26 +1331,20 @@ def is_word(text: str) -> bool:
     return text[:1] not in ("", "-", "%") and text.isprintable() and not strange
 
 
-def is_here(base: str, parameters: dict[str, str]) -> bool:
-    """Whether a program here opens that store.  For Nix, too, localhost is no ssh."""
-    scheme, separator, authority = base.rpartition("://")
-    if scheme in ("local", "unix") or base in OWN_STORES:
-        return True
-    another = authority == "localhost" and "remote-store" in parameters
-    return another or (not separator and base.startswith("/"))
-
-
-def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
+def parse_ways(
+    base: str, parameters: dict[str, str], nix: Nix, offered: tuple[str, ...]
+) -> tuple[Way, ...]:
     """What that store URI makes of a session.  offered: the features that its line lists;
     as with Nix's own hook, a store here has no others."""
-    base, parameters = split_parameters(uri)
-    if base.removesuffix("/") in THIS_MACHINE and "remote-store" not in parameters:
+    is_this = base.removesuffix("/") in THIS_MACHINE
+    if is_this and "remote-store" not in parameters:
         return ()
     program = parameters.get("remote-program", "").split()
-    store, here = parameters.get("remote-store", ""), is_here(base, parameters)
-    if here and base not in ("localhost", "ssh://localhost"):
-        offered = offered.union(parameters.pop("system-features", "").split())
-        program, store = [], with_parameters(base, parameters)
+    store, here = parameters.get("remote-store", ""), is_here(base)
+    if here and not is_this:
+        rest = {**parameters}
+        offered += (*rest.pop("system-features", "").split(),)
+        program, store = [], with_parameters(base, rest)
     stored = ("--store", store) if store else ()
     if not "".join([*program, store]).isprintable():
         raise ValueError("its parameters have characters that cannot be printed")
@@ -1366,7 +1352,7 @@ def parse_ways(uri: str, offered: set[str], nix: Nix) -> tuple[Way, ...]:
         raise ValueError("Nix 1.x can use only the usual store of a host")
     serve = (*(program or SERVE[:1]), *SERVE[1:], *stored)
     if here:
-        features = ("--option", "system-features", " ".join(sorted(offered)))
+        features = ("--option", "system-features", " ".join(sorted({*offered})))
         return (Way(here=(*serve, *features)),)
     if not base.startswith("ssh-ng:") or nix.old:
         return (Way(for_shell(serve)),)
@@ -2847,13 +2833,17 @@ class Programs:
             os.close(writes)
 
     def output(
-        self, command: list[str], environ: dict[str, str], within_s: float | None = None
+        self,
+        command: list[str],
+        environ: dict[str, str],
+        within_s: float | None = None,
+        **options: Any,
     ) -> tuple[int, str, str]:
         """Run it; returns its exit status, and what it wrote on stdout and stderr.  What has
         not ended in time is killed: a negative status, and no words."""
         import subprocess
 
-        process = self.start(command, environ, "stdout", "stderr")
+        process = self.start(command, environ, "stdout", "stderr", **options)
         said = b"", b""
         try:
             with suppress(subprocess.TimeoutExpired):
@@ -4163,7 +4153,7 @@ class Relay:
 
     def run(self, count: int, join: Callable[..., None], *given: Any) -> str:
         """Have it copy so many paths; returns what is wrong, or ""."""
-        self.talk.begin_paths(count)
+        self.talk.begin(1, f"copying {count} paths", size=count)
         try:
             with suppress(CopyEnded):
                 join(*given)
@@ -4195,7 +4185,7 @@ class Relay:
         ends = (self.here, machine) if self.way == "to" else (machine, self.here)
         if self.talk.old:
             self.talk.say(INFO, line)
-        self.talk.begin_path(size, line, path, *ends)
+        self.talk.begin(2, line, path, *ends, size=size)
 
     def tell(self, data: bytes) -> None:
         """Pass a line of the program's stderr on to Nix."""
@@ -5792,20 +5782,12 @@ class Screen:
         text = "\n".join(lines)
         if self.json:  # what is watched is one line each time
             text = json.dumps(value, indent=None if self.watch else 2)
-        elif self.watch and self.terminal:
-            text = "\x1b[H\x1b[J" + "\n".join(self.fit(lines))
+        elif self.watch and self.terminal:  # which cuts what is longer than a row
+            room = max(0, self.height - 2)
+            if len(lines) > room + 1:
+                lines = [*lines[:room], f"... and {len(lines) - room} lines more"]
+            text = "\x1b[?7l\x1b[H\x1b[J" + "\n".join(lines) + "\x1b[?7h"
         print(text, flush=self.watch)
-
-    def fit(self, lines: list[str]) -> list[str]:
-        """As many as there is room for, and how many more there are; a long one takes
-        several rows."""
-        from itertools import accumulate
-
-        rows = accumulate(math.ceil(len(line) / self.width) or 1 for line in lines)
-        shown = sum(row < self.height for row in rows)
-        if more := len(lines) - shown:
-            lines = [*lines[: max(0, shown - 1)], f"... and {more + 1} lines more"]
-        return lines
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -5901,7 +5883,6 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
 # What check runs on the builder before LOOK.
 ASK = """\
 exec 2> /dev/null
-echo "begin ."
 echo "user $(id -un)"
 for place in /nix/var/nix/profiles/default/bin "$HOME/.nix-profile/bin" \\
     /run/current-system/sw/bin /usr/bin /usr/local/bin /opt/nix/bin
@@ -5914,36 +5895,23 @@ export NIX_CONFIG='extra-experimental-features = nix-command'
 
 # What every Nix offers, or so few builds require that it is no loss not to claim it.
 RARE_FEATURES = "benchmark nixos-test uid-range ca-derivations recursive-nix"
-UNSAID = UNKNOWN, "-", "it does not say"
+UNSAID = UNKNOWN, "-", "that cannot be found out"
 COLUMNS = ("ssh", "login", "nix", "offers", "disk", "clock", "cores", "build")
 
 
 def hear(
-    process: subprocess.Popen[bytes], data: bytes, within_s: float
-) -> tuple[bytes, bytes]:
-    """What a program says on stdout and stderr when it is told that, but no more than it was
-    asked for; if it has not ended in time, that alone."""
-    tell_all(process, data)
-    said = {pipe.fileno(): b"" for pipe in (process.stdout, process.stderr) if pipe}
-    running, deadline = select.poll(), time.monotonic() + within_s
-    for pipe in said:
-        running.register(pipe, select.POLLIN)
-    left = len(said)
-    while left:
-        ready = running.poll(max(0.0, 1000 * (deadline - time.monotonic())))
-        if not ready:
-            return b"", f"no answer within {within_s:.0f} s".encode()
-        for pipe, _ in ready:
-            more = os.read(pipe, HEARD_LIMIT_BYTES)
-            said[pipe] += more
-            if not more:
-                running.unregister(pipe)
-                left -= 1
-        if max(map(len, said.values())) > HEARD_LIMIT_BYTES:
-            return b"", b"it says far more than it was asked for"
+    process: subprocess.Popen[bytes], programs: Programs, environ: dict[str, str]
+) -> str:
+    """What a program says, but no more than it was asked for; or that it has not ended in
+    time, or says far too much."""
+    head = find_program("head", program_directories(environ))
+    limit, within, pipe = f"-c{HEARD_LIMIT_BYTES}", LOGIN_TIMEOUT_S, process.stdout
+    ended, said, _ = programs.output([head, limit], environ, within, stdin=pipe)
     status_within(process, 1)
-    answer, words = said.values()
-    return answer, words
+    if ended != 0:
+        return f"no answer within {LOGIN_TIMEOUT_S} s"
+    is_whole = len(encode(said)) < HEARD_LIMIT_BYTES
+    return said if is_whole else "it says far more than it was asked for"
 
 
 class Inspection:
@@ -5954,11 +5922,10 @@ class Inspection:
         self.machine, self.nix, self.folder = machine, nix, folder
         self.names = machine.names
         self.there = f"ssh {self.names.get('LOGIN', '')}"  # begins what is typed there
-        self.found: list[dict[str, str]] = []  # see add
+        self.found: dict[str, dict[str, str]] = {}  # see add
         self.phase = "waiting"  # what is done now, for people
         self.facts: dict[str, str] = {}  # what ASK and LOOK say
         self.done = False
-        self.pause: dict[str, Any] = {"paused": None, "until": None}  # see pause_of
         self.process: subprocess.Popen[bytes] | None = None  # nix-build
 
     def run(self) -> None:
@@ -5966,7 +5933,6 @@ class Inspection:
         try:
             talk = Talk(Nix(True, {}, self.nix.environ))  # in plain lines
             self.site = Site(self.nix, talk, Slots.find(self.nix))
-            self.pause = pause_of(self.site.slots, self.machine)
             self.seat = self.site.new_seat(self.machine)
             # What was found out before may have changed.
             self.seat.chosen, self.seat.is_plain = 0, True
@@ -5982,29 +5948,28 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         """For programs; it is well if nothing is wrong, up to the build."""
-        states = {found["what"]: found["state"] for found in self.found}
+        states = {what: found["state"] for what, found in self.found.items()}
         well = "build" in states and WRONG not in states.values()
+        pause = pause_of(Slots.find(self.nix), self.machine)
         value = {"machine": self.machine.name, "where": self.machine.where}
-        return {**value, "well": well, **self.pause, "findings": self.found}
+        return {**value, "well": well, **pause, "findings": [*self.found.values()]}
 
     def add(self, what: str, state: str, *words: str) -> bool:
         """Note a finding for that column; returns whether there is a point in going on.  words:
         brief ones for the table, a text, and what to type or to write if it is wrong."""
         found = dict(zip(("brief", "text", "remedy"), (*words, "")))
-        self.found.append({"what": what, "state": state, **found})
+        self.found[what] = {"what": what, "state": state, **found}
         return state != WRONG
-
-    def unknown(self, text: str, *columns: str) -> bool:
-        """Note why these cannot be found out, which is no reason to stop."""
-        return all(self.add(what, UNKNOWN, "-", text) for what in columns)
 
     def log_in(self) -> bool:
         """By an ssh of its own: a shared one may be older than what has changed."""
+        import subprocess
+
         self.phase = "logging in"
         if not self.machine.ways:
             return not self.add("build", OK, "here", "it is this machine")
         if not self.seat.way.there:
-            return self.unknown("it is a store here", "ssh", "login")
+            return self.add("ssh", *UNSAID) and self.add("login", *UNSAID)
         key = os.path.expanduser(self.machine.key)
         if key and "%" not in key and not os.path.isfile(key):  # ssh goes on without it
             make = f"ssh-keygen -t ed25519 -N '' -f {key}"
@@ -6012,15 +5977,18 @@ class Inspection:
             remedy += f" && ssh-copy-id {self.names['LOGIN']}"
             return self.add("login", WRONG, "NO KEY", f"there is no key {key}", remedy)
         self.asked = int(time.time())
-        process = self.seat.start("sh")
-        answer, words = hear(process, encode(ASK + LOOK), LOGIN_TIMEOUT_S)
+        process = self.seat.start("sh", stderr=subprocess.STDOUT)
+        tell_all(process, encode(ASK + LOOK))
+        said = hear(process, self.site.programs, self.seat.ssh.environ)
         end(process)
-        self.answered = int(time.time())
-        self.facts = facts(decode(answer))
-        if is_word(user := self.facts.get("user", "")):  # people will paste it
+        self.answered, self.facts = int(time.time()), facts(said)
+        user = self.facts.get("user", "")
+        if is_word(user):  # people will paste it
             self.names["USER"] = user
-        refused = process.returncode in (255, -9)  # by ssh; or we have killed it
-        return self.refused(decode(words), key) if refused else True
+        if process.returncode in (255, -9):  # by ssh; or we have killed it
+            return self.refused(said, key)
+        self.add("ssh", OK, "ok", "reached")
+        return self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
 
     def refused(self, words: str, key: str) -> bool:
         """Tell of ssh's own words, or ours if they are clearer, and what to type."""
@@ -6045,7 +6013,9 @@ class Inspection:
         session = Session(self.seat)
         try:
             ask = lambda: session.ask_valid([]).get(GREETING_TIMEOUT_S)
-            self.logged_in(f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms")
+            took = f"{1000 * min(repeat(ask, repeat=3, number=1)):.1f} ms"
+            if self.seat.way.there:
+                self.add("ssh", OK, took, f"reached, round trip {took}")
         except (SessionLost, Unreachable) as error:
             refused = isinstance(error, Refused)
             if refused and self.seat.other_way() and self.seat.chosen:
@@ -6053,11 +6023,8 @@ class Inspection:
             place, remedy = self.facts.get("place"), error.remedy_for(self.names)
             if place and only(place, PLAIN):  # people will paste it
                 remedy = remedy.replace("/DIR/nix-store", place)
-            if "begin" in self.facts:
-                self.logged_in()
             self.add("nix", WRONG, "FAILED", str(error), remedy)
-            if "begin" in self.facts:
-                self.add("disk", *self.disk())  # if that is full, that is why
+            self.add("disk", *self.disk())  # if that is full, that is why
             return False
         finally:
             session.cancel()
@@ -6084,24 +6051,11 @@ class Inspection:
             elif "." not in file:
                 Connection(self.seat.ssh, path).retire()
 
-    def logged_in(self, round_trip: str = "") -> None:
-        """Note that ssh works, if that is what we use."""
-        if self.found:
-            return
-        text = f"reached, round trip {round_trip}" if round_trip else "reached"
-        self.add("ssh", OK, round_trip or "ok", text)
-        user = self.facts.get("user")
-        self.add("login", OK, user or "ok", f"logs in as {user or 'its user'}")
-
     def measure(self) -> bool:
         """What the builder says of itself, beside what is claimed here."""
-        if "begin" not in self.facts:
-            bare = "that login allows nothing but nix-store"
-            text = bare if self.seat.way.there else "it is a store here"
-            return self.unknown(text, "offers", "disk", "clock", "cores")
-        found = {"offers": self.offers(), "disk": self.disk(), "clock": self.clock()}
-        found["cores"] = self.cores()
-        return not [what for what in found if not self.add(what, *found[what])]
+        steps = (self.offers, self.disk, self.clock, self.cores)
+        right = [self.add(step.__name__, *step()) for step in steps]
+        return all(right)
 
     def offers(self) -> tuple[str, ...]:
         """Systems and features; only 2.x tells."""
@@ -6130,7 +6084,7 @@ class Inspection:
 
     def disk(self) -> tuple[str, ...]:
         """How much room its store has, if there is one yet."""
-        look = Look({"disk": self.facts.get("disk", ""), "asked": str(self.answered)})
+        look = Look({"disk": self.facts.get("disk", ""), "asked": str(time.time())})
         free, remedy = amount(1024 * look.number("disk", 1)), "nix-collect-garbage -d"
         if look.closed:
             text = f"it {look.closed}: no builds go there"
@@ -6170,7 +6124,7 @@ class Inspection:
             return self.add("build", WRONG, "CLOSED", text, f"{self.there} rm {CLOSED}")
         if os.geteuid() != 0 and not os.access(self.nix.store.real, os.W_OK):
             text = "not tried: the daemon builds here, so try it as root"
-            return self.unknown(text, "build")
+            return self.add("build", UNKNOWN, "-", text)
         os.mkdir(self.folder)
         hook = os.path.realpath(__file__)
         if not os.access(hook, os.X_OK):  # build-hook names Python, and then this file
@@ -6250,12 +6204,10 @@ def unused(nix: Nix) -> str:
     import filecmp
 
     mine, words = os.path.realpath(__file__), hook_words(nix)
-    if any(os.path.isfile(w) and filecmp.cmp(w, mine, shallow=False) for w in words):
-        program = find_program("nix-store", nix_directories(nix.environ))
-        _, said, _ = Programs(Talk(nix)).output([program, "--version"], nix.environ)
-        # 2.0 to 2.9 take no arguments there.
-        if len(words) == 1 or parse_version(said) >= (2, 10):
-            return ""
+    is_mine = lambda word: os.path.isfile(word) and filecmp.cmp(word, mine, False)
+    # 2.0 to 2.9 take no arguments there; 2.10 brought that setting.
+    if any(map(is_mine, words)) and (len(words) == 1 or "ignore-try" in nix.settings):
+        return ""
     now = " ".join(words) or "not set"
     name = "NIX_BUILD_HOOK" if nix.old else "build-hook"
     text = f"Note: Nix here does not use this hook now ({name} is {now}); to do: "
@@ -6278,7 +6230,7 @@ def wrong_hook(nix: Nix) -> Iterator[str]:
 
 def check(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Try each machine, and say what is wrong and what to do."""
-    machines, complaints = machines_named(options.names, nix)
+    machines, complaints = machines_named(options.MACHINE, nix)
     if machines:
         make_slots(nix)
     note = unused(nix)
@@ -6396,42 +6348,35 @@ def overview(slots: Slots, machines: list[Machine]) -> dict[str, list[dict[str, 
     """How things are with these machines, and who waits; Error if we may not read that.
     Hooks have to wait for the main lock while one machine is looked at, not for all."""
     try:
-        with open(f"{slots.path}/main-lock", "rb"):  # it is there, and is ours
-            loads = [load_of(slots, machine) for machine in machines]
-            return {"machines": loads, "waiting": waiters_in(slots)}
-    except FileNotFoundError:  # no hook has ever run
-        return {"machines": [*map(idle, machines)], "waiting": []}
+        with suppress(FileNotFoundError), open(f"{slots.path}/main-lock", "rb"):
+            pass  # if a hook has ever run, it is there, and is ours
+        loads = [load_of(slots, machine) for machine in machines]
+        return {"machines": loads, "waiting": waiters_in(slots)}
     except OSError as error:
         raise Error(f"cannot read {error.filename}; try it as root") from None
 
 
-def idle(machine: Machine) -> dict[str, Any]:
-    """How things are with a machine that nobody uses.
+def load_of(slots: Slots, machine: Machine) -> dict[str, Any]:
+    """How things are with one machine.
 
     here: whether it is this machine; taken: its slots that are, load: by others, too;
     away: its outage, closed: why it gets no new builds, else None; paused, until: see
     pause_of; look: what it said.
     """
-    value: dict[str, Any] = {"machine": machine.name, "where": machine.where}
-    value |= {"here": not machine.ways, "speed": machine.speed}
-    value |= {"slots": machine.max_jobs, "taken": 0, "load": 0, "others": 0}
-    value |= {"building": [], "fetching": [], "away": None, "closed": None}
-    value |= {"paused": None, "until": None, "look": {}}
-    return value
-
-
-def load_of(slots: Slots, machine: Machine) -> dict[str, Any]:
-    """How things are with one machine."""
-    numbers = range(machine.max_jobs)
-    places = f"{slots.path}/{machine.slots}-", slots.file(machine, "fetch-")
-    said = (held(slots, [f"{place}{n}" for n in numbers]) for place in places)
-    building, fetching = ([*map(holder_of, its.values())] for its in said)
+    fetches = [slots.file(machine, f"fetch-{n}") for n in range(machine.max_jobs)]
+    building, fetching = (
+        [*map(holder_of, held(slots, files).values())]
+        for files in (slots.files(machine), fetches)
+    )
     outage, loads = Outages(slots).of(machine), {machine: len(building)}
     slots.admits(machine, loads)
     look, closed = slots.look(machine), slots.refused.get(machine) or None
-    value = {**idle(machine), "taken": len(building), "load": loads[machine]}
-    value |= {"building": building, "fetching": fetching, "others": look.others}
-    value |= {"away": outage and outage._asdict(), "closed": closed, "look": look.said}
+    value: dict[str, Any] = {"machine": machine.name, "where": machine.where}
+    value |= {"here": not machine.ways, "speed": machine.speed}
+    value |= {"slots": machine.max_jobs, "taken": len(building)}
+    value |= {"load": loads[machine], "others": look.others}
+    value |= {"building": building, "fetching": fetching, "look": look.said}
+    value |= {"away": outage and outage._asdict(), "closed": closed}
     return value | pause_of(slots, machine)
 
 
@@ -6449,10 +6394,12 @@ def waiters_in(slots: Slots) -> list[dict[str, Any]]:
 
 def held(slots: Slots, paths: list[str]) -> dict[str, str]:
     """Those locks that somebody holds, and what they say; nobody takes us for a holder."""
+    there = [*filter(os.path.lexists, paths)]
+    if not there:  # perhaps no hook has ever run
+        return {}
     with slots.main_lock() as lock:
         if slots.is_stuck:
             raise Error(f"somebody holds {lock.path} (fuser says who)")
-        there = filter(os.path.lexists, paths)
         said = {path: Lock.said_by_holder(path) for path in there}
     return {path: text for path, text in said.items() if text is not None}
 
@@ -6490,7 +6437,7 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
     """The same, once."""
     from itertools import groupby
 
-    machines, complaints = machines_named(options.names, nix)
+    machines, complaints = machines_named(options.MACHINE, nix)
     value, lines = overview(Slots.find(nix), machines), []
     loads, waiters = value.values()
     if options.watch:  # what there is no room for is at the end
@@ -6588,7 +6535,7 @@ def pause_text(length: str, why: str) -> str:
 
 def slots_of(options: Namespace, nix: Nix) -> tuple[Slots, list[Machine]]:
     """The slots that hooks count, and the named machines."""
-    machines, _ = machines_named(options.names, nix)
+    machines, _ = machines_named(options.MACHINE, nix)
     if here := [called(machine.name) for machine in machines if not machine.ways]:
         raise Error(f"{here[0]} is this machine: Nix itself builds here")
     return make_slots(nix), machines
@@ -6597,7 +6544,7 @@ def slots_of(options: Namespace, nix: Nix) -> tuple[Slots, list[Machine]]:
 def pause(options: Namespace, nix: Nix, screen: Screen) -> int:
     """Send a machine no new builds until `resume`; those that run there come to their end."""
     slots, machines = slots_of(options, nix)
-    text = pause_text(options.time, options.why)
+    text = pause_text(vars(options)["for"], options.why)
     # Who has looked before that has a slot then, and nobody takes the file for one that is over.
     with slots.main_lock():
         for machine in machines:
@@ -6638,10 +6585,10 @@ def wanted_build(options: Namespace, nix: Nix) -> tuple[Request, frozenset[str]]
     import json
 
     features = frozenset(listed(options.features))
-    if not options.derivation:
+    if not options.DERIVATION:
         system = options.system or nix.settings["system"]
         return Request(False, system, "", features), frozenset()
-    path = options.derivation
+    path = options.DERIVATION
     if "/" not in path and not os.path.exists(path):
         path = f"{nix.store.real}/{path}"
     path = os.path.realpath(path)
@@ -6685,26 +6632,8 @@ def why_not(machine: Machine, load: dict[str, Any], request: Request, nix: Nix) 
     return f"is full: {taken} slots are taken, {others}, its memory is short {short}"
 
 
-def choice(
-    loads: dict[Machine, dict[str, Any]], request: Request, nix: Nix
-) -> dict[str, Any]:
-    """Where a build would go now: the machines that could take it, the best first; the
-    others, and why not; and whether Nix here might build it itself."""
-    for machine, load in loads.items():
-        load["reason"] = why_not(machine, load, request, nix)
-        load["rank"] = rank(machine, load["load"])[0]
-    order = lambda m: (*rank(m, loads[m]["load"]), -loads[m]["inputs"])
-    ranked = [m for m in sorted(loads, key=order) if not loads[m]["reason"]]
-    value: dict[str, Any] = {"derivation": request.derivation}
-    value |= {"system": request.system, "features": sorted(request.features)}
-    value["here"] = might_build_itself(nix, request)
-    value["machines"] = [loads[machine] for machine in ranked]
-    value["left-out"] = [load for load in loads.values() if load["reason"]]
-    return value
-
-
 def choice_lines(value: dict[str, Any], screen: Screen) -> list[str]:
-    """The same for people."""
+    """Where a build would go, for people."""
     features = ", ".join(value["features"]) or "no features"
     what = f"{value['derivation'] or 'A build'} needs {value['system']} and {features}."
     rows = [["", "machine", "taken", "speed", "taken / speed", "rounded", "inputs"]]
@@ -6738,14 +6667,21 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
         found = overview(slots, machines)["machines"]
     except Error as error:
         complaints.append(f"{error}; all slots are taken to be free")
-        found = [*map(idle, machines)]
+        found = overview(Slots("/nowhere"), machines)["machines"]
     loads = dict(zip(machines, found))
-    for machine in machines:
-        loads[machine]["inputs"] = slots.known(machine, digests)
-    value = {**choice(loads, request, nix), "complaints": complaints}
-    lines = choice_lines(value, screen) + screen.wrap("", *complaints)
-    screen.show(value, lines)
-    return 0 if value["machines"] else 1
+    for machine, load in loads.items():
+        load["inputs"] = slots.known(machine, digests)
+        load["reason"] = why_not(machine, load, request, nix)
+        load["rank"] = rank(machine, load["load"])[0]
+    order = lambda m: (*rank(m, loads[m]["load"]), -loads[m]["inputs"])
+    ranked = [loads[m] for m in sorted(loads, key=order) if not loads[m]["reason"]]
+    value: dict[str, Any] = {"derivation": request.derivation}
+    value |= {"system": request.system, "features": sorted(request.features)}
+    value |= {"here": might_build_itself(nix, request), "machines": ranked}
+    value["left-out"] = [load for load in loads.values() if load["reason"]]
+    value["complaints"] = complaints
+    screen.show(value, choice_lines(value, screen) + screen.wrap("", *complaints))
+    return 0 if ranked else 1
 
 
 # ---- history and metrics ------------------------------------------------------------
@@ -6862,40 +6798,35 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 # ---- Command line -------------------------------------------------------------------
 
-COMMANDS = (check, status, explain, pause, resume, history, metrics)
+# What each takes, as argparse puts it: how many words, and options, some with more.
+COMMANDS = {
+    check: "MACHINE*",
+    status: "MACHINE* --watch",
+    explain: "DERIVATION? --system=x86_64-linux --features=kvm,big-parallel",
+    pause: "MACHINE+ --for=2h --why=TEXT --wait",
+    resume: "MACHINE+",
+    history: "--failed --machine=MACHINE --since=2d",
+    metrics: "",
+}
 
 
 def parse_options(arguments: list[str]) -> Namespace:
     """What people want of us."""
     import argparse
 
-    names = " | ".join(run.__name__ for run in COMMANDS)
-    usage = f"nix_build_remote.py {names} | --help | --version"
-    parser = argparse.ArgumentParser(prog="nix_build_remote.py", usage=usage)
-    verbs = parser.add_subparsers(dest="verb", required=True, prog=parser.prog)
-    for run in COMMANDS:
+    parser = argparse.ArgumentParser(prog="nix_build_remote.py")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for run, takes in COMMANDS.items():
         part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         part.set_defaults(run=run, watch=False)
-        add = part.add_argument
-        add("--machines", default="", metavar="FILE", help="instead of the hook's")
-        add("--json", action="store_true", help="for programs")
-        if run is explain:
-            add("derivation", nargs="?", metavar="DERIVATION")
-            add("--system", default="", help="such as x86_64-linux")
-            add("--features", default="", help="such as kvm,big-parallel")
-        elif run in (check, status, pause, resume):
-            count = "*" if run in (check, status) else "+"
-            add("names", nargs=count, metavar="MACHINE")
-        elif run is history:
-            add("--failed", action="store_true", help="only failures")
-            add("--machine", default="", help="only what was there")
-            add("--since", metavar="2d", help="only the last 2 days")
-        if run is pause:
-            add("--for", default="", dest="time", help="such as 90s, 30m, 2h or 1d")
-            add("--why", default="", metavar="TEXT", help="for others")
-            add("--wait", action="store_true", help="till no build is left there")
-        if run is status:
-            add("--watch", action="store_true", help="renew each second")
+        for word in f"{takes} --json --machines=FILE".split():
+            name, _, more = word.partition("=")
+            if not name.startswith("--"):
+                part.add_argument(name[:-1], nargs=name[-1])
+            elif more:
+                part.add_argument(name, default="", metavar=more)
+            else:
+                part.add_argument(name, action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -6928,7 +6859,7 @@ def run_for_people(arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     """What Nix or people start; returns the exit status."""
     first, last = arguments[0] if arguments else "", arguments[-1] if arguments else ""
-    by_nix = last.isdigit() and first not in (run.__name__ for run in COMMANDS)
+    by_nix = last.isdigit() and first not in [run.__name__ for run in COMMANDS]
     try:
         return run_hook(arguments) if by_nix else run_for_people(arguments)
     except Stop as stop:

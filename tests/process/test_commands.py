@@ -251,7 +251,7 @@ def test_machines_that_are_left_alone_are_in_sight_among_many(people: People) ->
     people.machines.write_text(lines, encoding="utf-8")
     people.run("pause", "b40", "--why", "new disk")
     with terminal(people, rows=12) as shown:
-        shown.see("lines more\r\n")
+        shown.see("lines more\x1b[?7h\r\n")
         text = shown.seen.decode()
         assert text.count("\n") == 11 and "1 of 40 machines left alone" in text
         assert text.index("b40") < text.index("(new disk)") < text.index("b1 ")
@@ -268,7 +268,7 @@ def test_one_left_alone_is_in_sight_though_another_has_many_builds(
         for slot in slots[:20]:
             fcntl.flock(stack.enter_context(slot.open("w")), fcntl.LOCK_EX)
         with terminal(people, rows=12) as shown:
-            shown.see("lines more\r\n")
+            shown.see("lines more\x1b[?7h\r\n")
             text = shown.seen.decode()
             assert text.index("b2") < text.index("b1") < text.index("another program")
 
@@ -277,7 +277,7 @@ def test_one_left_alone_is_in_sight_though_another_has_many_builds(
 def test_a_picture_is_never_higher_than_the_terminal(people: People, rows: int) -> None:
     people.run("pause", "b1")
     with terminal(people, rows=rows) as shown:
-        shown.see("lines more\r\n")
+        shown.see("lines more\x1b[?7h\r\n")
         assert shown.seen.count(b"\n") == 1
 
 

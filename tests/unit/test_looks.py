@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -23,10 +24,12 @@ from nix_build_remote import (
     Need,
     Nix,
     Outages,
+    Programs,
     Slots,
     Talk,
     hear,
     look_line,
+    tell_all,
 )
 
 GIB = 1 << 20  # in KiB, as df has it
@@ -285,22 +288,24 @@ def test_what_could_not_be_asked_here_is_no_failure_of_a_machine(slots: Slots) -
     assert Path(slots.file(b1, "down")).read_text(encoding="utf-8") == down
 
 
-def piped(*command: str) -> subprocess.Popen[bytes]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, 0, stdin=pipe, stdout=pipe, stderr=pipe)
+def said(script: str) -> str:
+    """What that is heard to say, which has ended, or might go on, before it is told anything."""
+    pipe, environ = subprocess.PIPE, dict(os.environ)
+    command = ["sh", "-c", script]
+    with subprocess.Popen(command, 0, None, pipe, pipe, subprocess.STDOUT) as process:
+        if "exit" in script:
+            process.wait()
+        tell_all(process, b"x" * 1000)
+        words = hear(process, Programs(Talk(NIX)), environ)
+        process.kill()
+    return words
 
 
 def test_a_program_that_has_ended_before_it_is_told_anything_is_heard_all_the_same() -> (
     None
 ):
-    script = "exec <&-; echo word; echo why >&2; exit 255"
-    with piped("sh", "-c", script) as process:
-        process.wait()
-        assert hear(process, b"x" * 1000, 30) == (b"word\n", b"why\n")
+    assert said("exec <&-; echo word; echo why >&2; exit 255") == "word\nwhy\n"
 
 
 def test_what_never_ends_is_not_heard_to_its_end() -> None:
-    with piped("cat", "/dev/zero") as process:
-        answer, words = hear(process, b"", 30)
-        process.kill()
-    assert answer == b"" and words == b"it says far more than it was asked for"
+    assert said("exec cat /dev/zero") == "it says far more than it was asked for"

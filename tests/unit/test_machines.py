@@ -225,6 +225,7 @@ def test_a_job_is_begun_by_another_program_than_nixs(line: str, is_job: bool) ->
         ("auto - - 1 1 kvm", "auto", "kvm"),
         ("localhost?remote-store=/s?x=y - - 1 1 a", "/s?x=y", "a"),
         ("ssh://localhost?remote-store=/s&remote-program=nix-store", "/s", ""),
+        ("ssh://localhost/?remote-store=/s", "/s", ""),
     ],
 )
 def test_a_store_here_is_opened_by_a_program_here(
