@@ -4992,9 +4992,8 @@ class Attempt:
         """Ask which inputs are there, which also keeps them there.  If the machine is known
         to have had them all, it is asked to build at once, too."""
         session, digests = self.session, self.derivation.digests()
-        empty = (
-            session.ask_valid([]) if session.is_useful else None
-        )  # takes just a turn
+        # That takes just a turn.
+        empty = session.ask_valid([]) if session.is_useful else None
         answer = session.ask_valid(self.inputs, self.substitute)
         if self.is_bare and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
@@ -5066,6 +5065,7 @@ class Attempt:
     def reconnect(self) -> set[str]:
         """Have a new session in place of one that has ended, or will; returns which of the
         inputs are there, which it keeps."""
+        self.begin("connecting", "connect for", "to")
         self.copier.end()
         self.session.finish()
         self.session.cancel()
