@@ -5392,8 +5392,7 @@ class Hook:
         self.site: Site | None = None  # once there is a machine
         self.machines: list[Machine] | None = None  # once they were read
         self.origin = origin()
-        # The machines that builds come here from, or may, as their names are known to ssh only.
-        self.back: set[Machine] = set()
+        self.back: dict[Machine, bool] = {}  # see leads_back
         # How many builds Nix does itself with the last that we left to it, for as long as
         # that may not have begun (monotonic time).
         self.stayed = 0.0, 0
@@ -5402,10 +5401,6 @@ class Hook:
     def prepare(self) -> list[Machine]:
         """Read the machines; complain of bad lines once for each Nix process."""
         machines, complaints = load_machines(self.nix)
-        if self.origin:
-            others = [m for m in machines if m.destination]
-            found = {m: addresses(m.host) for m in others}
-            self.back = {m for m in others if self.origin in found[m] or not found[m]}
         if machines:
             slots = Slots.find(self.nix, self.talk)
             slots.make()
@@ -5500,12 +5495,7 @@ class Hook:
         if not machines:
             self.talk.say(DEBUG, "no machines are listed")
             return "decline" if self.nix.old else "decline-permanently"
-        if not request.able:
-            return ""
         # A terse Nix takes a slot of its own only for what is declined, and asks again.
-        if self.back:
-            self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
-            return "decline" if request.willing or self.nix.is_terse else "postpone"
         return "decline" if request.willing and self.nix.is_terse else ""
 
     def stays(self, slot: Slot, machines: list[Machine], request: Request) -> bool:
@@ -5530,8 +5520,11 @@ class Hook:
         fit, reasons = [], []
         for machine in machines:
             reason = unfit(machine, request, self.nix)
-            if machine in self.back and not reason:
+            if not reason and self.leads_back(machine):
                 reason = "is where this build comes from"
+                if request.able:
+                    self.talk.say(DEBUG, f"not sent on: '{machine.name}' {reason}")
+                    return []
             self.talk.say(DEBUG, f"'{machine.name}' {reason or 'can build it'}")
             if reason:
                 reasons.append(f"'{machine.name}' {reason}")
@@ -5543,6 +5536,14 @@ class Hook:
                 text = f"no machine can build '{request.derivation}', or others like it"
                 self.talk.say(WARN, f"{text}: {why}")
         return fit
+
+    def leads_back(self, machine: Machine) -> bool:
+        """Whether builds come here from that machine, or may, as its name is known to ssh
+        only.  To ask takes seconds where no name server answers."""
+        if self.origin and machine.destination and machine not in self.back:
+            found = addresses(machine.host)
+            self.back[machine] = self.origin in found or not found
+        return self.back.get(machine, False)
 
     def find_slot(self, line: Line, request: Request) -> Slot | None:
         """A slot if one is free and nobody waits; else stand in the line if Nix could
