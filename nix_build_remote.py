@@ -5449,10 +5449,14 @@ class Hook:
     def consider(self, request: Request, machines: list[Machine]) -> Build | None:
         """Find a slot or a place in line, and reply; returns the build if we accept it: at
         once where a connection is live, else when a session shows that it is of use."""
-        reply = self.without_looking(request, machines)
-        fit = [] if reply else self.eligible(request, machines)
+        what = f"'{request.derivation}' for {request.kind}"
+        self.talk.say(DEBUG, f"may {what} be sent to one of {len(machines)} machines?")
+        # A terse Nix takes a slot of its own only for what is declined, and asks again.
+        is_left = request.willing and self.nix.is_terse
+        fit = [] if is_left else self.eligible(request, machines)
         if not fit or not self.site:
-            self.talk.reply(reply or "decline")
+            is_final = not machines and not self.nix.old
+            self.talk.reply("decline-permanently" if is_final else "decline")
             return None
         if self.nix.is_terse and request.able:
             has_room = self.builds_here() < self.nix.number("max-jobs")
@@ -5487,16 +5491,6 @@ class Hook:
                 if not build.request.able:
                     build.line.join()
                 return
-
-    def without_looking(self, request: Request, machines: list[Machine]) -> str:
-        """The reply if nothing is ever sent away from here, or this is not; or ""."""
-        what = f"'{request.derivation}' for {request.kind}"
-        self.talk.say(DEBUG, f"may {what} be sent away?")
-        if not machines:
-            self.talk.say(DEBUG, "no machines are listed")
-            return "decline" if self.nix.old else "decline-permanently"
-        # A terse Nix takes a slot of its own only for what is declined, and asks again.
-        return "decline" if request.willing and self.nix.is_terse else ""
 
     def stays(self, slot: Slot, machines: list[Machine], request: Request) -> bool:
         """Whether a build should not leave for that slot: Nix would begin it now, and by load
