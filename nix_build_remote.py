@@ -3937,8 +3937,8 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 class Site:
     """What a hook knows of where it runs, and what several of its parts need.  directory: for
-    what ssh reads, see Connection; stand_in: a folder with an ssh of ours; copy_program:
-    nix-copy-closure of the calling Nix."""
+    what ssh reads, see Connection; stand_in: a folder with an ssh of ours; copy_program,
+    store_program: nix-copy-closure and nix-store of the calling Nix."""
 
     def __init__(self, nix: Nix, talk: Talk, slots: Slots) -> None:
         self.nix, self.talk, self.slots = nix, talk, slots
@@ -3949,6 +3949,7 @@ class Site:
         self.stand_in = stand_in(self.directory)
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)
+        self.store_program = f"{os.path.dirname(program)}/nix-store"
         self.copy_version = program_version(program, nix, self.programs, self.directory)
         self.seats: dict[Machine, Seat] = {}  # those that we have
 
@@ -4293,7 +4294,7 @@ class Relay:
                 read = self.ask(integer(command) + flags + strings(sorted(asked)))
                 self.there |= set(read_strings(read))
             self.reply(strings(sorted(asked & self.there)))
-        elif command == QUERY_PATH_INFOS:  # of what it sends: only whether that lacks
+        elif command == QUERY_PATH_INFOS:  # also of each path that it is about to send
             asked = set(read_strings(self.read))
             infos = (self.infos[path].encode() for path in asked & self.infos.keys())
             self.reply(b"".join(infos) + string(""))
@@ -4457,7 +4458,6 @@ class Copier:
     def __init__(self, site: Site, session: Session, locks: OutputLocks) -> None:
         self.site, self.nix, self.session, self.locks = site, site.nix, session, locks
         self.programs, self.program = site.programs, site.copy_program
-        self.store_program = f"{os.path.dirname(self.program)}/nix-store"
         self.early: Relay | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
         path = f"{site.stand_in}:{ssh.environ['PATH']}"
@@ -4525,7 +4525,7 @@ class Copier:
     def verify(self, paths: list[str]) -> str:
         """What is wrong with these in the store here, or ""."""
         for batch in batches(paths):
-            command = [self.store_program, "--verify-path", *batch]
+            command = [self.site.store_program, "--verify-path", *batch]
             status, _, said = self.programs.output(command, self.environ)
             if status:
                 return printable(" ".join(said.split()))[:TAIL_BYTES]
@@ -4558,7 +4558,7 @@ class Copier:
     def start_to_fetch(self, paths: list[str]) -> Relay:
         """Start the program that is to bring these."""
         options, locks = self.nix.options(), dict[str, str]()
-        command = [self.store_program, "--import", *options]
+        command = [self.site.store_program, "--import", *options]
         if self.fetches_joined:
             command = [self.program, "--from", self.target, *options, *paths]
         if self.site.copy_version < (2, 29):
@@ -4629,7 +4629,7 @@ class Copier:
         ours = [path for path in paths if self.nix.store.owns(path)]
         invalid = set(paths) - set(ours)
         for batch in batches(ours):
-            command = [self.store_program, "--check-validity", "--print-invalid"]
+            command = [self.site.store_program, "--check-validity", "--print-invalid"]
             status, said, _ = self.programs.output([*command, *batch], self.environ)
             if status != 0:
                 text = "the store here does not say whether it has what an output refers to"
@@ -4811,9 +4811,8 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
     for just as long, so that nobody can have put it there."""
 
     def run_here(*arguments: str) -> str:
-        program = find_program("nix-store", nix_directories(site.nix.environ))
-        environ = site.nix.store_environ()
-        return site.programs.output([program, *arguments], environ, REPLY_S)[1].strip()
+        command, environ = [site.store_program, *arguments], site.nix.store_environ()
+        return site.programs.output(command, environ, REPLY_S)[1].strip()
 
     content = f"{site.slots.own}/{os.urandom(8).hex()}-mark"
     note(content, os.urandom(16).hex())
