@@ -3958,8 +3958,8 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 class Site:
     """What a hook knows of where it runs, and what several of its parts need.  directory: for
-    what ssh reads, see Connection; stand_in: a folder with an ssh of ours; copy_program:
-    nix-copy-closure of the calling Nix."""
+    what ssh reads, see Connection; stand_in: a folder with an ssh of ours; copy_program,
+    store_program: nix-copy-closure and nix-store of the calling Nix."""
 
     def __init__(self, nix: Nix, talk: Talk, slots: Slots) -> None:
         self.nix, self.talk, self.slots = nix, talk, slots
@@ -3970,6 +3970,7 @@ class Site:
         self.stand_in = stand_in(self.directory)
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)
+        self.store_program = f"{os.path.dirname(program)}/nix-store"
         self.copy_version = program_version(program, nix, self.programs, self.directory)
         self.seats: dict[Machine, Seat] = {}  # those that we have
 
@@ -4314,7 +4315,7 @@ class Relay:
                 read = self.ask(integer(command) + flags + strings(sorted(asked)))
                 self.there |= set(read_strings(read))
             self.reply(strings(sorted(asked & self.there)))
-        elif command == QUERY_PATH_INFOS:  # of what it sends: only whether that lacks
+        elif command == QUERY_PATH_INFOS:  # also of each path that it is about to send
             asked = set(read_strings(self.read))
             infos = (self.infos[path].encode() for path in asked & self.infos.keys())
             self.reply(b"".join(infos) + string(""))
@@ -4478,7 +4479,6 @@ class Copier:
     def __init__(self, site: Site, session: Session, locks: OutputLocks) -> None:
         self.site, self.nix, self.session, self.locks = site, site.nix, session, locks
         self.programs, self.program = site.programs, site.copy_program
-        self.store_program = f"{os.path.dirname(self.program)}/nix-store"
         self.early: Relay | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
         path = f"{site.stand_in}:{ssh.environ['PATH']}"
@@ -4546,7 +4546,7 @@ class Copier:
     def verify(self, paths: list[str]) -> str:
         """What is wrong with these in the store here, or ""."""
         for batch in batches(paths):
-            command = [self.store_program, "--verify-path", *batch]
+            command = [self.site.store_program, "--verify-path", *batch]
             status, _, said = self.programs.output(command, self.environ)
             if status:
                 return printable(" ".join(said.split()))[:TAIL_BYTES]
@@ -4579,7 +4579,7 @@ class Copier:
     def start_to_fetch(self, paths: list[str]) -> Relay:
         """Start the program that is to bring these."""
         options, locks = self.nix.options(), dict[str, str]()
-        command = [self.store_program, "--import", *options]
+        command = [self.site.store_program, "--import", *options]
         if self.fetches_joined:
             command = [self.program, "--from", self.target, *options, *paths]
         if self.site.copy_version < (2, 29):
@@ -4650,7 +4650,7 @@ class Copier:
         ours = [path for path in paths if self.nix.store.owns(path)]
         invalid = set(paths) - set(ours)
         for batch in batches(ours):
-            command = [self.store_program, "--check-validity", "--print-invalid"]
+            command = [self.site.store_program, "--check-validity", "--print-invalid"]
             status, said, _ = self.programs.output([*command, *batch], self.environ)
             if status != 0:
                 text = "the store here does not say whether it has what an output refers to"
@@ -4840,9 +4840,8 @@ def make_sure_of_another_store(site: Site, session: Session) -> None:
     for just as long, so that nobody can have put it there."""
 
     def run_here(*arguments: str) -> str:
-        program = find_program("nix-store", nix_directories(site.nix.environ))
-        environ = site.nix.store_environ()
-        return site.programs.output([program, *arguments], environ, REPLY_S)[1].strip()
+        command, environ = [site.store_program, *arguments], site.nix.store_environ()
+        return site.programs.output(command, environ, REPLY_S)[1].strip()
 
     content = f"{site.slots.own}/{os.urandom(8).hex()}-mark"
     note(content, os.urandom(16).hex())
@@ -5021,11 +5020,10 @@ class Attempt:
         """Ask which inputs are there, which also keeps them there.  If the machine is known
         to have had them all, it is asked to build at once, too."""
         session, digests = self.session, self.derivation.digests()
-        if not (
-            session.is_useful or session.proof
-        ):  # a job that has waited for its turn
+        if not (session.is_useful or session.proof):  # a job that had to wait
             prove(self.site, session, session.awaited[1])
-        empty = session.ask_valid([]) if session.is_useful else None  # takes a turn
+        # That takes just a turn.
+        empty = session.ask_valid([]) if session.is_useful else None
         answer = session.ask_valid(self.inputs, self.substitute)
         if self.is_bare and digests <= {*self.site.slots.digests(self.machine)}:
             self.ask_to_build()
@@ -5097,6 +5095,7 @@ class Attempt:
     def reconnect(self) -> set[str]:
         """Have a new session in place of one that has ended, or will; returns which of the
         inputs are there, which it keeps."""
+        self.begin("connecting", "connect for", "to")
         self.copier.end()
         self.session.finish()
         self.session.cancel()
@@ -5423,8 +5422,7 @@ class Hook:
         self.site: Site | None = None  # once there is a machine
         self.machines: list[Machine] | None = None  # once they were read
         self.origin = origin()
-        # The machines that builds come here from, or may, as their names are known to ssh only.
-        self.back: set[Machine] = set()
+        self.back: dict[Machine, bool] = {}  # see leads_back
         # How many builds Nix does itself with the last that we left to it, for as long as
         # that may not have begun (monotonic time).
         self.stayed = 0.0, 0
@@ -5434,10 +5432,6 @@ class Hook:
     def prepare(self) -> list[Machine]:
         """Read the machines; complain of bad lines once for each Nix process."""
         machines, complaints = load_machines(self.nix)
-        if self.origin:
-            others = [m for m in machines if m.destination]
-            found = {m: addresses(m.host) for m in others}
-            self.back = {m for m in others if self.origin in found[m] or not found[m]}
         if machines:
             slots = Slots.find(self.nix, self.talk)
             slots.make()
@@ -5487,10 +5481,14 @@ class Hook:
     def consider(self, request: Request, machines: list[Machine]) -> Build | None:
         """Find a slot or a place in line, and reply; returns the build if we accept it: at
         once where a connection is live, else when a session shows that it is of use."""
-        reply = self.without_looking(request, machines)
-        fit = [] if reply else self.eligible(request, machines)
+        what = f"'{request.derivation}' for {request.kind}"
+        self.talk.say(DEBUG, f"may {what} be sent to one of {len(machines)} machines?")
+        # A terse Nix takes a slot of its own only for what is declined, and asks again.
+        is_left = request.willing and self.nix.is_terse
+        fit = [] if is_left else self.eligible(request, machines)
         if not fit or not self.site:
-            self.talk.reply(reply or "decline")
+            is_final = not machines and not self.nix.old
+            self.talk.reply("decline-permanently" if is_final else "decline")
             return None
         if self.nix.is_terse and request.able:
             has_room = self.builds_here() < self.nix.number("max-jobs")
@@ -5526,21 +5524,6 @@ class Hook:
                     build.line.join()
                 return
 
-    def without_looking(self, request: Request, machines: list[Machine]) -> str:
-        """The reply if nothing is ever sent away from here, or this is not; or ""."""
-        what = f"'{request.derivation}' for {request.kind}"
-        self.talk.say(DEBUG, f"may {what} be sent away?")
-        if not machines:
-            self.talk.say(DEBUG, "no machines are listed")
-            return "decline" if self.nix.old else "decline-permanently"
-        if not request.able:
-            return ""
-        # A terse Nix takes a slot of its own only for what is declined, and asks again.
-        if self.back:
-            self.talk.say(DEBUG, f"not sent on: it was sent here by {self.origin}")
-            return "decline" if request.willing or self.nix.is_terse else "postpone"
-        return "decline" if request.willing and self.nix.is_terse else ""
-
     def stays(self, slot: Slot, machines: list[Machine], request: Request) -> bool:
         """Whether a build should not leave for that slot: Nix would begin it now, and by load
         and speed this machine, if it is listed, is no worse."""
@@ -5563,8 +5546,11 @@ class Hook:
         fit, reasons = [], []
         for machine in machines:
             reason = unfit(machine, request, self.nix)
-            if machine in self.back and not reason:
+            if not reason and self.leads_back(machine):
                 reason = "is where this build comes from"
+                if request.able:
+                    self.talk.say(DEBUG, f"not sent on: '{machine.name}' {reason}")
+                    return []
             self.talk.say(DEBUG, f"'{machine.name}' {reason or 'can build it'}")
             if reason:
                 reasons.append(f"'{machine.name}' {reason}")
@@ -5576,6 +5562,14 @@ class Hook:
                 text = f"no machine can build '{request.derivation}', or others like it"
                 self.talk.say(WARN, f"{text}: {why}")
         return fit
+
+    def leads_back(self, machine: Machine) -> bool:
+        """Whether builds come here from that machine, or may, as its name is known to ssh
+        only.  To ask takes seconds where no name server answers."""
+        if self.origin and machine.destination and machine not in self.back:
+            found = addresses(machine.host)
+            self.back[machine] = self.origin in found or not found
+        return self.back.get(machine, False)
 
     def find_slot(self, line: Line, request: Request) -> Slot | None:
         """A slot if one is free and nobody waits; else stand in the line if Nix could

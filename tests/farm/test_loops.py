@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -122,6 +123,39 @@ def untrusting(
 def test_a_builder_does_not_send_on_what_it_can_build(untrusting: Scene) -> None:
     outcome = untrusting.build(one(), timeout=LONG_S)
     assert untrusting.client.read(outcome.output) == "b1\n"
+
+
+# A name server that answers nobody, and notes what it is asked.
+MUTE = """
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+print("bound", flush=True)
+while True:
+    question = server.recv(512)
+    with open("/tmp/asked", "ab") as asked:
+        asked.write(question)
+"""
+
+
+@pytest.mark.parametrize("untrusting", [1], indirect=True)
+def test_no_name_is_asked_for_but_of_a_machine_that_could_build_it(
+    untrusting: Scene,
+) -> None:
+    builder = untrusting.builder
+    builder.write("/etc/nix/machines", "far riscv64-linux\nnear - - 4\nnext - - 4\n")
+    builder.write("/etc/resolv.conf", "nameserver 127.0.0.1\n")
+    builder.write("/etc/nsswitch.conf", "hosts: files dns\n")
+    server = builder.popen("python3", "-c", MUTE, stdout=subprocess.PIPE)
+    try:
+        assert server.stdout and server.stdout.readline() == b"bound\n"
+        outcome = untrusting.build(one(), timeout=LONG_S)
+    finally:
+        server.kill()
+        server.communicate()
+    assert untrusting.client.read(outcome.output) == "b1\n"
+    asked = builder.path("/tmp/asked").read_bytes()
+    assert b"near" in asked and b"far" not in asked and b"next" not in asked
 
 
 @pytest.mark.parametrize("untrusting", [0], indirect=True)
