@@ -756,6 +756,8 @@ class Nix:
         if uri.startswith("."):  # up to 2.26: as seen from where Nix runs
             uri = os.path.realpath(f"/proc/{os.getppid()}/cwd/{uri}")
         self.store = Store.parse(uri, environ)
+        file = environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
+        self.builders = f"@{file}" if old else settings.get("builders", "")
         default = f"{'/run/nix' if old else self.store.state}/current-load"
         self.slot_directory = environ.get("NIX_CURRENT_LOAD") or default
         # Nix sends all its settings, so each of these tells from which version on it is.
@@ -1456,11 +1458,9 @@ def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[tuple[str,
 def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
     """The usable machines in the order written, and a complaint for each fault."""
     machines, complaints = [], []
-    if nix.old:
-        file = nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
-        found = include("NIX_REMOTE_SYSTEMS", file, ())
-    else:
-        found = entries(nix.settings.get("builders", ""), "builders", ())
+    found = entries(nix.builders, "builders", ())
+    if nix.old:  # whatever characters its name has
+        found = include("NIX_REMOTE_SYSTEMS", nix.builders[1:], ())
     for where, text in found:
         try:
             if not text:
@@ -5839,30 +5839,27 @@ def amount(size: float) -> str:
 
 def calling_nix(machines: str) -> Nix:
     """What the Nix here would tell the hook, or Error; machines: another file of them."""
-    environ = dict(os.environ)
-    if machines and not os.path.isfile(machines):
-        raise Error(f"there is no machines file {machines}")
-    if machines:
-        environ["NIX_REMOTE_SYSTEMS"] = os.path.abspath(machines)
-    try:
+    environ, program = dict(os.environ), ""
+    with suppress(Error):  # there is a Nix 1.x, or none
         program = find_program("nix", nix_directories(environ))
-    except Error:  # a Nix 1.x, or none
+    if program:
+        nix = Nix(False, parse_settings(settings_of(program, environ)), environ)
+    else:
         kind, machine = os.uname().sysname.lower(), os.uname().machine
         machine = {"arm64": "aarch64"}.get(machine, machine)
-        return Nix(True, {"system": f"{machine}-{kind}"}, environ)
-    settings = parse_settings(settings_of(program, environ))
+        nix = Nix(True, {"system": f"{machine}-{kind}"}, environ)
     if machines:
-        settings["builders"] = f"@{environ['NIX_REMOTE_SYSTEMS']}"
-    return Nix(False, settings, environ)
+        nix.builders = f"@{os.path.abspath(machines)}"
+    if machines and not os.path.isfile(machines):
+        raise Error(f"there is no machines file {machines}")
+    return nix
 
 
 def where_machines_stand(nix: Nix) -> str:
     """Where people find what lists the machines, and whether that file is there."""
-    old = "@" + (nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines")
-    text = old if nix.old else nix.settings.get("builders", "")
-    missing = text.startswith("@") and not os.path.exists(text[1:])
-    where = text[1:] if nix.old else f"builders = {text}"
-    return f"{where}, which is not there" if missing else where
+    at, file = nix.builders[:1], nix.builders[1:]
+    missing = ", which is not there" if at == "@" and not os.path.exists(file) else ""
+    return (file if nix.old else f"builders = {nix.builders}") + missing
 
 
 def pause_of(slots: Slots, machine: Machine) -> dict[str, Any]:
