@@ -5855,13 +5855,6 @@ def calling_nix(machines: str) -> Nix:
     return nix
 
 
-def where_machines_stand(nix: Nix) -> str:
-    """Where people find what lists the machines, and whether that file is there."""
-    at, file = nix.builders[:1], nix.builders[1:]
-    missing = ", which is not there" if at == "@" and not os.path.exists(file) else ""
-    return (file if nix.old else f"builders = {nix.builders}") + missing
-
-
 def pause_of(slots: Slots, machine: Machine) -> dict[str, Any]:
     """For programs: by whom it is paused, and until when in seconds since 1970, if at all."""
     words, until = slots.pause(machine)
@@ -5871,9 +5864,11 @@ def pause_of(slots: Slots, machine: Machine) -> dict[str, Any]:
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
     """The machines that people name, or all of them; and complaints about the file."""
     known, complaints = load_machines(nix)
+    at, file = nix.builders[:1], nix.builders[1:]
+    where = file if nix.old else f"builders = {nix.builders}"
+    where += ", which is not there" if at == "@" and not os.path.exists(file) else ""
     if not known:
         example = "a line such as: nix@builder x86_64-linux /root/.ssh/id_builder 8"
-        where = where_machines_stand(nix)
         complaints.append(f"no machines are listed ({where}); {example}")
     chosen = []
     for word in words:
@@ -5881,8 +5876,7 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
         found = [m for m in known if word in (*names[m], m.text.split()[0])]
         if not found:
             there = ", ".join(m.host or called(m.name) for m in known) or "none"
-            where = f"is listed in {where_machines_stand(nix)}"
-            raise Error(f"no machine {word!r} {where}; there are: {there}")
+            raise Error(f"no machine {word!r} is listed in {where}; there are: {there}")
         chosen += found
     return chosen or known, complaints
 
@@ -6809,7 +6803,8 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 # ---- Command line -------------------------------------------------------------------
 
-# What each takes, as argparse puts it: how many words, and options, some with more.
+# What each takes: words (? at most one, * any number, + at least one), and options, some
+# with an example of what goes behind them.
 COMMANDS = {
     check: "MACHINE*",
     status: "MACHINE* --watch",
@@ -6828,14 +6823,15 @@ def parse_options(arguments: list[str]) -> Namespace:
     parser = argparse.ArgumentParser(prog="nix_build_remote.py")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for run, takes in COMMANDS.items():
-        part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        about = f"{run.__doc__}  More of it: nix_build_remote.py --help"
+        part = verbs.add_parser(run.__name__, help=run.__doc__, description=about)
         part.set_defaults(run=run, watch=False)
         for word in f"{takes} --json --machines=FILE".split():
-            name, _, more = word.partition("=")
+            name, _, example = word.partition("=")
             if not name.startswith("--"):
                 part.add_argument(name[:-1], nargs=name[-1])
-            elif more:
-                part.add_argument(name, default="", metavar=more)
+            elif example:
+                part.add_argument(name, default="", metavar=example)
             else:
                 part.add_argument(name, action="store_true")
     return parser.parse_args(arguments)
