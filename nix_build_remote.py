@@ -5928,7 +5928,6 @@ class Inspection:
         self.found: dict[str, dict[str, str]] = {}  # see add
         self.phase = "waiting"  # what is done now, for people
         self.facts: dict[str, str] = {}  # what ASK and LOOK say
-        self.done = False
         self.process: subprocess.Popen[bytes] | None = None  # nix-build
 
     def run(self) -> None:
@@ -5945,8 +5944,6 @@ class Inspection:
             self.add(column, WRONG, "FAILED", str(error))
         except Stop:
             pass
-        finally:
-            self.done = True
 
     def as_dict(self) -> dict[str, Any]:
         """For programs; it is well if nothing is wrong, up to the build."""
@@ -6260,16 +6257,17 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
     """Inspect all at the same time; whatever ends us leaves no build and no file."""
     import shutil
     import tempfile
-    import threading
+    from threading import Thread
 
     # Its name is known before it is made: a signal may come at any moment.
     folder = f"{tempfile.gettempdir()}/check-{os.urandom(8).hex()}"
     inspections = [Inspection(m, nix, f"{folder}/{n}") for n, m in enumerate(machines)]
     try:
         os.mkdir(folder, 0o700)
-        for inspection in inspections:
-            threading.Thread(target=inspection.run, daemon=True).start()
-        watch_inspections(inspections, screen)
+        threads = {Thread(target=i.run, daemon=True): i for i in inspections}
+        for thread in threads:
+            thread.start()
+        watch_inspections(threads, screen)
     finally:  # what has a pipe of ours ends with us
         for inspection in inspections:
             if inspection.process:
@@ -6278,12 +6276,12 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
     return inspections
 
 
-def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
+def watch_inspections(threads: dict[Any, Inspection], screen: Screen) -> None:
     """Until all are done, say on standard error how far they are."""
-    terminal, left, count = sys.stderr.isatty(), len(inspections), len(inspections)
+    terminal, left, count = sys.stderr.isatty(), len(threads), len(threads)
     while left:
         time.sleep(0.1)
-        before, busy = left, [i for i in inspections if not i.done]
+        before, busy = left, [i for t, i in threads.items() if t.is_alive()]
         left = len(busy)
         names = ", ".join(f"{called(i.machine.name)} {i.phase}" for i in busy)
         text = f"{count - left} of {count} done" + (f"; {names}" if busy else "")
