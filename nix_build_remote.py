@@ -6818,10 +6818,12 @@ def parse_options(arguments: list[str]) -> Namespace:
     """What people want of us."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="nix_build_remote.py")
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    names, prog = " | ".join(run.__name__ for run in COMMANDS), "nix_build_remote.py"
+    usage = f"{prog} {names} | --help | --version"
+    parser = argparse.ArgumentParser(prog=prog, usage=usage)
+    verbs = parser.add_subparsers(dest="verb", required=True, prog=prog)
     for run, takes in COMMANDS.items():
-        about = f"{run.__doc__}  More of it: nix_build_remote.py --help"
+        about = f"{run.__doc__}  More of it: {prog} --help"
         part = verbs.add_parser(run.__name__, help=run.__doc__, description=about)
         part.set_defaults(run=run, watch=False)
         for word in f"{takes} --json --machines=FILE".split():
