@@ -2757,12 +2757,10 @@ class Programs:
         self, command: list[str], environ: dict[str, str], *piped: str, **options: Any
     ) -> subprocess.Popen[bytes]:
         """Start a program, with pipes for those of STREAMS, unless the options, which are
-        those of subprocess.Popen and `into`, see start_into, say otherwise; with the others it
-        reads and writes nothing.  Error if it cannot be started."""
+        those of subprocess.Popen, say otherwise; with the others it reads and writes nothing.
+        Error if it cannot be started."""
         import subprocess
 
-        if "into" in options:
-            return self.start_into(command, environ, *piped, **options)
         if self.talk.debug:
             import shlex
 
@@ -2777,29 +2775,14 @@ class Programs:
         except OSError as error:
             raise Error(f"cannot start {command[0]}: {error.strerror}") from None
 
-    def start_into(
-        self,
-        command: list[str],
-        environ: dict[str, str],
-        *piped: str,
-        into: int,
-        **options: Any,
-    ) -> subprocess.Popen[bytes]:
-        """Start a program that may outlive us, whose words on those of its pipes that it writes
-        to go into a file: a `dd`, which then holds the file's lock, puts them there at once, up
-        to a limit.  A limit of the program's own would not do: over a shared connection it is
-        the master that writes."""
+    def outlet(self, file: int, environ: dict[str, str]) -> Any:
+        """A pipe for the words of a program that may outlive us: a `dd`, which then holds that
+        file's lock, puts them there at once, up to a limit.  A limit of the program's own
+        would not do: over a shared connection it is the master that writes."""
         dd = find_program("dd", program_directories(environ))
-        reads, writes = os.pipe()
-        apart = {"start_new_session": True, **options}
-        said = dict.fromkeys({*piped} - {"stdin"}, writes)
-        try:
-            limit = [dd, "bs=1", f"count={HEARD_LIMIT_BYTES}"]
-            self.start(limit, environ, stdin=reads, stdout=into, start_new_session=True)
-            return self.start(command, environ, *piped, **said, **apart)
-        finally:
-            os.close(reads)
-            os.close(writes)
+        command = [dd, "bs=1", f"count={HEARD_LIMIT_BYTES}"]
+        apart = {"stdout": file, "start_new_session": True}
+        return self.start(command, environ, "stdin", **apart).stdin
 
     def output(
         self,
@@ -3161,8 +3144,10 @@ class Connection:
                 with suppress(OSError):
                     remove(stale)
             command = self.ssh.master(self.socket, patient=os.path.exists(slow))
-            into, environ = {"into": lock.descriptor}, self.ssh.environ
-            self.master = self.ssh.programs.start(command, environ, "stderr", **into)
+            programs, environ = self.ssh.programs, self.ssh.environ
+            with programs.outlet(lock.descriptor, environ) as said:
+                apart = {"stderr": said, "start_new_session": True}
+                self.master = programs.start(command, environ, **apart)
 
     def connect(self, patience_s: float) -> None:
         """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
@@ -3989,7 +3974,8 @@ class Site:
         if read_private(f"{seat.base}.way") not in ("0", "1"):
             # Any of them: probes that follow each other will try all.
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
-        process = seat.serve(into=output, preexec_fn=end_in_time)
+        with self.programs.outlet(output, seat.ssh.environ) as said:
+            process = seat.serve(stdout=said, stderr=said, **APART)
         tell_all(process, GREETING + valid_question([], False))
 
     def look(self, machine: Machine, output: int) -> None:
@@ -3999,7 +3985,8 @@ class Site:
         if not seat:
             seat = self.new_seat(machine)
             seat.connection = seat.over(0)
-        process = seat.start("sh", into=output, preexec_fn=end_in_time)
+        with self.programs.outlet(output, seat.ssh.environ) as said:
+            process = seat.start("sh", stdout=said, stderr=said, **APART)
         store = "".join(seat.way.there).partition("--store")[2]
         tell_all(process, encode(f"store={store}\n{LOOK}"))
 
@@ -4018,6 +4005,10 @@ def end_in_time() -> None:
     import signal
 
     signal.setitimer(signal.ITIMER_REAL, LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S)
+
+
+# Of a program that goes on when we end.
+APART: dict[str, Any] = {"start_new_session": True, "preexec_fn": end_in_time}
 
 
 # Runs on the builder, on the standard input of its sh; a login that allows nothing but
