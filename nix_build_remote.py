@@ -758,6 +758,8 @@ class Nix:
         if uri.startswith("."):  # up to 2.26: as seen from where Nix runs
             uri = os.path.realpath(f"/proc/{os.getppid()}/cwd/{uri}")
         self.store = Store.parse(uri, environ)
+        file = environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
+        self.builders = f"@{file}" if old else settings.get("builders", "")
         default = f"{'/run/nix' if old else self.store.state}/current-load"
         self.slot_directory = environ.get("NIX_CURRENT_LOAD") or default
         # Nix sends all its settings, so each of these tells from which version on it is.
@@ -1458,11 +1460,9 @@ def include(where: str, path: str, seen: tuple[str, ...]) -> Iterator[tuple[str,
 def load_machines(nix: Nix) -> tuple[list[Machine], list[str]]:
     """The usable machines in the order written, and a complaint for each fault."""
     machines, complaints = [], []
-    if nix.old:
-        file = nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines"
-        found = include("NIX_REMOTE_SYSTEMS", file, ())
-    else:
-        found = entries(nix.settings.get("builders", ""), "builders", ())
+    found = entries(nix.builders, "builders", ())
+    if nix.old:  # whatever characters its name has
+        found = include("NIX_REMOTE_SYSTEMS", nix.builders[1:], ())
     for where, text in found:
         try:
             if not text:
@@ -2788,12 +2788,10 @@ class Programs:
         self, command: list[str], environ: dict[str, str], *piped: str, **options: Any
     ) -> subprocess.Popen[bytes]:
         """Start a program, with pipes for those of STREAMS, unless the options, which are
-        those of subprocess.Popen and `into`, see start_into, say otherwise; with the others it
-        reads and writes nothing.  Error if it cannot be started."""
+        those of subprocess.Popen, say otherwise; with the others it reads and writes nothing.
+        Error if it cannot be started."""
         import subprocess
 
-        if "into" in options:
-            return self.start_into(command, environ, *piped, **options)
         if self.talk.debug:
             import shlex
 
@@ -2808,29 +2806,14 @@ class Programs:
         except OSError as error:
             raise Error(f"cannot start {command[0]}: {error.strerror}") from None
 
-    def start_into(
-        self,
-        command: list[str],
-        environ: dict[str, str],
-        *piped: str,
-        into: int,
-        **options: Any,
-    ) -> subprocess.Popen[bytes]:
-        """Start a program that may outlive us, whose words on those of its pipes that it writes
-        to go into a file: a `dd`, which then holds the file's lock, puts them there at once, up
-        to a limit.  A limit of the program's own would not do: over a shared connection it is
-        the master that writes."""
+    def outlet(self, file: int, environ: dict[str, str]) -> Any:
+        """A pipe for the words of a program that may outlive us: a `dd`, which then holds that
+        file's lock, puts them there at once, up to a limit.  A limit of the program's own
+        would not do: over a shared connection it is the master that writes."""
         dd = find_program("dd", program_directories(environ))
-        reads, writes = os.pipe()
-        apart = {"start_new_session": True, **options}
-        said = dict.fromkeys({*piped} - {"stdin"}, writes)
-        try:
-            limit = [dd, "bs=1", f"count={HEARD_LIMIT_BYTES}"]
-            self.start(limit, environ, stdin=reads, stdout=into, start_new_session=True)
-            return self.start(command, environ, *piped, **said, **apart)
-        finally:
-            os.close(reads)
-            os.close(writes)
+        command = [dd, "bs=1", f"count={HEARD_LIMIT_BYTES}"]
+        apart = {"stdout": file, "start_new_session": True}
+        return self.start(command, environ, "stdin", **apart).stdin
 
     def output(
         self,
@@ -3192,8 +3175,10 @@ class Connection:
                 with suppress(OSError):
                     remove(stale)
             command = self.ssh.master(self.socket, patient=os.path.exists(slow))
-            into, environ = {"into": lock.descriptor}, self.ssh.environ
-            self.master = self.ssh.programs.start(command, environ, "stderr", **into)
+            programs, environ = self.ssh.programs, self.ssh.environ
+            with programs.outlet(lock.descriptor, environ) as said:
+                apart = {"stderr": said, "start_new_session": True}
+                self.master = programs.start(command, environ, **apart)
 
     def connect(self, patience_s: float) -> None:
         """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
@@ -4015,7 +4000,8 @@ class Site:
         if read_private(f"{seat.base}.way") not in ("0", "1"):
             # Any of them: probes that follow each other will try all.
             seat.chosen = os.urandom(1)[0] % len(machine.ways)
-        process = seat.serve(into=output, preexec_fn=end_in_time)
+        with self.programs.outlet(output, seat.ssh.environ) as said:
+            process = seat.serve(stdout=said, stderr=said, **APART)
         tell_all(process, GREETING + valid_question([], False))
 
     def look(self, machine: Machine, output: int) -> None:
@@ -4025,7 +4011,8 @@ class Site:
         if not seat:
             seat = self.new_seat(machine)
             seat.connection = seat.over(0)
-        process = seat.start("sh", into=output, preexec_fn=end_in_time)
+        with self.programs.outlet(output, seat.ssh.environ) as said:
+            process = seat.start("sh", stdout=said, stderr=said, **APART)
         store = "".join(seat.way.there).partition("--store")[2]
         tell_all(process, encode(f"store={store}\n{LOOK}"))
 
@@ -4044,6 +4031,10 @@ def end_in_time() -> None:
     import signal
 
     signal.setitimer(signal.ITIMER_REAL, LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S)
+
+
+# Of a program that goes on when we end.
+APART: dict[str, Any] = {"start_new_session": True, "preexec_fn": end_in_time}
 
 
 # Runs on the builder, on the standard input of its sh; a login that allows nothing but
@@ -5821,30 +5812,20 @@ def amount(size: float) -> str:
 
 def calling_nix(machines: str) -> Nix:
     """What the Nix here would tell the hook, or Error; machines: another file of them."""
-    environ = dict(os.environ)
-    if machines and not os.path.isfile(machines):
-        raise Error(f"there is no machines file {machines}")
-    if machines:
-        environ["NIX_REMOTE_SYSTEMS"] = os.path.abspath(machines)
-    try:
+    environ, program = dict(os.environ), ""
+    with suppress(Error):  # there is a Nix 1.x, or none
         program = find_program("nix", nix_directories(environ))
-    except Error:  # a Nix 1.x, or none
+    if program:
+        nix = Nix(False, parse_settings(settings_of(program, environ)), environ)
+    else:
         kind, machine = os.uname().sysname.lower(), os.uname().machine
         machine = {"arm64": "aarch64"}.get(machine, machine)
-        return Nix(True, {"system": f"{machine}-{kind}"}, environ)
-    settings = parse_settings(settings_of(program, environ))
+        nix = Nix(True, {"system": f"{machine}-{kind}"}, environ)
     if machines:
-        settings["builders"] = f"@{environ['NIX_REMOTE_SYSTEMS']}"
-    return Nix(False, settings, environ)
-
-
-def where_machines_stand(nix: Nix) -> str:
-    """Where people find what lists the machines, and whether that file is there."""
-    old = "@" + (nix.environ.get("NIX_REMOTE_SYSTEMS") or "/etc/nix/machines")
-    text = old if nix.old else nix.settings.get("builders", "")
-    missing = text.startswith("@") and not os.path.exists(text[1:])
-    where = text[1:] if nix.old else f"builders = {text}"
-    return f"{where}, which is not there" if missing else where
+        nix.builders = f"@{os.path.abspath(machines)}"
+    if machines and not os.path.isfile(machines):
+        raise Error(f"there is no machines file {machines}")
+    return nix
 
 
 def pause_of(slots: Slots, machine: Machine) -> dict[str, Any]:
@@ -5856,9 +5837,11 @@ def pause_of(slots: Slots, machine: Machine) -> dict[str, Any]:
 def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]]:
     """The machines that people name, or all of them; and complaints about the file."""
     known, complaints = load_machines(nix)
+    at, file = nix.builders[:1], nix.builders[1:]
+    where = file if nix.old else f"builders = {nix.builders}"
+    where += ", which is not there" if at == "@" and not os.path.exists(file) else ""
     if not known:
         example = "a line such as: nix@builder x86_64-linux /root/.ssh/id_builder 8"
-        where = where_machines_stand(nix)
         complaints.append(f"no machines are listed ({where}); {example}")
     chosen = []
     for word in words:
@@ -5866,8 +5849,7 @@ def machines_named(words: list[str], nix: Nix) -> tuple[list[Machine], list[str]
         found = [m for m in known if word in (*names[m], m.text.split()[0])]
         if not found:
             there = ", ".join(m.host or called(m.name) for m in known) or "none"
-            where = f"is listed in {where_machines_stand(nix)}"
-            raise Error(f"no machine {word!r} {where}; there are: {there}")
+            raise Error(f"no machine {word!r} is listed in {where}; there are: {there}")
         chosen += found
     return chosen or known, complaints
 
@@ -5919,7 +5901,6 @@ class Inspection:
         self.found: dict[str, dict[str, str]] = {}  # see add
         self.phase = "waiting"  # what is done now, for people
         self.facts: dict[str, str] = {}  # what ASK and LOOK say
-        self.done = False
         self.process: subprocess.Popen[bytes] | None = None  # nix-build
 
     def run(self) -> None:
@@ -5937,8 +5918,6 @@ class Inspection:
             self.add(column, WRONG, "FAILED", str(error))
         except Stop:
             pass
-        finally:
-            self.done = True
 
     def as_dict(self) -> dict[str, Any]:
         """For programs; it is well if nothing is wrong, up to the build."""
@@ -6251,16 +6230,17 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
     """Inspect all at the same time; whatever ends us leaves no build and no file."""
     import shutil
     import tempfile
-    import threading
+    from threading import Thread
 
     # Its name is known before it is made: a signal may come at any moment.
     folder = f"{tempfile.gettempdir()}/check-{os.urandom(8).hex()}"
     inspections = [Inspection(m, nix, f"{folder}/{n}") for n, m in enumerate(machines)]
     try:
         os.mkdir(folder, 0o700)
-        for inspection in inspections:
-            threading.Thread(target=inspection.run, daemon=True).start()
-        watch_inspections(inspections, screen)
+        threads = {Thread(target=i.run, daemon=True): i for i in inspections}
+        for thread in threads:
+            thread.start()
+        watch_inspections(threads, screen)
     finally:  # what has a pipe of ours ends with us
         for inspection in inspections:
             if inspection.process:
@@ -6269,12 +6249,12 @@ def inspect_all(machines: list[Machine], nix: Nix, screen: Screen) -> list[Inspe
     return inspections
 
 
-def watch_inspections(inspections: list[Inspection], screen: Screen) -> None:
+def watch_inspections(threads: dict[Any, Inspection], screen: Screen) -> None:
     """Until all are done, say on standard error how far they are."""
-    terminal, left, count = sys.stderr.isatty(), len(inspections), len(inspections)
+    terminal, left, count = sys.stderr.isatty(), len(threads), len(threads)
     while left:
         time.sleep(0.1)
-        before, busy = left, [i for i in inspections if not i.done]
+        before, busy = left, [i for t, i in threads.items() if t.is_alive()]
         left = len(busy)
         names = ", ".join(f"{called(i.machine.name)} {i.phase}" for i in busy)
         text = f"{count - left} of {count} done" + (f"; {names}" if busy else "")
@@ -6792,7 +6772,8 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 # ---- Command line -------------------------------------------------------------------
 
-# What each takes, as argparse puts it: how many words, and options, some with more.
+# What each takes: words (? at most one, * any number, + at least one), and options, some
+# with an example of what goes behind them.
 COMMANDS = {
     check: "MACHINE*",
     status: "MACHINE* --watch",
@@ -6808,17 +6789,20 @@ def parse_options(arguments: list[str]) -> Namespace:
     """What people want of us."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="nix_build_remote.py")
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    names, prog = " | ".join(run.__name__ for run in COMMANDS), "nix_build_remote.py"
+    usage = f"{prog} {names} | --help | --version"
+    parser = argparse.ArgumentParser(prog=prog, usage=usage)
+    verbs = parser.add_subparsers(dest="verb", required=True, prog=prog)
     for run, takes in COMMANDS.items():
-        part = verbs.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        about = f"{run.__doc__}  More of it: {prog} --help"
+        part = verbs.add_parser(run.__name__, help=run.__doc__, description=about)
         part.set_defaults(run=run, watch=False)
         for word in f"{takes} --json --machines=FILE".split():
-            name, _, more = word.partition("=")
+            name, _, example = word.partition("=")
             if not name.startswith("--"):
                 part.add_argument(name[:-1], nargs=name[-1])
-            elif more:
-                part.add_argument(name, default="", metavar=more)
+            elif example:
+                part.add_argument(name, default="", metavar=example)
             else:
                 part.add_argument(name, action="store_true")
     return parser.parse_args(arguments)
