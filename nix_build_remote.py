@@ -2052,6 +2052,11 @@ class Slots:
             self.refused[machine] = why or ""
         return machine not in self.refused
 
+    def are_asked(self) -> bool:
+        """Whether a machine was refused a build only as it is being asked how it is."""
+        looks = (self.look(machine) for machine, why in self.refused.items() if not why)
+        return any(look.is_young("awaited", LOOK_WAIT_S) for look in looks)
+
     def known(self, machine: Machine, digests: frozenset[str]) -> int:
         """How many of these paths the machine is known to have had."""
         return len(digests.intersection(self.digests(machine))) if digests else 0
@@ -5564,14 +5569,16 @@ class Hook:
 
     def find_slot(self, line: Line, request: Request) -> Slot | None:
         """A slot if one is free and nobody waits; else stand in the line if Nix could
-        never build this itself; else wait for a slot, but for no more than a moment."""
+        never build this itself; else wait for a slot, but for no more than a moment, and not
+        if Nix would begin it now, unless a builder is just being asked whether it has one."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
             if not line.is_taken(0):
                 slot = line.find()
                 if slot or line.outages.despair(line.machines):
                     return slot
-            stays = request.willing if request.able else line.join()
+            stays = request.willing and not line.slots.are_asked()
+            stays = stays if request.able else line.join()
             if stays or time.monotonic() < self.patient_from:
                 return None
             if time.monotonic() > deadline:

@@ -710,6 +710,25 @@ def test_a_question_that_was_declined_does_not_count_for_the_next(new: Client) -
     assert sum(build[phase] for phase in hook.PHASES) < whole - 3 + 0.01
 
 
+def test_nix_does_not_build_itself_what_a_builder_is_about_to_have_a_slot_for(
+    new: Client,
+) -> None:
+    """It is just being asked how it is, and does not answer before we say so here."""
+    new.constants |= {"PATIENCE_S": 60, "LOOK_WAIT_S": 60}
+    path = new.slots / "own" / "ssh:__root@b1.look"
+    question = f"{' ' * hook.PROBE_HEAD}\nend\nasked {time.time():.3f}\n"
+    with busy(new), ThreadPoolExecutor() as pool:
+        new.machines.write_text("root@b1 x86_64-linux - 2\n", encoding="utf-8")
+        del new.environ["NIX_BLIND_HOOK"]
+        with hook.Lock(str(path)) as lock:
+            assert lock.hold()
+            lock.write(question)
+            answer = pool.submit(new.build)
+            time.sleep(1)  # if the hook is slower than that, it finds the answer
+            lock.write(f"{question}builds 0\nend\n")
+        assert answer.result().replies == ["accept"]
+
+
 def is_waiting(client: Client) -> bool:
     places = client.slots.glob("own/line-*.0")
     return any(" waiting " in place.read_text(encoding="utf-8") for place in places)
