@@ -104,6 +104,7 @@ def record_session(host: Host, folder: Path) -> None:
     with tempfile.TemporaryFile() as log:
         os.dup2(log.fileno(), 4)
         session = Recorder(Here(host))
+        session.greeting.get()
         session.ask_valid([f"/nix/store/{'0' * 32}-nothing"]).get()
         for build in RECORDED_BUILDS:
             nix = hook.Nix(False, {"timeout": str(build.timeout)}, {})
