@@ -332,6 +332,7 @@ def test_a_failed_build_leaves_no_folder_in_tmp(
 
 
 def test_a_hook_at_work_takes_less_than_20_mb(running: Scene) -> None:
+    running.client.run(INSTALLED, "--version")  # compiles it, which takes more
     run = running.start(f"""
       let input = builtins.toFile "m-input" "text"; in
       mk "memory" "seq 100000; {gate("memory")}; cat ${{input}} > $out" {{}}

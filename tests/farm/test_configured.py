@@ -13,7 +13,7 @@ from scene import TESTS, Scene, change_hook, cleared, outage, scene
 CONFIG = "/root/.ssh/config"
 PROXY = "/usr/local/bin/delay.py"
 # An sshd that says nothing for a while when somebody logs in, as one that asks elsewhere.
-KEYS = "#!/bin/sh\nsleep 8\ncat /root/.ssh/authorized_keys\n"
+KEYS = "#!/bin/sh\nsleep 4\ncat /root/.ssh/authorized_keys\n"
 ASKS = (
     "AuthorizedKeysFile none\nAuthorizedKeysCommand /usr/bin/keys\nBanner /etc/banner\n"
 )

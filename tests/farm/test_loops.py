@@ -177,7 +177,7 @@ def test_a_head_node_sends_on_what_others_send_it(nix: Scene) -> None:
     command = nix.nix_build(f"builtins.genList (n: {each}) 5")[:3]
     run = nix.launch(*command, "--store", "ssh-ng://b1", "--max-jobs", "0")
     begun = [host.path("/tmp").glob for host in nix.builders]
-    poll(lambda: sum(len([*g(f"at-{name}*")]) for g in begun) == 5, "all at once")
+    poll(lambda: all([*files(f"at-{name}*")] for files in begun), "a build on each")
     for host in nix.builders:
         host.write("/tmp/go", "")
     outcome = run.end()

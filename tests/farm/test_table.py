@@ -219,6 +219,8 @@ def without_b1(request: pytest.FixtureRequest, nix: Caller) -> Caller:
 
 
 def test_the_next_machine_builds_and_ssh_is_quoted_once(without_b1: Caller) -> None:
+    """Or that it says nothing for longer than Nix may wait for a reply."""
+    install(without_b1, CONNECT_TIMEOUT_S=10, REPLY_S=5)
     outcome = without_b1.build(some(6))
     assert without_b1.built_on(outcome) == {"b2"}
     said = re.findall(
