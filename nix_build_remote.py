@@ -1,6 +1,6 @@
 #!/bin/sh
 """:"
-# sh runs these lines: they find Python (no script in its place, none before 3.9), and the program compiled, if only we or root could.
+# sh runs these lines.  They find Python, 3.9 or newer, no script in its place; that runs what is compiled, if none but us and root could write it.
 PATH=${PATH:-/usr/bin:/bin}:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/local/bin:/opt/homebrew/bin:/usr/bin:/bin
 IFS=:; for at in $PATH; do read -r it <$at/python3 && case $it$NOT_PYTHON: in "#!"*|*":$at:"*) ;; *) break;; esac; at=; done 2>/dev/null
 [ "$at" ] || python3 -IS -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || { echo "nix_build_remote.py: there is no Python 3.9 or newer in $PATH"
@@ -161,7 +161,9 @@ RECORD_BYTES = 4096  # of a line there
 PHASES = ("waiting", "connecting", "sending", "building", "fetching")  # of a build
 PROBE_HEAD = 99  # bytes of a probe's file, before what ssh and nix-store said
 LOOK_S = 20  # a builder is asked no more often how it is, if nobody else builds there,
-LOOK_AGE_S = 60  # and what it said is believed for so long
+LOOK_AGE_S = 60  # and what it said is believed for so long,
+CLOSED_S = 60 * 60  # but that it is full, or closed, for so long
+MUTE_S = 60 * 60  # a login that does not let us ask is not asked again so long
 LOOK_WAIT_S = 3  # its answer is waited for so long, before more builds of ours begin
 SETTLE_S = (
     3  # that others have fewer builds is believed when it has been so for so long
@@ -214,7 +216,14 @@ MARGIN_S, DAEMON_MARGIN_S, HERE_MARGIN_S = 60, 5, 2
 # Of Nix's serve protocol (serve-protocol.hh)
 SERVE_HELLO, SERVE_REPLY = 0x390C9DEB, 0x5452EECB
 SERVE_VERSION = 0x207  # 2.7; to less than 2.6, Nix 2.4 to 2.10 answer as to 2.6
-HASHES_SINCE = 0x204  # then a path's hash is told, which nix-copy-closure --from wants
+# From which version on a builder ...
+BARE_SINCE = 0x201  # builds a derivation that is not in its store
+LOG_SIZE_SINCE = 0x202  # wants to know how long the log may be
+TIMES_SINCE = 0x203  # says when the build began and ended, and may repeat it
+HASHES_SINCE = 0x204  # tells a path's hash, which nix-copy-closure --from wants
+ARCHIVES_SINCE = 0x205  # takes one path, with its archive behind it
+OUTPUTS_SINCE = 0x206  # tells which paths the outputs have
+KEPT_SINCE = 0x207  # keeps what a failed build leaves, if told to: Nix 2.4 and newer
 QUERY_VALID_PATHS, QUERY_PATH_INFOS, DUMP_STORE_PATH, IMPORT_PATHS = 1, 2, 3, 4
 BUILD_PATHS, QUERY_CLOSURE, BUILD_DERIVATION, ADD_TO_STORE_NAR = 6, 7, 8, 9
 EXPORT_MAGIC = 0x4558494E  # after each archive in what nix-store --import reads
@@ -293,7 +302,7 @@ class Error(Exception):
     meaning = ""
 
     def become(self, kind: type[E]) -> E:
-        """The same of that kind, which decides what its catcher does about it."""
+        """This error as one of that kind, which decides what its catcher does about it."""
         error = kind(str(self))
         error.lasting, error.remedy = self.lasting, self.remedy
         error.meaning = self.meaning
@@ -530,7 +539,7 @@ def strings(texts: Iterable[str]) -> bytes:
 
 
 def read_integer(read: Read) -> int:
-    """The next integer; with all of these, read says where it comes from."""
+    """The next integer; read, here and below, returns exactly so many bytes."""
     return int(struct.unpack("<Q", read(8))[0])
 
 
@@ -635,7 +644,7 @@ def read_infos(read: Read, version: int) -> Infos:
         deriver, references = read_string(read), tuple(read_strings(read))
         read_integer(read)
         size, digest, rest = read_integer(read), "", b""
-        if version >= 0x204:
+        if version >= HASHES_SINCE:
             digest = read_string(read)
             rest = string(read_string(read)) + strings(read_strings(read))
         infos[path] = PathInfo(path, deriver, references, size, digest, rest)
@@ -797,7 +806,7 @@ class Nix:
         return {**kept, **more}
 
     def store_environ(self) -> dict[str, str]:
-        """The same for a program that is to open the local store."""
+        """The environment of a program that is to open the local store."""
         remote = self.store.remote
         return self.child_environ(**({"NIX_REMOTE": remote} if remote else {}))
 
@@ -894,7 +903,7 @@ def read_old_request() -> Request:
 
 
 def read_new_request() -> Request | None:
-    """The same on the wire, behind the word `try`; None for any other word."""
+    """A request of Nix 2.x, which begins with the word `try`; None for any other word."""
     if read_string(read_stdin) != "try":
         return None
     willing = read_integer(read_stdin) != 0
@@ -1148,9 +1157,9 @@ class Way(NamedTuple):
 class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
-    where: file:line; text: as it was written; name: what Nix's own hook calls it; slots,
-    uploads: what the names of its slot files and of its upload lock begin with, as that hook has
-    them; destination: [user@]host, "" if it is a store that a program here opens; port: 0 for what
+    where: file:line; text: as it was written; name: what Nix's own hook calls it;
+    slot_prefix, upload_prefix: what the names of its slot files and of its upload lock begin with,
+    as that hook has them; destination: [user@]host, "" if it is a store that a program here opens; port: 0 for what
     ssh finds in its configuration; key: a private key's file, or ""; host_key: a line such as
     "ssh-ed25519 AAAA...", or ""; ways: to have a session, where only trying shows which of them
     its login allows; none if it is this machine.
@@ -1159,8 +1168,8 @@ class Machine(NamedTuple):
     where: str
     text: str
     name: str
-    slots: str
-    uploads: str
+    slot_prefix: str
+    upload_prefix: str
     destination: str
     port: int
     systems: tuple[str, ...]
@@ -1192,8 +1201,10 @@ class Machine(NamedTuple):
                 where=where,
                 text=" ".join(text.split()),
                 name=name,
-                slots=file_name(f"{'+'.join(known)}-{name}") if nix.old else uploads,
-                uploads=uploads,
+                slot_prefix=file_name(f"{'+'.join(known)}-{name}")
+                if nix.old
+                else uploads,
+                upload_prefix=uploads,
                 destination=destination,
                 port=port,
                 systems=known,
@@ -1915,9 +1926,9 @@ class Look(NamedTuple):
         """Why it is to have no new builds; None if it may, or if that was said long ago."""
         size, free = (int(self.number("disk", place)) << 10 for place in (0, 1))
         is_full = free < max(ROOM_SHARE * size, min(ROOM_BYTES, size / 10))
-        if self.is_young("asked", LACK_S) and "closed" in self.said:
+        if self.is_young("asked", CLOSED_S) and "closed" in self.said:
             return f"has {CLOSED}: {self.said['closed'] or 'no reason given'}"
-        if self.is_young("asked", LACK_S) and is_full:
+        if self.is_young("asked", CLOSED_S) and is_full:
             return f"has only {free >> 20} MiB ({free / size:.0%}) free in its store"
         return None
 
@@ -1989,7 +2000,9 @@ class Slots:
 
     def files(self, machine: Machine) -> list[str]:
         """The locks that are its slots."""
-        return [f"{self.path}/{machine.slots}-{n}" for n in range(machine.max_jobs)]
+        return [
+            f"{self.path}/{machine.slot_prefix}-{n}" for n in range(machine.max_jobs)
+        ]
 
     def choose(
         self, machines: list[Machine], digests: frozenset[str] = frozenset()
@@ -2076,7 +2089,7 @@ class Slots:
         """Where that of a machine is kept: `paths`, see digests; `lacks`, a kind of build that
         it cannot do, though its line says so; `paused`, see pause; `fetch-N`, locks of builds
         that fetch their outputs; `down`, `probe`, `look`, see Outages."""
-        return f"{self.own}/{machine.slots}.{what}"
+        return f"{self.own}/{machine.slot_prefix}.{what}"
 
     def shares(self) -> list[str]:
         """For each slot that a hook holds, the Nix that it works for."""
@@ -2175,7 +2188,7 @@ class Outage(NamedTuple):
         return self.lasting is True or many
 
     def again(self, error: Error) -> Outage:
-        """The same after one more failure."""
+        """This outage after one more failure."""
         # The delay doubles with each failure, and is not the same for all.
         delay = min(PAUSE_S * 2 ** min(self.failures + 1, 9), PAUSE_LIMIT_S)
         until = time.time() + delay * (0.5 + os.urandom(1)[0] / 512)
@@ -2212,7 +2225,7 @@ class Outages:
             files += (file.rpartition(".") for file in os.listdir(self.slots.own))
         # Of 1000 machines few have one: to look for each one's files would take 20 ms.
         marked = {name for name, _, what in files if what == "down"}
-        found = ((m, self.of(m)) for m in machines if m.slots in marked)
+        found = ((m, self.of(m)) for m in machines if m.slot_prefix in marked)
         return {machine: outage for machine, outage in found if outage}
 
     def away(self, machines: Iterable[Machine]) -> dict[Machine, Outage]:
@@ -2239,13 +2252,15 @@ class Outages:
     def forgive(self, machines: Iterable[Machine]) -> None:
         """Have the first hook of each Nix try those that seem hopeless: they may be well again."""
         for machine, outage in self.noted(machines).items():
-            if outage.is_hopeless and self.slots.remember(f"tried {machine.slots}"):
+            if outage.is_hopeless and self.slots.remember(
+                f"tried {machine.slot_prefix}"
+            ):
                 self.forgiven.add(machine)
 
     def note(self, machine: Machine, before: Outage | None, error: Error) -> None:
         """Write down that it failed; builds that fail together there are one failure."""
         self.forgiven.discard(machine)
-        self.slots.remember(f"tried {machine.slots}")
+        self.slots.remember(f"tried {machine.slot_prefix}")
         with self.slots.main_lock():
             is_paused = bool(self.slots.pause(machine)[0])
             if not is_paused and self.of(machine) in (before, None):
@@ -2323,7 +2338,7 @@ class Outages:
         if begins and look.is_shared:
             pause_s = 0  # what is free there may be taken at any moment
         elif look.number("awaited") and heard(Error, said).lasting is not False:
-            pause_s = LACK_S  # that login does not let us ask
+            pause_s = MUTE_S  # that login does not let us ask
         last = look.number("awaited") or look.number("asked")
         if not 0 <= float(now) - last < pause_s:
             before = "".join(f"{name} {words}\n" for name, words in look.said.items())
@@ -2379,7 +2394,7 @@ class Line:
         self.away: dict[Machine, Outage] = {}  # those that were when we last looked
         self.has_told = False  # whether the first look was told of
         self.told = ""  # of why no machine takes new builds
-        self.names = sorted(machine.slots for machine in need.machines)
+        self.names = sorted(machine.slot_prefix for machine in need.machines)
         self.size = min(LINE_LIMIT, sum(machine.max_jobs for machine in need.machines))
         self.who = Holder.ours(PHASES[0], need.path, need.since)
         self.kind, nix = checksum("\n".join(self.names)), checksum(calling_process())
@@ -2396,7 +2411,11 @@ class Line:
         if there is none.  Begins to find out how machines are whose outage is over."""
         self.outages.find_out(self.machines)
         self.away, reserved = self.outages.away(self.machines), self.reserved()
-        free = [m for m in self.machines if not (m in self.away or m.slots in reserved)]
+        free = [
+            m
+            for m in self.machines
+            if not (m in self.away or m.slot_prefix in reserved)
+        ]
         others = [machine for machine in free if machine != self.need.shunned]
         slot, loads = self.slots.choose(others, self.need.digests)
         if not slot and others != free:
@@ -2412,7 +2431,7 @@ class Line:
     def left_over(self, reserved: set[str]) -> Slot | None:
         """A slot that is for somebody else, who has not taken it for a while."""
         there = (m for m in self.machines if m not in self.away)
-        left = [machine for machine in there if machine.slots in reserved]
+        left = [machine for machine in there if machine.slot_prefix in reserved]
         refused, now = self.slots.refused, time.monotonic()
         slot = self.slots.choose(left)[0] if left else None
         self.slots.refused = {**self.slots.refused, **refused}
@@ -3365,18 +3384,18 @@ class Seat:
                     break
             else:
                 return
-            self.connection = self.over(number)
+            self.connection = self.connection_at(number)
             if file.endswith(f".{seats - 1}") and number + 1 < CONNECTIONS:
-                self.over(number + 1).start()
+                self.connection_at(number + 1).start()
 
     def places(self, seats: int) -> list[tuple[int, str]]:
         """The connection and the file of each seat, those with spare sessions first."""
-        proofs = [self.over(number).proof() for number in range(CONNECTIONS)]
+        proofs = [self.connection_at(number).proof() for number in range(CONNECTIONS)]
         every = [(n, seat) for n in range(CONNECTIONS) for seat in range(seats)]
         files = [(n, f"{self.base}-{n}.{seat}") for n, seat in every]
         return sorted(files, key=lambda file: not Spare.at(file[1], proofs[file[0]]))
 
-    def over(self, number: int) -> Connection:
+    def connection_at(self, number: int) -> Connection:
         """That connection to the machine."""
         socket = f"{self.base}-{number}" if self.way.there else ALONE
         return Connection(self.ssh, socket)
@@ -3405,7 +3424,7 @@ class Seat:
         and whether nix-store there tells of its activities; once it did not, that stays."""
         self.keep_way()
         self.connection.prove(version)
-        can = version >= 0x207 and not self.is_plain  # from Nix 2.4 on
+        can = version >= KEPT_SINCE and not self.is_plain  # from Nix 2.4 on
         can = can and read_private(f"{self.base}.tells") != "0"
         note(f"{self.base}.tells", str(int(can)))
 
@@ -3461,8 +3480,8 @@ class Seat:
 
 
 class Answer:
-    """What a builder will say to something that it has been asked or told, when all that it
-    says before is heard.  hear reads it, within time_s."""
+    """What a builder will say to a question.  Answers come in the order of the questions: to
+    get one, those before it are heard first.  hear reads it, within time_s."""
 
     def __init__(self, session: Session, hear: Hear, time_s: float) -> None:
         self.session, self.hear, self.time_s = session, hear, time_s
@@ -3512,8 +3531,8 @@ class Activities:
     def __init__(self) -> None:
         self.begun = b""  # a line that has not ended yet
         self.lock = Awaited()
-        self.absent: tuple[str, ...] = ()  # what may be missing, see dump_question
-        self.are_over = False  # whether it has said so
+        self.absent: tuple[str, ...] = ()  # paths that may be missing, see no_path
+        self.are_over = False  # whether it has said that one of them is
 
     def plain(self, data: bytes) -> bytes:
         """What a log says in place of that; no data means the end."""
@@ -3524,7 +3543,7 @@ class Activities:
         return b"".join(map(self.plain_line, lines))
 
     def plain_line(self, line: bytes) -> bytes:
-        """The same of one line."""
+        """What a log says in place of one line; nothing if that is of no use there."""
         text, _, rest = line.partition(self.ID)
         quick = text.startswith(self.HEAD) and rest.endswith(self.TAIL)
         if quick and b"\\" not in text:
@@ -3542,8 +3561,8 @@ class Activities:
         return b"" if said is None else said.encode("utf-8", "replace") + b"\n"
 
     def hear(self, event: dict[str, Any]) -> str | None:
-        """Take note of an event; returns the line that it would have been without that
-        option, or for the Nix here to read a phase from."""
+        """Take note of an event; returns its line for the log, from which the Nix here reads
+        a phase, too, or None if it has none."""
         action, kind = event["action"], event.get("type")
         if action == "msg":
             return printable(event["msg"])  # which has colours only here
@@ -3571,8 +3590,8 @@ class Activities:
         return action == b'@nix {"action":"result' and kind in (b"105}", b"106}")
 
     def is_excuse(self, words: bytes) -> bool:
-        """Whether that says that what may be missing is not valid, or as Lix has it does not
-        exist in store, so that nix-store ends."""
+        """Whether that says that a path of `absent` is not valid, or as Lix has it does not
+        exist in store, so that nix-store ends as it should."""
         is_event = words.startswith(b'@nix {"action":"msg"')  # which has colours
         quote = "" if is_event else "'"
         named = any(f"{quote}{path}{quote}".encode() in words for path in self.absent)
@@ -3600,16 +3619,18 @@ class Session:
         self.greeting = Answer(self, self.hear_greeting, math.inf)
         self.deadline = time.monotonic() + seat.greeting_s  # for that, and one answer
         self.tail = b""  # of stderr
-        self.activities = Activities()  # in stderr, if
-        self.tells = seat.tells()  # it is to tell of them
+        self.tells = seat.tells()  # whether it is to tell of its activities
+        self.activities = Activities()  # those that it has told of, on stderr
         self.inbox = bytearray()  # what it said and nobody has read yet
         self.is_useful = False  # whether it has answered anything: that needs its store
-        self.unasked: float = math.inf  # archives to ask for, before there is an end
+        self.unasked: float = math.inf  # archives that are still to be asked for
         self.realised: dict[str, str] = {}  # what it said of outputs, in JSON, by name
         # How long a running build may take, and say nothing, before we end it.
         self.limits = math.inf, math.inf
         self.is_silent = True  # whether the running build has said nothing yet
-        self.first = self.last = 0.0  # when its log began, and was heard of last
+        self.first = self.last = (
+            0.0  # when the build's log began, and was last heard of
+        )
         self.process = seat.session(self.tells)
         pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         numbers = [pipe.fileno() for pipe in pipes if pipe]
@@ -3827,12 +3848,12 @@ class Session:
         """Nix's settings that concern a build, as this version of the protocol wants."""
         numbers = [nix.number("max-silent-time"), nix.number("timeout")]
         version = self.version
-        if version >= 0x202:
+        if version >= LOG_SIZE_SINCE:
             numbers.append(nix.number("max-build-log-size"))
-        if version >= 0x203:
+        if version >= TIMES_SINCE:
             numbers.append(nix.number("repeat"))  # 2.13 and newer have neither of them
             numbers.append(int(nix.enabled("enforce-determinism")))
-        if version >= 0x207:
+        if version >= KEPT_SINCE:
             numbers.append(int(nix.enabled("keep-failed")))
         return b"".join(map(integer, numbers))
 
@@ -3866,9 +3887,9 @@ class Session:
         if by_path:  # a mask from 100 up: 1 a timeout, 2 a hash mismatch, ...
             kind = MISC if status < 100 else TIMED_OUT if status & 1 else PERMANENT
             return kind, message
-        if self.version >= 0x203:
+        if self.version >= TIMES_SINCE:
             read(4 * 8)  # times built, non-deterministic, start, stop
-        if self.version >= 0x206:
+        if self.version >= OUTPUTS_SINCE:
             words = read_strings(read, 2)
             names = (name.rpartition("!")[2] for name in words[::2])
             self.realised.update(zip(names, words[1::2]))
@@ -4015,7 +4036,7 @@ class Site:
         seat = self.seats.get(machine)
         if not seat:
             seat = self.new_seat(machine)
-            seat.connection = seat.over(0)
+            seat.connection = seat.connection_at(0)
         with self.programs.outlet(output, seat.ssh.environ) as said:
             process = seat.start("sh", stdout=said, stderr=said, **APART)
         store = "".join(seat.way.there).partition("--store")[2]
@@ -4100,8 +4121,9 @@ class Relay:
     register as root and unchecked, whatever else a builder says that they refer to.
     """
 
-    def __init__(self, session: Session, way: str, here: str) -> None:
-        self.session, self.way, self.here = session, way, here  # "to" it, or "from"
+    def __init__(self, session: Session, direction: str, here: str) -> None:
+        self.session, self.here = session, here
+        self.direction = direction  # "to" the builder, or "from" it
         self.programs, self.name = session.seat.ssh.programs, ""  # of the program
         self.talk = self.programs.talk
         self.problem = ""  # what the program says from its first error on
@@ -4178,8 +4200,8 @@ class Relay:
     def begin(self, path: str, size: int) -> None:
         """Tell that a path is copied now, whose archive has that size."""
         machine = self.session.seat.ssh.machine.name
-        line = f"copying path '{path}' {self.way} '{machine}'"
-        ends = (self.here, machine) if self.way == "to" else (machine, self.here)
+        line = f"copying path '{path}' {self.direction} '{machine}'"
+        ends = (self.here, machine) if self.direction == "to" else (machine, self.here)
         if self.talk.old:
             self.talk.say(INFO, line)
         self.talk.begin(2, line, path, *ends, size=size)
@@ -4304,7 +4326,10 @@ class Relay:
         if command == SERVE_HELLO:  # which may come again after an error of its own
             self.read(8)  # its version
             # 2.32 and newer speak to no builder before 2.1, whose dialect we can translate.
-            self.reply(integer(SERVE_REPLY) + integer(max(self.session.version, 0x205)))
+            self.reply(
+                integer(SERVE_REPLY)
+                + integer(max(self.session.version, ARCHIVES_SINCE))
+            )
         elif command == QUERY_VALID_PATHS:
             flags, asked = self.read(16), set(read_strings(self.read))
             if not asked <= self.there | self.lacking:
@@ -4322,7 +4347,7 @@ class Relay:
             self.give_archive(read_string(self.read))
         elif command == ADD_TO_STORE_NAR:
             self.take_archive()
-        elif self.way == "to":  # such as ImportPaths, of Nix 1.x
+        elif self.direction == "to":  # such as ImportPaths, of Nix 1.x
             self.ask(integer(command))
             self.exchange()
         else:
@@ -4371,7 +4396,9 @@ class Relay:
         tail += string(read_string(self.read))
         head = integer(ADD_TO_STORE_NAR) + string(path) + deriver + digest
         head, tail = head + references + when + integer(size) + tail, b""
-        if self.session.version < 0x205:  # in the dialect of nix-store --export
+        if (
+            self.session.version < ARCHIVES_SINCE
+        ):  # in the dialect of nix-store --export
             head = integer(IMPORT_PATHS) + integer(1)
             tail = integer(EXPORT_MAGIC) + string(path) + references + deriver
             tail += integer(0) + integer(0)  # without a signature; no more paths
@@ -4487,9 +4514,9 @@ class Copier:
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
         self.fetches_joined = since_2 and session.version >= HASHES_SINCE
 
-    def start(self, way: str, command: list[str], **more: str) -> Relay:
+    def start(self, direction: str, command: list[str], **more: str) -> Relay:
         """Start a program that copies "to" or "from" the builder."""
-        relay = Relay(self.session, way, self.nix.store.remote or "local")
+        relay = Relay(self.session, direction, self.nix.store.remote or "local")
         relay.start(command, {**self.environ, **more})
         return relay
 
@@ -4524,7 +4551,7 @@ class Copier:
         return heard(Error, wrong) if wrong else self.lost_with(lost, problem)
 
     def lost_session(self) -> SessionLost | None:
-        """What it has ended with; None if in peace, for what nobody has, or not at all."""
+        """What the session has ended with; None if it has not, or in peace, or as we wanted."""
         if not status_within(self.session.process, 1):
             return None
         self.session.drain()
@@ -4737,7 +4764,7 @@ class UploadLock:
     """
 
     def __init__(self, slots: Slots, machine: Machine, paths: set[str]) -> None:
-        name = f"{machine.uploads}.upload-lock"
+        name = f"{machine.upload_prefix}.upload-lock"
         own = (f"{slots.own}/{name}.{number}" for number in range(1, SENDERS))
         self.files = [f"{slots.path}/{name}", *own]
         self.slots = slots
@@ -4803,7 +4830,7 @@ def open_session(site: Site, seat: Seat, path: str, patience_s: float) -> Sessio
 
 
 def open_in_one_way(site: Site, seat: Seat, path: str, deadline: float) -> Session:
-    """The same in the way that the seat takes; raises SessionLost, too."""
+    """A session as open_session has it, in the way that the seat takes; raises SessionLost, too."""
     session, left = Session(seat), max(1.0, deadline - time.monotonic())
     try:
         answer = session.ask_valid([path])
@@ -4876,8 +4903,10 @@ class Retries:
         self.avoided: set[Machine] = set()  # which have failed since the last pause
         self.pause_s = float(PAUSE_S)  # the next one
         self.verdict: Error | None = None  # to end with, if no other machine may try
-        self.may_pass = False  # what the avoided machines have failed for
-        self.losses = 0  # of sessions: in a build, or not for the network's sake
+        self.may_pass = False  # whether one of those failed for what may pass
+        self.losses = (
+            0  # of sessions, in a build or for another reason than the network
+        )
         # How long we have tried and paused since the first failure, or since a build last
         # began; to wait for a slot while others are well is not counted.
         self.tried_s: float | None = None
@@ -5034,7 +5063,7 @@ class Attempt:
     def is_bare(self) -> bool:
         """Whether the derivation goes along with the question to build, as builders from 1.10
         on let trusted users do; else its closure must be there."""
-        return self.trusted and self.session.version >= 0x201
+        return self.trusted and self.session.version >= BARE_SINCE
 
     def build(self, there: set[str]) -> Infos:
         """Build on the builder, which has those of the inputs; returns what it says of the
@@ -5045,7 +5074,7 @@ class Attempt:
         status, message = ended
         if status:
             self.session.finish()
-            if self.nix.enabled("keep-failed") and self.session.version >= 0x207:
+            if self.nix.enabled("keep-failed") and self.session.version >= KEPT_SINCE:
                 # In the words of the stock hook, for which Nix's own tests look.
                 text = "The failed build directory was kept on the remote builder"
                 name = self.machine.name
@@ -5123,7 +5152,7 @@ class Attempt:
     def ask_to_build(self) -> None:
         """Ask the builder for the build, and for what the fetch will need."""
         session = self.session
-        if self.derivation.is_floating and session.version < 0x206:
+        if self.derivation.is_floating and session.version < OUTPUTS_SINCE:
             why = "its Nix is too old for a content-addressed derivation"
             raise NotHere(why, BuildBroken(self.failed(Error(why))))
         encoded = self.derivation.encode(self.inputs) if self.is_bare else None
@@ -5144,7 +5173,9 @@ class Attempt:
         # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it;
         # and srun says that a job has ended badly.
         way = session.seat.way
-        looks_first = session.version >= 0x204 and not way.here and not way.is_job
+        looks_first = (
+            session.version >= HASHES_SINCE and not way.here and not way.is_job
+        )
         if len(outputs) == 1 and looks_first:
             session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += b"".join(map(dump_question, session.activities.absent))
@@ -5190,7 +5221,9 @@ class Attempt:
         """The status in the words of a daemon there, which loses it if we are untrusted; some
         are only in the log of that of 2.3."""
         last = decode(self.session.tail).rstrip().rpartition("\n")[2]
-        words = message if self.session.version >= 0x206 else f"{message} {last}"
+        words = (
+            message if self.session.version >= OUTPUTS_SINCE else f"{message} {last}"
+        )
         is_fixed = any(output.hash for output in self.derivation.outputs)
         broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
         told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
@@ -5619,7 +5652,7 @@ class Hook:
         for machine in there[:WARM_AT_ONCE]:
             with suppress(Error):  # whoever needs it will hear
                 if not site.slots.pause(machine)[0]:
-                    site.new_seat(machine).over(0).start()
+                    site.new_seat(machine).connection_at(0).start()
 
     def turn_down(self, line: Line, request: Request) -> str:
         """The reply to what no machine can take now."""
@@ -6317,7 +6350,7 @@ def holder_of(text: str) -> dict[str, Any]:
 
 
 def holder_line(holder: dict[str, Any]) -> str:
-    """The same for people."""
+    """Who holds a lock, for people."""
     if not holder["pid"]:
         return "taken by another program, such as Nix's own hook"
     age, name = duration(time.time() - holder["since"]), short(holder["derivation"])
@@ -6415,7 +6448,7 @@ def watch(show: Callable[[], None], terminal: bool) -> None:
 
 
 def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
-    """The same, once."""
+    """Show once what is built where, and who waits."""
     from itertools import groupby
 
     machines, complaints = machines_named(options.MACHINE, nix)
@@ -6429,7 +6462,9 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
         quits = " (q: quit)" if screen.terminal else ""
         lines = screen.wrap("", f"{time.strftime('%H:%M:%S')}  {text}{quits}")
     lines += status_lines(loads, screen)
-    hosts = {machine.slots: called(machine.name) for machine in load_machines(nix)[0]}
+    hosts = {
+        machine.slot_prefix: called(machine.name) for machine in load_machines(nix)[0]
+    }
     for names, line in groupby(waiters, key=lambda waiter: waiter["slot-names"]):
         known = sorted({hosts.get(name, name) for name in names if name})
         lines += screen.wrap("", f"waiting for {', '.join(known)}:")
@@ -6667,11 +6702,11 @@ def explain(options: Namespace, nix: Nix, screen: Screen) -> int:
 
 # ---- history and metrics ------------------------------------------------------------
 
-WAYS = ("sent", "received")
-NUMBERS = ("when", "attempts", *PHASES, *WAYS)  # in a line, see Build.record
+DIRECTIONS = ("sent", "received")
+NUMBERS = ("when", "attempts", *PHASES, *DIRECTIONS)  # in a line, see Build.record
 WORDS = ("derivation", "machine", "result", "reason")
 WELL = ("built", "cancelled")  # results that are no failure
-# Of Prometheus, for each machine but the first:
+# What Prometheus is told: all but the first for each machine.
 METRICS = {
     "waiting": "gauge Builds that wait in line for a slot.",
     "builds_total": "counter Builds that have ended there, or were tried again.",
@@ -6754,7 +6789,7 @@ def metrics(options: Namespace, nix: Nix, screen: Screen) -> int:
         head = f"{{machine={quoted(build['machine'])},"
         more = {f"builds_total{head}result={quoted(build['result'])}}}": 1}
         more |= {f'seconds_total{head}phase="{p}"}}': build[p] for p in PHASES}
-        more |= {f'bytes_total{head}direction="{way}"}}': build[way] for way in WAYS}
+        more |= {f'bytes_total{head}direction="{d}"}}': build[d] for d in DIRECTIONS}
         samples |= {key: samples.get(key, 0) + number for key, number in more.items()}
     # Lines of the same name share their slots.
     machines = [machine for machine in load_machines(nix)[0] if machine.ways]
@@ -6792,6 +6827,19 @@ COMMANDS = {
 }
 
 
+HELP = {
+    "--machines": "instead of the hook's",
+    "--json": "for programs",
+    "--watch": "renew it each second",
+    "--for": "such as 90s, 30m, 2h or 1d",
+    "--why": "for others",
+    "--wait": "until no build is left there",
+    "--failed": "only failures",
+    "--machine": "only what was there",
+    "--since": "only what is not older",
+}
+
+
 def parse_options(arguments: list[str]) -> Namespace:
     """What people want of us."""
     import argparse
@@ -6809,9 +6857,10 @@ def parse_options(arguments: list[str]) -> Namespace:
             if not name.startswith("--"):
                 part.add_argument(name[:-1], nargs=name[-1])
             elif example:
-                part.add_argument(name, default="", metavar=example)
+                text = HELP.get(name)
+                part.add_argument(name, default="", metavar=example, help=text)
             else:
-                part.add_argument(name, action="store_true")
+                part.add_argument(name, action="store_true", help=HELP[name])
     return parser.parse_args(arguments)
 
 

@@ -429,8 +429,8 @@ class Taker:
             assert hook.only(options, hook.PLAIN + "* ")
             assert 0 <= machine.port <= 65535 and 0 <= machine.max_jobs < 10**6
             assert 0 < machine.speed <= 10**9 and machine.host_key.isprintable()
-            assert machine.slots.isprintable() and "/" not in machine.slots
-            assert len(machine.slots.encode()) < 236  # and a number, or the like
+            assert machine.slot_prefix.isprintable() and "/" not in machine.slot_prefix
+            assert len(machine.slot_prefix.encode()) < 236  # and a number, or the like
         if not machines:
             raise hook.Error("; ".join(complaints))
         return True
@@ -568,7 +568,7 @@ class Taker:
         info = hook.PathInfo(PATH, "", (NEXT,), len(ARCHIVES[0]), "", b"")
         lost = contextlib.suppress(hook.SessionLost)  # the builder has ended
         with self.talking(b"") as session, self.going_on(session, case) as relay, lost:
-            relay.way = "from"
+            relay.direction = "from"
             relay.run(1, relay.offer, {PATH: info})
         return (self.directory / "heard").stat().st_size > 16  # more than a greeting
 
@@ -634,7 +634,7 @@ class Taker:
 
     def paths(self, case: bytes) -> bool:
         slots = self.sites[1].slots
-        Path(slots.own, f"{self.machine.slots}.paths").write_bytes(case)
+        Path(slots.own, f"{self.machine.slot_prefix}.paths").write_bytes(case)
         known = slots.known(self.machine, frozenset(["a" * 32]))
         slots.note_paths(self.machine, frozenset(["b" * 32]))
         kept = slots.digests(self.machine)

@@ -275,7 +275,7 @@ def test_what_stands_in_place_of_the_list_of_paths_is_no_trouble(
 ) -> None:
     slots, [machine] = Slots(str(tmp_path)), machines("b1")
     slots.make()
-    Path(slots.own, f"{machine.slots}.paths").mkdir()
+    Path(slots.own, f"{machine.slot_prefix}.paths").mkdir()
     assert slots.known(machine, frozenset(["a"])) == 0
     slots.note_paths(machine, frozenset(["a"]))
     assert slots.known(machine, frozenset(["a"])) == 1
@@ -366,7 +366,7 @@ def taken(slots: Slots, machine: Machine, nix: str) -> Iterator[None]:
     us = os.getpid()
     with contextlib.ExitStack() as stack:
         for number in range(machine.max_jobs):
-            path = f"{slots.path}/{machine.slots}-{number}"
+            path = f"{slots.path}/{machine.slot_prefix}-{number}"
             lock = stack.enter_context(Lock(path))
             assert lock.hold()
             lock.write(f"{us} {start_time(us)} {nix} 1 building /nix/store/x\n")

@@ -13,8 +13,9 @@ from test_choosing import NIX, machines
 
 import nix_build_remote as hook
 from nix_build_remote import (
-    LACK_S,
+    CLOSED_S,
     LOOK_AGE_S,
+    MUTE_S,
     Away,
     Error,
     Line,
@@ -78,8 +79,8 @@ def test_a_file_on_the_builder_closes_it_in_its_own_words() -> None:
 def test_why_it_is_closed_is_believed_until_it_is_asked_again_but_not_for_ever() -> (
     None
 ):
-    assert look("closed no", asked=LACK_S - 60).closed
-    assert not look("closed no", asked=LACK_S + 60).closed
+    assert look("closed no", asked=CLOSED_S - 60).closed
+    assert not look("closed no", asked=CLOSED_S + 60).closed
 
 
 def test_builds_of_others_are_believed_for_a_minute() -> None:
@@ -256,7 +257,7 @@ def test_a_login_that_says_nonsense_is_asked_again_after_an_hour(slots: Slots) -
         return f"{' ' * 99}\nend\nasked {time.time() - age:.3f}\n{words}"
 
     assert not asked(slots, b1, nonsense(60, "error: protocol mismatch"))
-    assert asked(slots, b1, nonsense(LACK_S + 60, "error: protocol mismatch"))
+    assert asked(slots, b1, nonsense(MUTE_S + 60, "error: protocol mismatch"))
     refused = "ssh: connect to host b1 port 22: Connection refused"
     assert asked(slots, b1, nonsense(60, refused))
 

@@ -503,7 +503,7 @@ class TestASlip:
     ],
 )
 def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -> None:
-    assert parse(line, nix).slots == name
+    assert parse(line, nix).slot_prefix == name
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_slot_files_have_the_stock_hooks_names(nix: Nix, line: str, name: str) -
     ids=["1.x", "2.3", "2.24"],
 )
 def test_upload_locks_have_the_stock_hooks_names(nix: Nix, name: str) -> None:
-    assert parse("nix@b1 i686-linux", nix).uploads == name
+    assert parse("nix@b1 i686-linux", nix).upload_prefix == name
 
 
 LONG = [
@@ -529,7 +529,7 @@ LONG = [
 @pytest.mark.parametrize("nix", [OLD, NIX_2_3, NIX_2_24], ids=["1.x", "2.3", "2.24"])
 @pytest.mark.parametrize("line", LONG, ids=["systems", "parameter", "not ascii"])
 def test_a_long_name_still_fits_into_a_file_name(nix: Nix, line: str) -> None:
-    assert len(f"{parse(line, nix).slots}-99.upload-lock".encode()) <= 255
+    assert len(f"{parse(line, nix).slot_prefix}-99.upload-lock".encode()) <= 255
 
 
 def test_long_names_that_differ_at_the_end_stay_different() -> None:
