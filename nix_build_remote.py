@@ -1731,11 +1731,15 @@ class Lock:
         return None
 
     def hold(self, kind: int = fcntl.LOCK_EX) -> bool:
-        """Have it from now on; False if somebody else does."""
-        with suppress(BlockingIOError):
+        """Have it from now on; False if somebody else does.  Error if its file system has no
+        locks, as some network file systems."""
+        try:
             fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
-            return True
-        return False
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Error(f"cannot lock {self.path}: {error.strerror}") from None
+        return True
 
     def is_free(self) -> bool:
         """Whether nobody holds it.  Meanwhile others may ask the same, but nobody take it."""
@@ -2492,10 +2496,11 @@ class Line:
     def wait(self) -> Slot:
         """Wait for a slot; then we have left."""
         try:
-            while self.lock and self.place > 0:
-                lock = Lock(self.file(self.place - 1))
-                lock.wait()
-                self.stand(self.place - 1, lock)
+            with suppress(Error):  # somebody has removed our directory, and so the line
+                while self.lock and self.place > 0:
+                    lock = Lock(self.file(self.place - 1))
+                    lock.wait()
+                    self.stand(self.place - 1, lock)
             pause_s = WAIT_S
             while not (slot := self.look_in_turn()):
                 wait_readable([], pause_s)  # for another to take it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from nix_build_remote import (
     LACK_S,
     LEAVE_S,
     Away,
+    Error,
     Line,
     Lock,
     Machine,
@@ -26,6 +28,7 @@ from nix_build_remote import (
     Slot,
     Slots,
     Talk,
+    calling_process,
     choice,
     idle,
     is_alive,
@@ -442,3 +445,24 @@ def test_who_is_not_to_wait_does_not_wait_for_its_turn_to_look(slots: Slots) -> 
         assert turn.hold()
         with pytest.raises(Away):
             line.wait()
+
+
+def test_who_waits_in_line_has_a_slot_though_somebody_removes_the_directory(
+    slots: Slots, first: Callable[[list[Machine], str], Line]
+) -> None:
+    """As people do with a lock of Nix's own hook that hangs."""
+    fit = machines("b1 - - 2")
+    first(fit, calling_process())
+    need = Need("/nix/store/x.drv", frozenset(), time.time(), fit)
+    line = Line(Outages(slots), Talk(NIX), need)
+    assert line.join() and line.place == 1
+    shutil.rmtree(slots.path)
+    assert line.wait().machine == fit[0]
+
+
+def test_a_file_that_cannot_be_locked_is_named(slots: Slots) -> None:
+    """As on a network file system without locks."""
+    lock = Lock(f"{slots.path}/main-lock")
+    lock.release()
+    with pytest.raises(Error, match="cannot lock .*/main-lock: "):
+        lock.hold()
