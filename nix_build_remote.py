@@ -2866,6 +2866,7 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     # What 10.1 and newer say of weak ciphers would stand before the reason of a failure.
     options += ["-oWarnWeakCrypto=no"]
     options += ["-oForkAfterAuthentication=no", "-oSessionType=default"]
+    options += ["-oChannelTimeout=none"]  # a build may say nothing for long
     options += ["-oRemoteCommand=none", "-oRequestTTY=no", "-oClearAllForwardings=yes"]
     if machine.port:
         options.append(f"-oPort={machine.port}")
