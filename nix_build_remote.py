@@ -447,6 +447,7 @@ unknown any SPOILT   hash mismatch importing | size mismatch importing | is not 
 unknown any SPOILT   look like something created by
 unknown far OVERTIME timed out after
 unknown far BROKEN   builder for ' | builder failed
+unknown any CUT      unexpected end-of-file | Broken pipe
 unknown far FAILED   in fixed-output derivation | may not be deterministic | is not allowed to | bytes of log output
 """.replace("= DAEMON", f"= {DAEMON}")
 LASTING = {"lasts": True, "passes": False, "unknown": None}
@@ -4577,6 +4578,8 @@ class Copier:
             if lost := self.lost_session():
                 words = "; ".join(dict.fromkeys((str(lost), problem)))
                 raise self.with_words(lost, words)
+            if means(problem, "CUT"):  # as when a cat of ours is killed
+                raise SessionLost(problem)
             raise Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
 
     def start_to_fetch(self, paths: list[str]) -> Relay:

@@ -236,6 +236,11 @@ with open({journal!r}, "a") as journal:
     print(repr((sys.argv[0], sys.argv[1:], options, held)), file=journal)
 if os.environ.get("FAKE_MANNERS") == "copy fails":
     sys.exit("error: the disk is full")
+if os.environ.get("FAKE_MANNERS") == "cut off once" and "--from" in sys.argv:
+    cut = {have!r} + ".cut"
+    if not os.path.exists(cut):
+        open(cut, "w").close()
+        sys.exit("error: unexpected end-of-file")
 if "--to" in sys.argv:
     with open({have!r}, "a") as have:
         print(*(path for path in sys.argv if path[:11] == "/nix/store/"), file=have)

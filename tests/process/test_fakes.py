@@ -488,6 +488,13 @@ def test_a_setting_that_matters_reaches_the_copying_program(
     assert f"--option {name} {value}" in " ".join(copies[0])
 
 
+def test_outputs_are_fetched_again_if_what_fetches_them_is_cut_off(new: Client) -> None:
+    """As when a `cat` of ours is killed by who looks for memory."""
+    answer = misbehave(new, "cut off once").build()
+    assert answer.status == 0
+    assert "unexpected end-of-file (nix-copy-closure, status 1); try" in answer.messages
+
+
 def test_other_settings_do_not_reach_the_copying_program(new: Client) -> None:
     new.settings["post-build-hook"] = "/somebody/elses"
     new.build()
