@@ -4976,7 +4976,7 @@ class Attempt:
         self.inputs, self.outputs = build.inputs, build.outputs
         self.nix, self.talk = self.site.nix, self.site.talk
         self.machine = slot.machine
-        self.substitute = self.nix.enabled("builders-use-substitutes")
+        self.substitute = build.may_substitute
         self.doing = f"build '{self.path}'"  # for messages
         self.trusted = True  # whether we may build a bare derivation, as far as we know
         self.built: Answer | None = None  # to the question to build, if it was asked
@@ -5007,6 +5007,8 @@ class Attempt:
             self.fetch(infos)
             self.session.finish()
         except SessionLost as error:
+            if self.session.process.returncode == 1:  # as if a substituter is away
+                self.wanted.may_substitute = False
             if error.meaning != "READONLY" or not self.session.is_silent:
                 raise
             self.phase = "sending"
@@ -5288,6 +5290,8 @@ class Build:
         self.outputs: list[str] = []  # those that are to be here
         self.said: set[str] = set()  # what is said once for each build
         self.machine, self.attempts = "", 0  # where it is, and how many there were
+        # Whether a builder may download inputs: if one has failed, it may be for that.
+        self.may_substitute = site.nix.enabled("builders-use-substitutes")
         self.cause: Error | None = None  # of the error that it ends with
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
