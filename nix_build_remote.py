@@ -2838,6 +2838,14 @@ class Programs:
         return process.returncode, decode(said[0]), decode(said[1])
 
 
+def end_in_time(time_s: float = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S) -> None:
+    """Have the program that this process becomes end after a while, though we may not be there
+    to see to it: an alarm outlasts exec, but not a fork, and ssh and nix-store set none."""
+    import signal
+
+    signal.setitimer(signal.ITIMER_REAL, time_s)
+
+
 def status_within(
     process: subprocess.Popen[bytes] | Spare, timeout_s: float
 ) -> int | None:
@@ -3178,8 +3186,11 @@ class Connection:
                 with suppress(OSError):
                     remove(stale)
             command = self.ssh.master(self.socket, patient=os.path.exists(slow))
-            into, environ = {"into": lock.descriptor}, self.ssh.environ
-            self.master = self.ssh.programs.start(command, environ, "stderr", **into)
+            # It forks when it is shared; if a socket is there by now, it would stay for ever.
+            bound: Callable[[], None] = lambda: end_in_time(AWAY_TIMEOUT_S)
+            given: dict[str, Any] = {"into": lock.descriptor, "preexec_fn": bound}
+            start = self.ssh.programs.start
+            self.master = start(command, self.ssh.environ, "stderr", **given)
 
     def connect(self, patience_s: float) -> None:
         """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
@@ -4027,14 +4038,6 @@ def tell_all(process: subprocess.Popen[bytes], data: bytes) -> None:
         with suppress(BrokenPipeError):  # it has ended
             process.stdin.write(data)
         process.stdin.close()
-
-
-def end_in_time() -> None:
-    """Have the program that this process becomes end after a while, though we may not be there
-    to see to it: an alarm outlasts exec, and ssh and nix-store set none."""
-    import signal
-
-    signal.setitimer(signal.ITIMER_REAL, LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S)
 
 
 # Runs on the builder, on the standard input of its sh; a login that allows nothing but

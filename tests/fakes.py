@@ -174,6 +174,12 @@ if manners == "refuse":
     end(255, "root@b1: Permission denied (publickey).")
 if manners == "away":
     end(255, "ssh: connect to host b1 port 22: Connection refused")
+if "-N" in sys.argv and manners == "cannot share":
+    with open({journal!r} + ".master", "w") as file:
+        print(os.getpid(), file=file)
+    print("disabling multiplexing", file=sys.stderr)
+    os.close(2)
+    time.sleep(60)
 if "-N" in sys.argv:
     listen() if manners == "share" else sys.exit(0)
 if manners == "exit 127":
