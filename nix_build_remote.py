@@ -447,7 +447,7 @@ unknown any SPOILT   hash mismatch importing | size mismatch importing | is not 
 unknown any SPOILT   look like something created by
 unknown far OVERTIME timed out after
 unknown far BROKEN   builder for ' | builder failed
-unknown any CUT      unexpected end-of-file | Broken pipe
+unknown any CUT      unexpected end-of-file | Broken pipe | builder.invalid
 unknown far FAILED   in fixed-output derivation | may not be deterministic | is not allowed to | bytes of log output
 """.replace("= DAEMON", f"= {DAEMON}")
 LASTING = {"lasts": True, "passes": False, "unknown": None}
@@ -3961,8 +3961,7 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 class Site:
     """What a hook knows of where it runs, and what several of its parts need.  directory: for
-    what ssh reads, see Connection; stand_in: a folder with an ssh of ours; copy_program:
-    nix-copy-closure of the calling Nix."""
+    what ssh reads, see Connection; copy_program: nix-copy-closure of the calling Nix."""
 
     def __init__(self, nix: Nix, talk: Talk, slots: Slots) -> None:
         self.nix, self.talk, self.slots = nix, talk, slots
@@ -3970,7 +3969,7 @@ class Site:
         self.outages = Outages(slots, self.probe)
         self.outages.ask = None if slots.is_blind else self.look
         self.directory = ssh_directory(slots.path)
-        self.stand_in = stand_in(self.directory)
+        stand_in(self.directory)  # else nothing can be copied
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)
         self.copy_version = program_version(program, nix, self.programs, self.directory)
@@ -4484,12 +4483,11 @@ class Copier:
         self.store_program = f"{os.path.dirname(self.program)}/nix-store"
         self.early: Relay | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
-        path = f"{site.stand_in}:{ssh.environ['PATH']}"
-        self.environ = {**self.nix.store_environ(), "PATH": path}
-        # Any name would do, but some versions do not call ssh for localhost, and they
-        # want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
+        self.environ = {**self.nix.store_environ(), "PATH": ssh.environ["PATH"]}
+        # Any name would do that leads nowhere, but some versions do not call ssh for localhost,
+        # and they want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
         since_2 = site.copy_version >= (2,)
-        self.target = "builder" if since_2 else ssh.machine.destination
+        self.target = "builder.invalid" if since_2 else ssh.machine.destination
         # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
         self.fetches_joined = since_2 and session.spoken >= HASHES_SINCE
@@ -4497,7 +4495,9 @@ class Copier:
     def start(self, way: str, command: list[str], **more: str) -> Relay:
         """Start a program that copies "to" or "from" the builder."""
         relay = Relay(self.session, way, self.nix.store.remote or "local")
-        relay.start(command, {**self.environ, **more})
+        # Somebody may have removed it: a real ssh must not be found in its place.
+        path = f"{stand_in(self.site.directory)}:{self.environ['PATH']}"
+        relay.start(command, {**self.environ, "PATH": path, **more})
         return relay
 
     # Sending
