@@ -5,7 +5,7 @@ PATH=${PATH:-/usr/bin:/bin}:/run/current-system/sw/bin:/nix/var/nix/profiles/def
 IFS=:; for at in $PATH; do read -r it <$at/python3 && case $it$NOT_PYTHON: in "#!"*|*":$at:"*) ;; *) break;; esac; at=; done 2>/dev/null
 [ "$at" ] || python3 -IS -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || { echo "nix_build_remote.py: there is no Python 3.9 or newer in $PATH"
 case $1-$3 in [0-9]-) echo "# decline-permanently"; exec cat >/dev/null;; *-[01]) while read -r _; do echo "# decline"; done;; esac; exit 1; } >&2
-exec "${at:+$at/}python3" -IS -c 'import importlib.machinery, os, sys
+exec "${at:+$at/}python3" -X utf8 -IS -c 'import importlib.machinery, os, sys
 sys.version_info < (3, 9) and (os.environ.update(NOT_PYTHON=os.environ.get("NOT_PYTHON", "") + ":" + sys.argv[1]), os.execv("/bin/sh", ["sh"] + sys.argv[2:]))
 os.umask(0o022); del sys.argv[:2]; __file__ = sys.argv[0]; path = os.path.realpath(__file__); folder = os.path.dirname(path)
 me = importlib.machinery.SourceFileLoader("__main__", path); sys.dont_write_bytecode = os.stat(path).st_mtime < 2  # as in a Nix store
@@ -458,6 +458,7 @@ unknown any SPOILT   hash mismatch importing | size mismatch importing | is not 
 unknown any SPOILT   look like something created by
 unknown far OVERTIME timed out after
 unknown far BROKEN   builder for ' | builder failed
+unknown any CUT      unexpected end-of-file | Broken pipe | builder.invalid
 unknown far FAILED   in fixed-output derivation | may not be deterministic | is not allowed to | bytes of log output
 """.replace("= DAEMON", f"= {DAEMON}")
 LASTING = {"lasts": True, "passes": False, "unknown": None}
@@ -1730,11 +1731,15 @@ class Lock:
         return None
 
     def hold(self, kind: int = fcntl.LOCK_EX) -> bool:
-        """Have it from now on; False if somebody else does."""
-        with suppress(BlockingIOError):
+        """Have it from now on; False if somebody else does.  Error if its file system has no
+        locks, as some network file systems."""
+        try:
             fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
-            return True
-        return False
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Error(f"cannot lock {self.path}: {error.strerror}") from None
+        return True
 
     def is_free(self) -> bool:
         """Whether nobody holds it.  Meanwhile others may ask the same, but nobody take it."""
@@ -2534,7 +2539,7 @@ class Line:
     def wait(self) -> Slot:
         """Wait for a slot; then we have left."""
         try:
-            with suppress(Error):  # no room for a file: who knows who is before us
+            with suppress(Error):  # somebody has removed our directory, and so the line
                 while self.lock and self.place > 0:
                     lock = Lock(self.file(self.place - 1))
                     lock.wait()
@@ -2860,6 +2865,14 @@ class Programs:
         return process.returncode, decode(said[0]), decode(said[1])
 
 
+def end_in_time(time_s: float = LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S) -> None:
+    """Have the program that this process becomes end after a while, though we may not be there
+    to see to it: an alarm outlasts exec, but not a fork, and ssh and nix-store set none."""
+    import signal
+
+    signal.setitimer(signal.ITIMER_REAL, time_s)
+
+
 def status_within(
     process: subprocess.Popen[bytes] | Spare, timeout_s: float
 ) -> int | None:
@@ -2889,6 +2902,7 @@ def ssh_options(machine: Machine, known_hosts: str) -> list[str]:
     # What 10.1 and newer say of weak ciphers would stand before the reason of a failure.
     options += ["-oWarnWeakCrypto=no"]
     options += ["-oForkAfterAuthentication=no", "-oSessionType=default"]
+    options += ["-oChannelTimeout=none"]  # a build may say nothing for long
     options += ["-oRemoteCommand=none", "-oRequestTTY=no", "-oClearAllForwardings=yes"]
     if machine.port:
         options.append(f"-oPort={machine.port}")
@@ -3200,9 +3214,13 @@ class Connection:
                     remove(stale)
             command = self.ssh.master(self.socket, patient=os.path.exists(slow))
             programs, environ = self.ssh.programs, self.ssh.environ
+            # It forks when it is shared; if a socket is there by now, it would stay for ever.
+            bound: Callable[[], None] = lambda: end_in_time(AWAY_TIMEOUT_S)
             with programs.outlet(lock.descriptor, environ) as said:
-                apart = {"stderr": said, "start_new_session": True}
-                self.master = programs.start(command, environ, **apart)
+                apart: dict[str, Any] = {"stderr": said, "start_new_session": True}
+                self.master = programs.start(
+                    command, environ, preexec_fn=bound, **apart
+                )
 
     def connect(self, patience_s: float) -> None:
         """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
@@ -3969,8 +3987,8 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 class Site:
     """What a hook knows of where it runs, and what several of its parts need.  directory: for
-    what ssh reads, see Connection; stand_in: a folder with an ssh of ours; copy_program,
-    store_program: nix-copy-closure and nix-store of the calling Nix."""
+    what ssh reads, see Connection; copy_program, store_program: nix-copy-closure and nix-store
+    of the calling Nix."""
 
     def __init__(self, nix: Nix, talk: Talk, slots: Slots) -> None:
         self.nix, self.talk, self.slots = nix, talk, slots
@@ -3978,7 +3996,7 @@ class Site:
         self.outages = Outages(slots, self.probe)
         self.outages.ask = None if slots.is_blind else self.look
         self.directory = ssh_directory(slots.path)
-        self.stand_in = stand_in(self.directory)
+        stand_in(self.directory)  # else nothing can be copied
         places = nix_directories(nix.environ)
         program = self.copy_program = find_program("nix-copy-closure", places)
         self.store_program = f"{os.path.dirname(program)}/nix-store"
@@ -4049,14 +4067,6 @@ def tell_all(process: subprocess.Popen[bytes], data: bytes) -> None:
         with suppress(BrokenPipeError):  # it has ended
             process.stdin.write(data)
         process.stdin.close()
-
-
-def end_in_time() -> None:
-    """Have the program that this process becomes end after a while, though we may not be there
-    to see to it: an alarm outlasts exec, and ssh and nix-store set none."""
-    import signal
-
-    signal.setitimer(signal.ITIMER_REAL, LOGIN_TIMEOUT_S + GREETING_TIMEOUT_S)
 
 
 # Of a program that goes on when we end.
@@ -4504,12 +4514,11 @@ class Copier:
         self.programs, self.program = site.programs, site.copy_program
         self.early: Relay | None = None  # will fetch, when the outputs are built
         ssh = session.seat.ssh
-        path = f"{site.stand_in}:{ssh.environ['PATH']}"
-        self.environ = {**self.nix.store_environ(), "PATH": path}
-        # Any name would do, but some versions do not call ssh for localhost, and they
-        # want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
+        self.environ = {**self.nix.store_environ(), "PATH": ssh.environ["PATH"]}
+        # Any name would do that leads nowhere, but some versions do not call ssh for localhost,
+        # and they want IPv6 bare (2.3) or in brackets (2.34); 1.x shows it.
         since_2 = site.copy_version >= (2,)
-        self.target = "builder" if since_2 else ssh.machine.destination
+        self.target = "builder.invalid" if since_2 else ssh.machine.destination
         # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
         self.fetches_joined = since_2 and session.version >= HASHES_SINCE
@@ -4517,7 +4526,9 @@ class Copier:
     def start(self, direction: str, command: list[str], **more: str) -> Relay:
         """Start a program that copies "to" or "from" the builder."""
         relay = Relay(self.session, direction, self.nix.store.remote or "local")
-        relay.start(command, {**self.environ, **more})
+        # Somebody may have removed it: a real ssh must not be found in its place.
+        path = f"{stand_in(self.site.directory)}:{self.environ['PATH']}"
+        relay.start(command, {**self.environ, "PATH": path, **more})
         return relay
 
     # Sending
@@ -4597,6 +4608,8 @@ class Copier:
             # As the outputs could be built, it mostly is the fault of our store.
             if lost := self.lost_session():
                 raise self.lost_with(lost, problem)
+            if means(problem, "CUT"):  # as when a cat of ours is killed
+                raise SessionLost(problem)
             raise Spoilt(problem) if means(problem, "SPOILT") else Error(problem)
 
     def start_to_fetch(self, paths: list[str]) -> Relay:
@@ -4985,7 +4998,7 @@ class Attempt:
         self.path, self.derivation = build.path, build.derivation
         self.inputs, self.outputs, self.locks = build.inputs, build.outputs, build.locks
         self.has_alternatives = len(build.fit) > 1  # whether another machine might do
-        self.substitute = self.nix.enabled("builders-use-substitutes")
+        self.substitute = build.may_substitute
         self.doing = f"build '{self.path}'"  # for messages
         self.trusted = True  # whether we may build a bare derivation, as far as we know
         # What becomes of the build, and what the builder says of the outputs, once asked.
@@ -5012,6 +5025,8 @@ class Attempt:
             self.fetch(infos)
             self.session.finish()
         except SessionLost as error:
+            if self.session.process.returncode == 1:  # as if a substituter is away
+                self.substitute = False
             if error.meaning != "READONLY" or not self.session.is_silent:
                 raise
             self.phase = "sending"
@@ -5282,6 +5297,8 @@ class Build:
         self.locks = OutputLocks(site.nix.store, [])  # and the locks on them
         self.said: set[str] = set()  # what is said once for each build
         self.machine, self.attempts = "", 0  # where it is, and how many there were
+        # Whether a builder may download inputs: if one has failed, it may be for that.
+        self.may_substitute = site.nix.enabled("builders-use-substitutes")
         self.cause: Error | None = None  # of the error that it ends with
 
     def understand(self, inputs: list[str], outputs: list[str]) -> None:
@@ -5343,6 +5360,7 @@ class Build:
         if not attempt:
             raise self.final(attempt, error)
         attempt.slot.free()
+        self.may_substitute = attempt.substitute
         machine, took = attempt.machine, time.monotonic() - attempt.start
         took = 0.0 if isinstance(error, Away) else took
         try:

@@ -175,6 +175,12 @@ if manners == "refuse":
     end(255, "root@b1: Permission denied (publickey).")
 if manners == "away":
     end(255, "ssh: connect to host b1 port 22: Connection refused")
+if "-N" in sys.argv and manners == "cannot share":
+    with open({journal!r} + ".master", "w") as file:
+        print(os.getpid(), file=file)
+    print("disabling multiplexing", file=sys.stderr)
+    os.close(2)
+    time.sleep(60)
 if "-N" in sys.argv:
     listen() if manners == "share" else sys.exit(0)
 if manners == "exit 127":
@@ -237,6 +243,11 @@ with open({journal!r}, "a") as journal:
     print(repr((sys.argv[0], sys.argv[1:], options, held)), file=journal)
 if os.environ.get("FAKE_MANNERS") == "copy fails":
     sys.exit("error: the disk is full")
+if os.environ.get("FAKE_MANNERS") == "cut off once" and "--from" in sys.argv:
+    cut = {have!r} + ".cut"
+    if not os.path.exists(cut):
+        open(cut, "w").close()
+        sys.exit("error: unexpected end-of-file")
 if "--to" in sys.argv:
     with open({have!r}, "a") as have:
         print(*(path for path in sys.argv if path[:11] == "/nix/store/"), file=have)

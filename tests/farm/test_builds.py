@@ -434,6 +434,18 @@ def test_builders_use_substitutes(
         running.settle()
 
 
+def test_inputs_are_sent_to_a_builder_whose_substituter_fails(
+    client_engine: str, pytestconfig: pytest.Config
+) -> None:
+    """By ssh: that ends nix-store there, which a dead server of HTTP does not."""
+    builder = other(pytestconfig, client_engine)
+    conf = "substituters = ssh://nowhere\nrequire-sigs = false\n"
+    with scene(client_engine, builder, builder_conf=conf) as running:
+        wanted = ("--option", "builders-use-substitutes", "true")
+        assert running.build(DEPENDENT, *wanted).outputs
+        running.settle()
+
+
 def publish(client: Host, path: str, builder: Host) -> None:
     """Make the builder's binary cache have that path of the client."""
     features = {"NIX_CONFIG": "experimental-features = nix-command"}

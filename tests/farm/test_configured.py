@@ -74,3 +74,12 @@ def test_a_login_that_outlasts_the_probes_of_a_silent_line_is_waited_for(
         nix.builder.write(SSHD, before)
         nix.builder.restart_sshd()
     assert "says while we log in: Say yes at https://example.org" in log
+
+
+def test_a_channel_that_says_nothing_for_longer_than_is_configured_goes_on(
+    nix: Scene,
+) -> None:
+    """As in OpenSSH 9.9 and newer; those before do not know that word."""
+    nix.client.write(CONFIG, "ChannelTimeout session=1s\n", 0o600)
+    silent = f'mk "job-{next(numbers)}" "sleep 4; echo > $out" {{}}'
+    assert "cannot build" not in nix.build(silent).log

@@ -149,6 +149,21 @@ def test_whatever_slot_is_free_first_is_taken(nix: Scene) -> None:
     assert run.end().status == 0
 
 
+@pytest.mark.engines
+def test_builds_go_on_though_somebody_removes_all_that_hooks_have(nix: Scene) -> None:
+    """As people do with a lock of Nix's own hook that hangs: the line is there no more, nor
+    the ssh that stands between us and what copies."""
+    nix.machines("b1 - - 2\n")
+    source = 'builtins.toFile "source" "${toString n}"'
+    reads = many(4, "held", HELD).replace("{}", f"{{ source = {source}; }}")
+    run = nix.start(reads, *NEVER_POLL)
+    held(nix, 2)
+    stand(nix, 2)
+    nix.client.run("sh", "-c", f"rm -rf {SLOTS}/*")
+    nix.builder.write("/tmp/go", "")
+    assert run.end().status == 0
+
+
 # -- In which order -------------------------------------------------------------------
 
 

@@ -288,3 +288,13 @@ def test_each_picture_reaches_a_pipe_at_once(people: People) -> None:
         for _ in range(2):
             assert json.loads(process.stdout.readline())["waiting"] == []
         process.kill()
+
+
+def test_files_have_the_same_names_in_each_locale(tmp_path: Path) -> None:
+    """Nix says them in UTF-8, or in bytes that are none; Python would read ISO 8859-9."""
+    head, _, _ = HOOK.read_text(encoding="utf-8").partition("from __future__")
+    program = tmp_path / "program"
+    program.write_text(f"{head}import sys\nprint(sys.flags.utf8_mode)\n", "utf-8")
+    environ = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
+    said = subprocess.check_output(["/bin/sh", str(program)], env=environ)
+    assert said == b"1\n"

@@ -488,6 +488,27 @@ def test_a_setting_that_matters_reaches_the_copying_program(
     assert f"--option {name} {value}" in " ".join(copies[0])
 
 
+def test_an_ssh_that_was_to_be_shared_and_is_not_ends_though_nobody_sees_to_it(
+    client: Client,
+) -> None:
+    """As it finds the socket of another, when somebody has removed the locks meanwhile."""
+    client.machines.write_text(TWO, encoding="utf-8")
+    client.environ["FAKE_HOST"] = "b2"  # which is connected to in advance
+    misbehave(client, "cannot share").build()
+    noted = Path(f"{client.journal}.master")
+    poll(lambda: noted.exists() and noted.read_text("utf-8"), "its number")
+    pid = noted.read_text("utf-8").strip()
+    start = hook.start_time(int(pid))
+    poll(lambda: not hook.is_alive(pid, start), "its end", timeout=30)
+
+
+def test_outputs_are_fetched_again_if_what_fetches_them_is_cut_off(new: Client) -> None:
+    """As when a `cat` of ours is killed by who looks for memory."""
+    answer = misbehave(new, "cut off once").build()
+    assert answer.status == 0
+    assert "unexpected end-of-file (nix-copy-closure, status 1); try" in answer.messages
+
+
 def test_other_settings_do_not_reach_the_copying_program(new: Client) -> None:
     new.settings["post-build-hook"] = "/somebody/elses"
     new.build()

@@ -17,6 +17,7 @@ from nix_build_remote import (
     LACK_S,
     LEAVE_S,
     Away,
+    Error,
     Holder,
     Line,
     Lock,
@@ -444,13 +445,22 @@ def test_who_is_not_to_wait_does_not_wait_for_its_turn_to_look(slots: Slots) -> 
             line.wait()
 
 
-def test_who_waits_in_line_goes_on_though_the_directory_was_removed(
+def test_who_waits_in_line_has_a_slot_though_somebody_removes_the_directory(
     slots: Slots, first: Callable[[list[Machine], str], Line]
 ) -> None:
-    [b1] = machines("b1 - - 2")
-    first([b1], calling_process())
-    need = Need("/nix/store/y.drv", frozenset(), time.time(), [b1])
+    """As people do with a lock of Nix's own hook that hangs."""
+    fit = machines("b1 - - 2")
+    first(fit, calling_process())
+    need = Need("/nix/store/x.drv", frozenset(), time.time(), fit)
     line = Line(Outages(slots), Talk(NIX), need)
     assert line.join() and line.place == 1
     shutil.rmtree(slots.path)
-    assert line.wait().machine is b1
+    assert line.wait().machine == fit[0]
+
+
+def test_a_file_that_cannot_be_locked_is_named(slots: Slots) -> None:
+    """As on a network file system without locks."""
+    lock = Lock(f"{slots.path}/main-lock")
+    lock.release()
+    with pytest.raises(Error, match="cannot lock .*/main-lock: "):
+        lock.hold()
