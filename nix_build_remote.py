@@ -2257,9 +2257,8 @@ class Outages:
     def forgive(self, machines: Iterable[Machine]) -> None:
         """Have the first hook of each Nix try those that seem hopeless: they may be well again."""
         for machine, outage in self.noted(machines).items():
-            if outage.is_hopeless and self.slots.remember(
-                f"tried {machine.slot_prefix}"
-            ):
+            tried = f"tried {machine.slot_prefix}"
+            if outage.is_hopeless and self.slots.remember(tried):
                 self.forgiven.add(machine)
 
     def note(self, machine: Machine, before: Outage | None, error: Error) -> None:
@@ -3215,12 +3214,10 @@ class Connection:
             command = self.ssh.master(self.socket, patient=os.path.exists(slow))
             programs, environ = self.ssh.programs, self.ssh.environ
             # It forks when it is shared; if a socket is there by now, it would stay for ever.
-            bound: Callable[[], None] = lambda: end_in_time(AWAY_TIMEOUT_S)
+            bound = {"preexec_fn": lambda: end_in_time(AWAY_TIMEOUT_S)}
             with programs.outlet(lock.descriptor, environ) as said:
                 apart: dict[str, Any] = {"stderr": said, "start_new_session": True}
-                self.master = programs.start(
-                    command, environ, preexec_fn=bound, **apart
-                )
+                self.master = programs.start(command, environ, **apart, **bound)
 
     def connect(self, patience_s: float) -> None:
         """Wait until it is up, or go on ALONE if this ssh shares nothing, though it does not
@@ -3646,9 +3643,7 @@ class Session:
         # How long a running build may take, and say nothing, before we end it.
         self.limits = math.inf, math.inf
         self.is_silent = True  # whether the running build has said nothing yet
-        self.first = self.last = (
-            0.0  # when the build's log began, and was last heard of
-        )
+        self.first = self.last = 0.0  # when the log began, and was last heard of
         self.process = seat.session(self.tells)
         pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         numbers = [pipe.fileno() for pipe in pipes if pipe]
@@ -4336,10 +4331,8 @@ class Relay:
         if command == SERVE_HELLO:  # which may come again after an error of its own
             self.read(8)  # its version
             # 2.32 and newer speak to no builder before 2.1, whose dialect we can translate.
-            self.reply(
-                integer(SERVE_REPLY)
-                + integer(max(self.session.version, ARCHIVES_SINCE))
-            )
+            version = max(self.session.version, ARCHIVES_SINCE)
+            self.reply(integer(SERVE_REPLY) + integer(version))
         elif command == QUERY_VALID_PATHS:
             flags, asked = self.read(16), set(read_strings(self.read))
             if not asked <= self.there | self.lacking:
@@ -4406,9 +4399,7 @@ class Relay:
         tail += string(read_string(self.read))
         head = integer(ADD_TO_STORE_NAR) + string(path) + deriver + digest
         head, tail = head + references + when + integer(size) + tail, b""
-        if (
-            self.session.version < ARCHIVES_SINCE
-        ):  # in the dialect of nix-store --export
+        if self.session.version < ARCHIVES_SINCE:  # as nix-store --export has it
             head = integer(IMPORT_PATHS) + integer(1)
             tail = integer(EXPORT_MAGIC) + string(path) + references + deriver
             tail += integer(0) + integer(0)  # without a signature; no more paths
@@ -4917,9 +4908,7 @@ class Retries:
         self.pause_s = float(PAUSE_S)  # the next one
         self.verdict: Error | None = None  # to end with, if no other machine may try
         self.may_pass = False  # whether one of those failed for what may pass
-        self.losses = (
-            0  # of sessions, in a build or for another reason than the network
-        )
+        self.losses = 0  # of sessions, in a build or not for the network's sake
         # How long we have tried and paused since the first failure, or since a build last
         # began; to wait for a slot while others are well is not counted.
         self.tried_s: float | None = None
@@ -5188,9 +5177,7 @@ class Attempt:
         # Nix before 2.0, and nix-daemon, begin to send an archive before they look for it;
         # and srun says that a job has ended badly.
         way = session.seat.way
-        looks_first = (
-            session.version >= HASHES_SINCE and not way.here and not way.is_job
-        )
+        looks_first = session.version >= HASHES_SINCE and not (way.here or way.is_job)
         if len(outputs) == 1 and looks_first:
             session.activities.absent = (outputs[0], no_path(outputs[0]))
             questions += b"".join(map(dump_question, session.activities.absent))
@@ -5236,9 +5223,8 @@ class Attempt:
         """The status in the words of a daemon there, which loses it if we are untrusted; some
         are only in the log of that of 2.3."""
         last = decode(self.session.tail).rstrip().rpartition("\n")[2]
-        words = (
-            message if self.session.version >= OUTPUTS_SINCE else f"{message} {last}"
-        )
+        is_new = self.session.version >= OUTPUTS_SINCE
+        words = message if is_new else f"{message} {last}"
         is_fixed = any(output.hash for output in self.derivation.outputs)
         broken = TRANSIENT if is_fixed else PERMANENT  # as BuildDerivation has it
         told = {"OVERTIME": TIMED_OUT, "BROKEN": broken, "FAILED": PERMANENT}
@@ -5272,10 +5258,8 @@ def check_addresses(infos: Infos) -> None:
     the builder, which says where they are, could name the output of another derivation."""
     for info in infos.values():
         if info.path != info.addressed_path():
-            where = (
-                f"whose content address {info.address[:200]!r} is that of another path"
-            )
-            raise Spoilt(f"it says that '{info.path}' is an output, {where}")
+            address = f"content address {info.address[:200]!r} is that of another path"
+            raise Spoilt(f"it says that '{info.path}' is an output, whose {address}")
 
 
 class Build:
