@@ -220,7 +220,8 @@ SERVE_VERSION = 0x207  # 2.7; to less than 2.6, Nix 2.4 to 2.10 answer as to 2.6
 BARE_SINCE = 0x201  # builds a derivation that is not in its store
 LOG_SIZE_SINCE = 0x202  # wants to know how long the log may be
 TIMES_SINCE = 0x203  # says when the build began and ended, and may repeat it
-HASHES_SINCE = 0x204  # tells a path's hash, which nix-copy-closure --from wants
+HASHES_SINCE = 0x204  # tells a path's hash,
+JOINED_SINCE = HASHES_SINCE  # which nix-copy-closure --from wants to know
 ARCHIVES_SINCE = 0x205  # takes one path, with its archive behind it
 OUTPUTS_SINCE = 0x206  # tells which paths the outputs have
 KEPT_SINCE = 0x207  # keeps what a failed build leaves, if told to: Nix 2.4 and newer
@@ -4512,7 +4513,7 @@ class Copier:
         self.target = "builder.invalid" if since_2 else ssh.machine.destination
         # To fetch, 1.x has a Perl script of other ways; and 2.4 and newer want to know the
         # hashes, which builders before 2.0 do not tell: nix-store --import does that.
-        self.fetches_joined = since_2 and session.version >= HASHES_SINCE
+        self.fetches_joined = since_2 and session.version >= JOINED_SINCE
 
     def start(self, direction: str, command: list[str], **more: str) -> Relay:
         """Start a program that copies "to" or "from" the builder."""

@@ -167,7 +167,7 @@ def imports(nix: Scene, request: pytest.FixtureRequest) -> bool:
     of all."""
     old = bool(request.param == "nix-store --import")
     if old:
-        change_hook(nix, HASHES_SINCE=0x999)
+        change_hook(nix, JOINED_SINCE=0x999)
     return old
 
 
