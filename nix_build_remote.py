@@ -1,11 +1,11 @@
 #!/bin/sh
 """:"
-# sh runs these lines.  They find Python, 3.9 or newer, no script in its place; that runs what is compiled, if none but us and root could write it.
+# sh runs these lines.  They find a Python, 3.9 or newer, that is no script; it runs bytecode if nobody but us and root could have written that.
 PATH=${PATH:-/usr/bin:/bin}:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/local/bin:/opt/homebrew/bin:/usr/bin:/bin
 IFS=:; for at in $PATH; do read -r it <$at/python3 && case $it$NOT_PYTHON: in "#!"*|*":$at:"*) ;; *) break;; esac; at=; done 2>/dev/null
 [ "$at" ] || python3 -IS -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || { echo "nix_build_remote.py: there is no Python 3.9 or newer in $PATH"
 case $1-$3 in [0-9]-) echo "# decline-permanently"; exec cat >/dev/null;; *-[01]) while read -r _; do echo "# decline"; done;; esac; exit 1; } >&2
-exec "${at:+$at/}python3" -X utf8 -IS -c 'import importlib.machinery, os, sys
+exec "${at:+$at/}python3" -ISXutf8 -c 'import importlib.machinery, os, sys
 sys.version_info < (3, 9) and (os.environ.update(NOT_PYTHON=os.environ.get("NOT_PYTHON", "") + ":" + sys.argv[1]), os.execv("/bin/sh", ["sh"] + sys.argv[2:]))
 os.umask(0o022); del sys.argv[:2]; __file__ = sys.argv[0]; path = os.path.realpath(__file__); folder = os.path.dirname(path)
 me = importlib.machinery.SourceFileLoader("__main__", path); sys.dont_write_bytecode = os.stat(path).st_mtime < 2  # as in a Nix store
@@ -165,9 +165,7 @@ LOOK_AGE_S = 60  # and what it said is believed for so long,
 CLOSED_S = 60 * 60  # but that it is full, or closed, for so long
 MUTE_S = 60 * 60  # a login that does not let us ask is not asked again so long
 LOOK_WAIT_S = 3  # its answer is waited for so long, before more builds of ours begin
-SETTLE_S = (
-    3  # that others have fewer builds is believed when it has been so for so long
-)
+SETTLE_S = 3  # so long others must have had fewer builds, before that is believed
 ROOM_SHARE = 0.03  # a store is full if a smaller share of it is free,
 ROOM_BYTES = 1 << 30  # or if less is free than this and than a tenth of it
 PRESSURE = 80  # per cent of the time that some program there has waited for memory
@@ -177,7 +175,7 @@ CONNECT_TIMEOUT_S = 10  # ssh's own, for the TCP connection and the key exchange
 LOGIN_TIMEOUT_S = 90  # to connect and log in, where nobody waits for a reply
 TELL_S = 3  # after which it is told what is said while we log in
 GREETING_TIMEOUT_S = 30  # to start nix-store on the builder, and for its first answer
-REPLY_S = 5  # for all of that while Nix waits for our reply, and does nothing else
+REPLY_S = 5  # for all of these together while Nix waits for our reply
 ALIVE_INTERVAL_S = 10  # a silent link is noticed after ALIVE_COUNT_MAX probes of these
 ALIVE_COUNT_MAX = 3
 RETIRE_S = 2  # for a connection's master to answer when it is asked, or told to end
@@ -433,7 +431,7 @@ lasts   far DAEMON   protocol mismatch | EOF from daemon socket = DAEMON
 lasts   any READONLY paths is not allowed = the command of that key there must be: nix-store --serve --write
 lasts   far -        is not in the Nix store = its store is in another directory than the one here: no build of yours can run there
 lasts   any LIMITED  you are not privileged
-lasts   any -        signature = sign it, or make the user trusted where it was refused
+lasts   any -        lacks a signature | lacks a valid signature = sign it, or make the user trusted where it was refused
 lasts   FAR -        ermission denied | peration not permitted = {USER} cannot write the store there: have nix-daemon run there, or log in as root
 passes  far -        daemon-socket = as root there: systemctl start nix-daemon.socket
 lasts   FAR -        onnection reset by peer | Broken pipe = allowed-users in nix.conf there must name {USER}, or its disk is full
@@ -446,7 +444,7 @@ passes  ssh NAMELESS resolve hostname = correct {WHERE}, or add {HOST} to DNS, /
 passes  ssh -        kex_exchange_identification | Connection closed by = if logins have just failed, sshd there may refuse this host: wait a minute
 passes  any FULL     disk is full | No space left on device | lack of free disk space = make room there, with nix-collect-garbage
 passes  ssh SLOW     not responding
-passes  any -        Broken pipe | onnection reset | onnection closed | closed by | unreachable | shutting down
+passes  any -        Broken pipe | onnection reset | onnection closed | closed by | is unreachable | shutting down
 passes  any -        emporarily unavailable | annot allocate memory | is busy
 passes  far -        slurm controller | odes are busy | ode failure | ask launch for | been revoked | Socket timed out
 passes  FAR -        disconnected unexpectedly | end-of-file = is nix-daemon well? as root there: systemctl start nix-daemon.socket
@@ -473,8 +471,8 @@ CHATTY += " as root there: chsh -s /bin/sh {USER}"
 
 
 def signs_in(words: str, speaker: str = "") -> Iterator[tuple[bool | None, str, str]]:
-    """What the rows say whose words are in these, if it may be their speaker who said it:
-    whether it lasts, its name, a remedy."""
+    """For each row of SIGNS that fits these words, and may be that speaker's ("": anybody's):
+    whether it lasts, its meaning or "", its remedy or ""."""
     for row in SIGNS.splitlines():
         lasting, who, meaning, rest = row.split(None, 3)
         said, _, remedy = rest.partition(" = ")
@@ -483,9 +481,9 @@ def signs_in(words: str, speaker: str = "") -> Iterator[tuple[bool | None, str, 
 
 
 def heard(kind: type[E], words: str, speaker: str = "") -> E:
-    """The error that tells these words, and knows what they mean: the first row that fits
-    decides.  If none does, ssh's words pass, as most do; those of a program that should be
-    nix-store, and answers no question, last; of anybody else's it is not known."""
+    """An error with these words.  The first row of SIGNS that fits says whether it lasts, what
+    it means and what helps.  If none fits: what ssh says will pass; what a program says that
+    should be nix-store, and answers no question, will last; of others it is not known."""
     lasting = {"ssh": False, "far": True}.get(speaker)
     unknown = lasting, "", USELESS if speaker == "far" else ""
     error = kind(words)
@@ -619,7 +617,7 @@ class PathInfo(NamedTuple):
 
     def addressed_path(self) -> str:
         """The path that its content address makes (as makeFixedOutputPath in Nix's
-        store-dir-config.cc), or "".  That what is in it has that address Nix checks itself."""
+        store-dir-config.cc), or "".  Nix itself checks that what is in it has that address."""
         method, _, digits = self.address.rpartition(":")
         directory, _, last = self.path.rpartition("/")
         others = sorted({*self.references} - {self.path})
@@ -773,7 +771,7 @@ class Nix:
         self.builders = f"@{file}" if old else settings.get("builders", "")
         default = f"{'/run/nix' if old else self.store.state}/current-load"
         self.slot_directory = environ.get("NIX_CURRENT_LOAD") or default
-        # Nix sends all its settings, so each of these tells from which version on it is.
+        # Nix sends all its settings (some Lix few: is_terse), so each tells its version.
         self.since_2_3 = "trace-function-calls" in settings
         self.since_2_4 = "experimental-features" in settings
         self.since_2_24 = "nix-shell-always-looks-for-shell-nix" in settings
@@ -796,7 +794,7 @@ class Nix:
         return self.settings.get(setting) == "true"
 
     def options(self) -> list[str]:
-        """Settings go as --option, which every 2.x knows (NIX_CONFIG only 2.4+)."""
+        """The PASSED_SETTINGS that it has, as words `--option NAME VALUE`, which every 2.x knows."""
         settings = self.settings
         known = [name for name in PASSED_SETTINGS.split() if name in settings]
         return [word for name in known for word in ("--option", name, settings[name])]
@@ -1198,14 +1196,13 @@ class Machine(NamedTuple):
             features = listed(f"{supported},{mandatory}")
             name = machine_name(uri, nix)
             uploads = file_name(name, in_lix=nix.is_lix)
+            slots = file_name(f"{'+'.join(known)}-{name}")
             pinned = host_key or parameters.get("base64-ssh-public-host-key", "")
             return cls(
                 where=where,
                 text=" ".join(text.split()),
                 name=name,
-                slot_prefix=file_name(f"{'+'.join(known)}-{name}")
-                if nix.old
-                else uploads,
+                slot_prefix=slots if nix.old else uploads,
                 upload_prefix=uploads,
                 destination=destination,
                 port=port,
@@ -1244,7 +1241,7 @@ class Machine(NamedTuple):
 
 
 def called(name: str) -> str:
-    """What people call a machine of that name: without scheme and parameters."""
+    """What people call it: the name between :// and ?, or all of it if there is nothing."""
     return name.partition("?")[0].partition("://")[2] or name or "-"
 
 
@@ -1622,7 +1619,7 @@ def remove(path: str) -> None:
 
 
 def read_private(path: str, limit: int = TAIL_BYTES) -> str | None:
-    """What a file of ours says; None if it is not there, longer, or none: a fifo would block."""
+    """What a file of ours says; None if it is missing, too long, or no regular file."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     opener: Callable[[str, int], int] = lambda path, _: os.open(path, flags)
     with suppress(OSError), open(path, "rb", opener=opener) as file:
@@ -1918,8 +1915,8 @@ class Look(NamedTuple):
         return self.is_young("asked" if self.number("builds") else "met", LOOK_AGE_S)
 
     def carried(self) -> str:
-        """Lines for the next look: `seen`, with the most builds of others within SETTLE_S, since
-        they are fewer between two of theirs; and `met`."""
+        """Lines for the next look: `seen`, with the most builds of others within SETTLE_S, as they
+        are fewer for a moment between two of theirs; and `met`."""
         asked, builds = self.number("asked"), self.number("builds")
         seen, most = self.number("seen"), self.number("seen", 1)
         if asked > seen + SETTLE_S:
@@ -2066,7 +2063,9 @@ class Slots:
         look, most = self.look(machine), machine.max_jobs
         pause, load = self.pause(machine)[0], loads[machine]
         why = f"is {pause}" if pause else look.closed
-        loads[machine] = min(load + look.taken(most), most if load or why else most - 1)
+        loads[machine] = min(
+            load + look.taken(most), most if load or why else max(0, most - 1)
+        )
         if why or loads[machine] >= most:
             self.refused[machine] = why or ""
         return machine not in self.refused
@@ -2112,9 +2111,9 @@ class Slots:
         return False
 
     def pause(self, machine: Machine) -> tuple[str, float]:
-        """By whom it is paused, in words that go behind `is`, or ""; and until when, in
-        seconds since 1970, 0 if that is not known.  The file of a pause has that, or `inf`, and
-        below it these words."""
+        """By whom it is paused, in words that go behind `is`, or "" if it is not; and until when,
+        in seconds since 1970, 0 if it has no end.  The first line of a pause's file is that time,
+        or `inf`; below it stand the words."""
         said = read_private(self.file(machine, "paused")) or ""
         until, _, words = said.partition("\n")
         with suppress(ValueError):
@@ -2218,7 +2217,7 @@ class Outages:
         self.forgiven: set[Machine] = set()  # which we try all the same
 
     def of(self, machine: Machine) -> Outage | None:
-        """Its outage; what is old says nothing, nor does one before a pause that lasts."""
+        """Its outage; None if it has none, if that is old, or while the machine is paused."""
         if self.slots.pause(machine)[0]:
             return None
         outage = Outage.parse(read_private(self.slots.file(machine, "down")) or "")
@@ -2240,8 +2239,8 @@ class Outages:
         return {machine: o for machine, o in noted if machine not in self.forgiven}
 
     def despair(self, machines: list[Machine]) -> Error | None:
-        """What to say if all of these have failed and it is no use to wait longer: all are
-        hopeless, or the one that was of use last has not been for AWAY_TIMEOUT_S."""
+        """The error to end with if all of these are away, and all are hopeless or none has been of
+        use for AWAY_TIMEOUT_S; None while it makes sense to wait."""
         outages = self.away(machines).values()
         if len(outages) < len(machines):
             return None
@@ -2374,9 +2373,9 @@ class Need(NamedTuple):
 def precedence(
     who: Holder, names: list[str], shares: list[str]
 ) -> tuple[int, int, str]:
-    """Sorts those who stand first in lines, given for which machines, and the Nix of each slot
-    that is taken: first who was passed too often, by time; then who has fewer machines to
-    wait for; then whose Nix has fewer slots."""
+    """A key to sort those who stand first in lines: first who was passed too often, by time; then
+    who waits for fewer machines (names); then whose Nix holds fewer slots; shares: for each
+    slot that is taken, the Nix that holds it."""
     if who.phase == OVERDUE:
         return 0, 0, who.since
     return len(names), shares.count(who.nix), ""
@@ -2457,8 +2456,8 @@ class Line:
             self.talk.say(DEBUG, f"'{machine.name}' {why}")
 
     def rivals(self) -> Iterator[tuple[Holder, list[str]]]:
-        """Who else stands first in a line, and waits for some of our machines, and the slots'
-        names of all that it waits for."""
+        """Each other hook that is first in a line and waits for some of our machines, with the
+        slot prefixes of all machines that it waits for."""
         entries: list[str] = []
         with suppress(FileNotFoundError):  # somebody has removed it
             entries = os.listdir(self.slots.own)
@@ -2472,16 +2471,13 @@ class Line:
     def reserved(self) -> set[str]:
         """The slots' names of machines whose next free slot is for somebody else.  Takes note
         of those, and says so if too many came before us."""
-        rivals, ours = [*self.rivals()], self.names
+        rivals, ours, me = [*self.rivals()], self.names, self.who
         shares = self.slots.shares() if rivals else []
 
         def is_sooner(who: Holder, names: list[str]) -> bool:
-            turns = precedence(who, names, shares), precedence(self.who, ours, shares)
+            turns = precedence(who, names, shares), precedence(me, ours, shares)
             if names == ours and turns[0] == turns[1]:  # who waits for longer
-                return (who.since, who.derivation) < (
-                    self.who.since,
-                    self.who.derivation,
-                )
+                return (who.since, who.derivation) < (me.since, me.derivation)
             return turns[0] < turns[1]
 
         ahead = [rival for rival in rivals if is_sooner(*rival)]
@@ -2562,8 +2558,8 @@ class Line:
                 turn.release()
 
     def take_turn(self) -> Lock | None:
-        """The lock of the one who looks for a slot, when it is ours; None if who has it stands
-        still, as in a container that is paused, or if there is no room for its file."""
+        """Wait for the lock that lets one hook at a time look for a slot; None, to look without it,
+        if its holder stands still, as in a paused container, or if there is no room for the file."""
         with suppress(Error, OSError):
             lock = Lock(f"{self.slots.own}/turn-{self.kind}")
             while not lock.wait(LEAVE_S):
@@ -3445,7 +3441,7 @@ class Seat:
         note(f"{self.base}.tells", str(int(can)))
 
     def prepare(self) -> None:
-        """Begin a session for who comes next, on the first free seat, if that is of use."""
+        """Begin a session for who comes next, on a free seat but the last, if that is of use."""
         proof = self.connection.proof()
         # A process of which the system tells no start might be a later namesake.
         if not proof or not proof.is_far or proof.start == "-" or self.way.is_job:
@@ -3506,7 +3502,7 @@ class Answer:
         session.awaited.append(self)
 
     def get(self, within_s: float = math.inf) -> Any:
-        """The answer; Late if it does not come in time, or Unreachable if it is the first."""
+        """The answer; if it is late: Late, or Unreachable if the session has answered nothing yet."""
         session, until = self.session, time.monotonic() + within_s
         while not self.is_heard:
             if not session.awaited:  # it was to be heard, in vain
@@ -3606,8 +3602,8 @@ class Activities:
         return action == b'@nix {"action":"result' and kind in (b"105}", b"106}")
 
     def is_excuse(self, words: bytes) -> bool:
-        """Whether that says that a path of `absent` is not valid, or as Lix has it does not
-        exist in store, so that nix-store ends as it should."""
+        """Whether that is nix-store's error that a path of `absent` is not valid, or as Lix has it
+        does not exist in store, with which it is meant to end; takes note of that."""
         is_event = words.startswith(b'@nix {"action":"msg"')  # which has colours
         quote = "" if is_event else "'"
         named = any(f"{quote}{path}{quote}".encode() in words for path in self.absent)
@@ -3959,7 +3955,7 @@ def program_version(
     key = f"{program} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns}"
     path = f"{directory}/version-{checksum(key)}"
     said = read_private(path) or ""
-    if parse_version(said) == NIX_1 or said[-1:] != "\n":  # it may have been cut off
+    if parse_version(said) == NIX_1 or said[-1:] != "\n":  # not known, or cut off
         status, said, _ = programs.output([program, "--version"], nix.child_environ())
         if status == 0:
             note(path, said)
@@ -4543,9 +4539,8 @@ class Copier:
     def blame_for_sending(self, paths: Iterable[str], problem: str) -> Error:
         """The error to raise: the builder's fault, unless a path is gone or spoilt here."""
         lost = self.lost_session()
-        _, spoilt, words = decode(self.session.tail).partition(
-            "hash mismatch importing"
-        )
+        tail = decode(self.session.tail)
+        _, spoilt, words = tail.partition("hash mismatch importing")
         if spoilt:
             lost, problem = None, " ".join(f"{spoilt}{words}".split())
         # If it found them odd, or says that they are spoilt, we look.
@@ -4554,7 +4549,7 @@ class Copier:
         return heard(Error, wrong) if wrong else self.lost_with(lost, problem)
 
     def lost_session(self) -> SessionLost | None:
-        """What the session has ended with; None if it has not, or in peace, or as we wanted."""
+        """The error that the session ended with; None if it still runs, or ended well or as planned."""
         if not status_within(self.session.process, 1):
             return None
         self.session.drain()
@@ -4791,14 +4786,14 @@ class UploadLock:
     def take_or_rival(self) -> Lock | None:
         """Take one of the locks; or, if that has to wait, return the one to wait for."""
         with self.slots.main_lock():
-            rivals = [f for f in self.files if self.shares(Lock.said_by_holder(f))]
+            rivals = [f for f in self.files if self.overlaps(Lock.said_by_holder(f))]
             self.lock = None if rivals else Lock.take(*self.files)
             if self.lock:
                 self.lock.write(" ".join(self.digests))
                 return None
         return Lock([*rivals, *self.files][0])
 
-    def shares(self, said: str | None) -> bool:
+    def overlaps(self, said: str | None) -> bool:
         """Whether something of ours may be sent by who says that in a lock's file, if anybody
         holds it."""
         return said == "" or not self.digests.isdisjoint((said or "").split())
@@ -5052,7 +5047,7 @@ class Attempt:
         session, digests = self.session, self.derivation.digests()
         if not (session.is_useful or session.proof):  # a job that had to wait
             prove(self.site, session, session.awaited[1])
-        # That takes just a turn.
+        # The answer takes one round trip, whose time is taken below.
         empty = session.ask_valid([]) if session.is_useful else None
         answer = session.ask_valid(self.inputs, self.substitute)
         if self.is_bare and digests <= {*self.site.slots.digests(self.machine)}:
@@ -5221,8 +5216,8 @@ class Attempt:
         return NotHere(message, verdict) if may_move else verdict
 
     def status_told(self, message: str) -> int:
-        """The status in the words of a daemon there, which loses it if we are untrusted; some
-        are only in the log of that of 2.3."""
+        """The status that the words of a daemon there mean, which loses the number if we are
+        untrusted; that of 2.3 puts some of them only into the log.  MISC if it is not known."""
         last = decode(self.session.tail).rstrip().rpartition("\n")[2]
         is_new = self.session.version >= OUTPUTS_SINCE
         words = message if is_new else f"{message} {last}"
@@ -5303,7 +5298,7 @@ class Build:
         self.locks = OutputLocks(self.site.nix.store, missing)
 
     def perform(self) -> None:
-        """Have it built on one machine after another, until it is not a machine that fails."""
+        """Build on one machine after another, until it succeeds or fails for reasons of its own."""
         last: Attempt | None = None
         while True:
             attempt: Attempt | None = None
@@ -5511,8 +5506,8 @@ class Hook:
         return None
 
     def consider(self, request: Request, machines: list[Machine]) -> Build | None:
-        """Find a slot or a place in line, and reply; returns the build if we accept it: at
-        once where a connection is live, else when a session shows that it is of use."""
+        """Find a slot or a place in line, and reply; returns the build, None if it is not accepted.
+        For a slot without a proved connection, a session is opened before we reply."""
         what = f"'{request.derivation}' for {request.kind}"
         self.talk.say(DEBUG, f"may {what} be sent to one of {len(machines)} machines?")
         # A terse Nix takes a slot of its own only for what is declined, and asks again.
@@ -5613,9 +5608,9 @@ class Hook:
                 slot = line.find()
                 if slot or line.outages.despair(line.machines):
                     return slot
-            stays = request.willing and not line.slots.are_asked()
-            stays = stays if request.able else line.join()
-            if stays or time.monotonic() < self.patient_from:
+            is_left = request.willing and not line.slots.are_asked()
+            is_settled = is_left if request.able else line.join()
+            if is_settled or time.monotonic() < self.patient_from:
                 return None
             if time.monotonic() > deadline:
                 self.patient_from = time.monotonic() + IMPATIENCE_S
@@ -6465,9 +6460,7 @@ def show_status(options: Namespace, nix: Nix, screen: Screen) -> None:
         quits = " (q: quit)" if screen.terminal else ""
         lines = screen.wrap("", f"{time.strftime('%H:%M:%S')}  {text}{quits}")
     lines += status_lines(loads, screen)
-    hosts = {
-        machine.slot_prefix: called(machine.name) for machine in load_machines(nix)[0]
-    }
+    hosts = {m.slot_prefix: called(m.name) for m in load_machines(nix)[0]}
     for names, line in groupby(waiters, key=lambda waiter: waiter["slot-names"]):
         known = sorted({hosts.get(name, name) for name in names if name})
         lines += screen.wrap("", f"waiting for {', '.join(known)}:")

@@ -49,7 +49,7 @@ class Holder(NamedTuple):
 
     pid: int
     started: str
-    since: int
+    since: float
     phase: str
     derivation: str
 
@@ -85,7 +85,9 @@ def holders(nix: Scene) -> list[Holder]:
     if not slot_directory(nix).exists():
         return []
     lines = [path.read_text().split() for path in slot_files(nix)]
-    return [Holder(int(a), b, int(d), e, f) for a, b, _, d, e, f in filter(None, lines)]
+    return [
+        Holder(int(a), b, float(d), e, f) for a, b, _, d, e, f in filter(None, lines)
+    ]
 
 
 def building(nix: Scene) -> Holder:

@@ -554,6 +554,8 @@ DRV = "/nix/store/g8kcl4454zr4fc4isbkn2b3cdwj12qdj-a.drv"
     [
         (f"error: builder for '{DRV}' failed with exit code 7", "BROKEN"),
         (f"error: builder for '{DRV}' failed to produce output path", "BROKEN"),
+        (f"error: builder for '{DRV}-signature' failed with exit code 7", "BROKEN"),
+        (f"error: builder for '{DRV}-unreachable' failed with exit code 7", "BROKEN"),
         (
             f"error: Cannot build '{DRV}'.\nReason: builder failed with exit code 7.",
             "BROKEN",
