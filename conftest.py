@@ -9,6 +9,7 @@ A test's folder is its marker: unit, process or farm; see tests/README.md.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="1/1",
         help="such as 1/3: run about a third of the tests, whole modules, as tests/run does",
     )
+
+
+def pytest_configure() -> None:
+    """Clean up also when tests/run is interrupted: it ends what it runs beside itself."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
