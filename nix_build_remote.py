@@ -1158,11 +1158,11 @@ class Machine(NamedTuple):
     """A builder, as one line of the machines file describes it.
 
     where: file:line; text: as it was written; name: what Nix's own hook calls it;
-    slot_prefix, upload_prefix: what the names of its slot files and of its upload lock begin with,
-    as that hook has them; destination: [user@]host, "" if it is a store that a program here opens; port: 0 for what
-    ssh finds in its configuration; key: a private key's file, or ""; host_key: a line such as
-    "ssh-ed25519 AAAA...", or ""; ways: to have a session, where only trying shows which of them
-    its login allows; none if it is this machine.
+    slot_prefix, upload_prefix: what the names of its slot files and of its upload lock begin
+    with, as that hook has them; destination: [user@]host, "" if it is a store that a program
+    here opens; port: 0 for what ssh finds in its configuration; key: a private key's file, or
+    ""; host_key: a line such as "ssh-ed25519 AAAA...", or ""; ways: to have a session, where
+    only trying shows which of them its login allows; none if it is this machine.
     """
 
     where: str
@@ -2003,9 +2003,8 @@ class Slots:
 
     def files(self, machine: Machine) -> list[str]:
         """The locks that are its slots."""
-        return [
-            f"{self.path}/{machine.slot_prefix}-{n}" for n in range(machine.max_jobs)
-        ]
+        begin = f"{self.path}/{machine.slot_prefix}"
+        return [f"{begin}-{n}" for n in range(machine.max_jobs)]
 
     def choose(
         self, machines: list[Machine], digests: frozenset[str] = frozenset()
@@ -2063,9 +2062,8 @@ class Slots:
         look, most = self.look(machine), machine.max_jobs
         pause, load = self.pause(machine)[0], loads[machine]
         why = f"is {pause}" if pause else look.closed
-        loads[machine] = min(
-            load + look.taken(most), most if load or why else max(0, most - 1)
-        )
+        limit = most if load or why else max(0, most - 1)
+        loads[machine] = min(load + look.taken(most), limit)
         if why or loads[machine] >= most:
             self.refused[machine] = why or ""
         return machine not in self.refused
@@ -2415,11 +2413,8 @@ class Line:
         if there is none.  Begins to find out how machines are whose outage is over."""
         self.outages.find_out(self.machines)
         self.away, reserved = self.outages.away(self.machines), self.reserved()
-        free = [
-            m
-            for m in self.machines
-            if not (m in self.away or m.slot_prefix in reserved)
-        ]
+        there = (m for m in self.machines if m not in self.away)
+        free = [machine for machine in there if machine.slot_prefix not in reserved]
         others = [machine for machine in free if machine != self.need.shunned]
         slot, loads = self.slots.choose(others, self.need.digests)
         if not slot and others != free:
@@ -2535,7 +2530,7 @@ class Line:
     def wait(self) -> Slot:
         """Wait for a slot; then we have left."""
         try:
-            with suppress(Error):  # somebody has removed our directory, and so the line
+            with suppress(Error):  # no room, or somebody has removed our directory
                 while self.lock and self.place > 0:
                     lock = Lock(self.file(self.place - 1))
                     lock.wait()
